@@ -1,0 +1,277 @@
+"""How a batch of scoring requests becomes packed forward passes: pure Python and numpy, no torch.
+
+One request is a prefix (P tokens: instruction, member, history) and N items (L tokens each). Every item continues the
+prefix as if it stood there alone: same positions, no sight of another item. The plan lays this out without padding:
+
+    tokens    [ prefix of r0 | prefix of r1 | item item item ... of r0 | item item ... of r1 ]
+    positions   0 .. P0-1      0 .. P1-1      P0.. P0.. P0..             P1.. P1..
+
+Items attend to the prefix of their request (no mask needed: all of it lies before them) and causally to themselves; a
+prefix attends causally to itself. So two calls of an attention kernel over segments are enough and no T x T mask exists.
+
+Legend: R requests, N items of one request, U unique items, P prefix tokens, L item tokens, T packed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from index.errors import BrewlineError
+
+Tokens = Sequence[int]
+TooLong = Literal["error", "keep_end", "keep_start"]
+
+
+class EmptyPrefix(BrewlineError):
+    """A request has no prefix tokens."""
+
+
+class PrefixTooLong(BrewlineError):
+    """A prefix leaves no position for its items."""
+
+
+class EmptyItem(BrewlineError):
+    """An item has no tokens."""
+
+
+class ItemTooLong(BrewlineError):
+    """An item has more tokens than the limit and the policy says "error"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prefix and the items that each continue it, as token ids."""
+
+    prefix: Tokens
+    items: Sequence[Tokens]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`tokens` of one pass; `item` tokens of one item; `positions` the model knows; what to do with a longer item.
+
+    "keep_end" and "keep_start" say which part of a too long item is kept. The score is read at the last token, so
+    "keep_start" drops a question that stands at the end of the item.
+    """
+
+    tokens: int = 8192
+    item: int | None = None
+    positions: int | None = None
+    too_long: TooLong = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part of one request that one pass computes.
+
+    `prefix` says whether its prefix tokens are in this pass (else their keys and values were kept from an earlier one),
+    `keep` whether a later pass needs them. Rows are positions on the pass's packed token axis.
+    """
+
+    request: int
+    prefix_tokens: int
+    prefix: bool
+    keep: bool
+    first_row: int
+    last_row: int
+    items: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One forward pass over T packed tokens.
+
+    tokens, positions int64 [T]; segments int32 [S+1], the bounds of every causal segment (prefixes first, then items);
+    prefix_rows: how many of the T rows are prefix; last int64 [items], the row of each item's last token;
+    item_bounds int32 [items+1] on the token axis; unique int64 [items], which unique item of the plan each one is.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    segments: npt.NDArray[np.int32]
+    item_bounds: npt.NDArray[np.int32]
+    last: npt.NDArray[np.int64]
+    unique: npt.NDArray[np.int64]
+    prefix_rows: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The passes in order, and for each request the unique item (0..U-1) behind each of its items, in input order."""
+
+    chunks: tuple[Chunk, ...]
+    fan_out: tuple[npt.NDArray[np.int64], ...]
+    unique_items: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all passes together: the rows that the linear layers see."""
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One request after deduplication and hoisting, items in the order in which they will be packed."""
+
+    request: int
+    prefix: list[int]
+    items: list[list[int]]
+    unique: list[int]
+
+
+def plan(requests: Sequence[Request], limits: Limits | None = None, *, hoist: bool = True) -> Plan:
+    """Return the passes that score every item of every request exactly as if it stood alone after its prefix.
+
+    Equal items of a request are computed once. With `hoist`, the tokens that all items of a request begin with move to
+    the end of its prefix (each item keeps at least one), which changes no result. A pass holds at most `limits.tokens`
+    tokens, except that a prefix and its first item are never torn apart. Raises EmptyPrefix, EmptyItem, ItemTooLong and
+    PrefixTooLong. A request without items is allowed and gets an empty answer.
+    """
+    limits = limits or Limits()
+    jobs: list[_Job] = []
+    fan_out: list[npt.NDArray[np.int64]] = []
+    total = 0
+    for number, request in enumerate(requests):
+        job, order = _prepare(number, request, limits, total, hoist)
+        fan_out.append(order)
+        total += len(job.items)
+        if job.items:
+            jobs.append(job)
+    return Plan(tuple(_lay_out(parts) for parts in _split(jobs, limits.tokens)), tuple(fan_out), total)
+
+
+def common_prefix(items: Sequence[Tokens]) -> int:
+    """Return how many tokens all items share at their beginning, at most one less than the shortest item has."""
+    if not items:
+        return 0
+    low, high = min(items, key=list), max(items, key=list)  # in lexical order the two extremes differ first
+    shared = 0
+    for left, right in zip(low, high):
+        if left != right:
+            break
+        shared += 1
+    return min(shared, min(len(item) for item in items) - 1)
+
+
+def _prepare(number: int, request: Request, limits: Limits, offset: int, hoist: bool) -> tuple[_Job, npt.NDArray[np.int64]]:
+    if len(request.prefix) == 0:
+        raise EmptyPrefix(f"request {number} has an empty prefix; a prefix needs at least one token")
+    slots: dict[tuple[int, ...], int] = {}
+    order = np.empty(len(request.items), np.int64)
+    for row, item in enumerate(request.items):
+        tokens = _fit(item, number, row, limits)
+        order[row] = slots.setdefault(tokens, len(slots))
+    unique = [list(tokens) for tokens in slots]
+    prefix = list(request.prefix)
+    _check_positions(number, len(prefix), unique, limits)
+    shared = common_prefix(unique) if hoist else 0
+    if shared:
+        prefix += unique[0][:shared]
+        unique = [item[shared:] for item in unique]
+    packing = sorted(range(len(unique)), key=lambda slot: len(unique[slot]))  # equal lengths lie together
+    job = _Job(number, prefix, [unique[slot] for slot in packing], [offset + slot for slot in packing])
+    return job, order + offset
+
+
+def _fit(item: Tokens, number: int, row: int, limits: Limits) -> tuple[int, ...]:
+    if len(item) == 0:
+        raise EmptyItem(f"item {row} of request {number} has no tokens; an item needs at least one")
+    if limits.item is None or len(item) <= limits.item:
+        return tuple(item)
+    if limits.too_long == "error":
+        raise ItemTooLong(
+            f"item {row} of request {number} has {len(item)} tokens, the limit is {limits.item}; "
+            'shorten it or choose the policy "keep_end" or "keep_start"'
+        )
+    kept = item[-limits.item :] if limits.too_long == "keep_end" else item[: limits.item]
+    return tuple(kept)
+
+
+def _check_positions(number: int, prefix: int, items: Sequence[Tokens], limits: Limits) -> None:
+    if limits.positions is None or not items:
+        return
+    longest = max(len(item) for item in items)
+    if prefix + longest > limits.positions:
+        raise PrefixTooLong(
+            f"request {number} has a prefix of {prefix} tokens and an item of {longest}, together more than the "
+            f"{limits.positions} positions of the model; give the prefix a smaller token budget"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Items `start..stop` of a job, with or without its prefix, in one pass."""
+
+    job: _Job
+    start: int
+    stop: int
+
+    @property
+    def first(self) -> bool:
+        return self.start == 0
+
+    @property
+    def final(self) -> bool:
+        return self.stop == len(self.job.items)
+
+
+def _split(jobs: Sequence[_Job], budget: int) -> Iterator[list[_Part]]:
+    """Fill passes up to the budget; a job that does not fit goes on in the next pass without its prefix."""
+    parts: list[_Part] = []
+    used = 0
+    for job in jobs:
+        start, room = 0, len(job.prefix)
+        for row, item in enumerate(job.items):
+            fits = used + room + len(item) <= budget
+            if not fits and (used or row > start):
+                if row > start:
+                    parts.append(_Part(job, start, row))
+                yield parts
+                parts, used, start = [], 0, row
+                room = len(job.prefix) if row == 0 else 0
+            used += room + len(item)
+            room = 0
+        parts.append(_Part(job, start, len(job.items)))
+    if parts:
+        yield parts
+
+
+def _lay_out(parts: Sequence[_Part]) -> Chunk:
+    tokens: list[int] = []
+    positions: list[npt.NDArray[np.int64]] = []
+    bounds = [0]
+    for part in parts:
+        if part.first:
+            tokens += part.job.prefix
+            positions.append(np.arange(len(part.job.prefix)))
+            bounds.append(len(tokens))
+    prefix_rows, prefixes = len(tokens), len(bounds) - 1
+    pieces: list[Piece] = []
+    for part in parts:
+        first_row, length = len(tokens), len(part.job.prefix)
+        for item in part.job.items[part.start : part.stop]:
+            tokens += item
+            positions.append(np.arange(length, length + len(item)))
+            bounds.append(len(tokens))
+        keep = not part.final
+        rows = part.stop - part.start
+        pieces.append(Piece(part.job.request, length, part.first, keep, first_row, len(tokens), rows))
+    segments = np.array(bounds, np.int32)
+    item_bounds = segments[prefixes:]
+    unique = [slot for part in parts for slot in part.job.unique[part.start : part.stop]]
+    return Chunk(
+        tokens=np.array(tokens, np.int64),
+        positions=np.concatenate(positions),
+        segments=segments,
+        item_bounds=item_bounds,
+        last=item_bounds[1:].astype(np.int64) - 1,
+        unique=np.array(unique, np.int64),
+        prefix_rows=prefix_rows,
+        pieces=tuple(pieces),
+    )

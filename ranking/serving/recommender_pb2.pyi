@@ -1,0 +1,272 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Degraded(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NONE: _ClassVar[Degraded]
+    RETRIEVAL_ORDER: _ClassVar[Degraded]
+NONE: Degraded
+RETRIEVAL_ORDER: Degraded
+
+class Member(_message.Message):
+    __slots__ = ("id", "description")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    description: Description
+    def __init__(self, id: _Optional[str] = ..., description: _Optional[_Union[Description, _Mapping]] = ...) -> None: ...
+
+class Description(_message.Message):
+    __slots__ = ("profile", "history", "connections")
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    profile: _containers.RepeatedCompositeFieldContainer[ProfileField]
+    history: _containers.RepeatedCompositeFieldContainer[Engagement]
+    connections: _containers.RepeatedCompositeFieldContainer[Connection]
+    def __init__(self, profile: _Optional[_Iterable[_Union[ProfileField, _Mapping]]] = ..., history: _Optional[_Iterable[_Union[Engagement, _Mapping]]] = ..., connections: _Optional[_Iterable[_Union[Connection, _Mapping]]] = ...) -> None: ...
+
+class ProfileField(_message.Message):
+    __slots__ = ("name", "words", "number")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    WORDS_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    words: str
+    number: float
+    def __init__(self, name: _Optional[str] = ..., words: _Optional[str] = ..., number: _Optional[float] = ...) -> None: ...
+
+class Engagement(_message.Message):
+    __slots__ = ("item_id", "action", "timestamp", "liked", "words")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
+    LIKED_FIELD_NUMBER: _ClassVar[int]
+    WORDS_FIELD_NUMBER: _ClassVar[int]
+    item_id: str
+    action: str
+    timestamp: int
+    liked: bool
+    words: ItemWords
+    def __init__(self, item_id: _Optional[str] = ..., action: _Optional[str] = ..., timestamp: _Optional[int] = ..., liked: bool = ..., words: _Optional[_Union[ItemWords, _Mapping]] = ...) -> None: ...
+
+class ItemWords(_message.Message):
+    __slots__ = ("title", "text", "category", "creator", "created_at")
+    TITLE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    CATEGORY_FIELD_NUMBER: _ClassVar[int]
+    CREATOR_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    title: str
+    text: str
+    category: str
+    creator: str
+    created_at: int
+    def __init__(self, title: _Optional[str] = ..., text: _Optional[str] = ..., category: _Optional[str] = ..., creator: _Optional[str] = ..., created_at: _Optional[int] = ...) -> None: ...
+
+class Connection(_message.Message):
+    __slots__ = ("other_id", "kind", "since")
+    OTHER_ID_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    other_id: str
+    kind: str
+    since: int
+    def __init__(self, other_id: _Optional[str] = ..., kind: _Optional[str] = ..., since: _Optional[int] = ...) -> None: ...
+
+class Ids(_message.Message):
+    __slots__ = ("plain", "packed", "ends")
+    PLAIN_FIELD_NUMBER: _ClassVar[int]
+    PACKED_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FIELD_NUMBER: _ClassVar[int]
+    plain: _containers.RepeatedScalarFieldContainer[str]
+    packed: bytes
+    ends: bytes
+    def __init__(self, plain: _Optional[_Iterable[str]] = ..., packed: _Optional[bytes] = ..., ends: _Optional[bytes] = ...) -> None: ...
+
+class Results(_message.Message):
+    __slots__ = ("count", "ids", "scores", "probabilities", "places", "items")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
+    PLACES_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    ids: Ids
+    scores: bytes
+    probabilities: bytes
+    places: bytes
+    items: _containers.RepeatedCompositeFieldContainer[ResultItem]
+    def __init__(self, count: _Optional[int] = ..., ids: _Optional[_Union[Ids, _Mapping]] = ..., scores: _Optional[bytes] = ..., probabilities: _Optional[bytes] = ..., places: _Optional[bytes] = ..., items: _Optional[_Iterable[_Union[ResultItem, _Mapping]]] = ...) -> None: ...
+
+class ResultItem(_message.Message):
+    __slots__ = ("item_id", "title", "category", "creator", "score", "probability", "place")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    TITLE_FIELD_NUMBER: _ClassVar[int]
+    CATEGORY_FIELD_NUMBER: _ClassVar[int]
+    CREATOR_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    item_id: str
+    title: str
+    category: str
+    creator: str
+    score: float
+    probability: float
+    place: int
+    def __init__(self, item_id: _Optional[str] = ..., title: _Optional[str] = ..., category: _Optional[str] = ..., creator: _Optional[str] = ..., score: _Optional[float] = ..., probability: _Optional[float] = ..., place: _Optional[int] = ...) -> None: ...
+
+class Provenance(_message.Message):
+    __slots__ = ("snapshot", "encoder", "ranker")
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    ENCODER_FIELD_NUMBER: _ClassVar[int]
+    RANKER_FIELD_NUMBER: _ClassVar[int]
+    snapshot: str
+    encoder: str
+    ranker: str
+    def __init__(self, snapshot: _Optional[str] = ..., encoder: _Optional[str] = ..., ranker: _Optional[str] = ...) -> None: ...
+
+class StageTimes(_message.Message):
+    __slots__ = ("queue_us", "member_us", "encode_us", "search_us", "rank_us", "order_us", "total_us")
+    QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_US_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_US_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_US_FIELD_NUMBER: _ClassVar[int]
+    RANK_US_FIELD_NUMBER: _ClassVar[int]
+    ORDER_US_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_US_FIELD_NUMBER: _ClassVar[int]
+    queue_us: int
+    member_us: int
+    encode_us: int
+    search_us: int
+    rank_us: int
+    order_us: int
+    total_us: int
+    def __init__(self, queue_us: _Optional[int] = ..., member_us: _Optional[int] = ..., encode_us: _Optional[int] = ..., search_us: _Optional[int] = ..., rank_us: _Optional[int] = ..., order_us: _Optional[int] = ..., total_us: _Optional[int] = ...) -> None: ...
+
+class RecommendRequest(_message.Message):
+    __slots__ = ("member", "k", "fanout", "task", "instruction", "exclude", "readable")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    FANOUT_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    INSTRUCTION_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_FIELD_NUMBER: _ClassVar[int]
+    READABLE_FIELD_NUMBER: _ClassVar[int]
+    member: Member
+    k: int
+    fanout: int
+    task: str
+    instruction: str
+    exclude: Ids
+    readable: bool
+    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., k: _Optional[int] = ..., fanout: _Optional[int] = ..., task: _Optional[str] = ..., instruction: _Optional[str] = ..., exclude: _Optional[_Union[Ids, _Mapping]] = ..., readable: bool = ...) -> None: ...
+
+class RecommendResponse(_message.Message):
+    __slots__ = ("results", "candidates", "degraded", "degraded_detail", "provenance", "times", "task", "request_id")
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_DETAIL_FIELD_NUMBER: _ClassVar[int]
+    PROVENANCE_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    results: Results
+    candidates: int
+    degraded: Degraded
+    degraded_detail: str
+    provenance: Provenance
+    times: StageTimes
+    task: str
+    request_id: str
+    def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., candidates: _Optional[int] = ..., degraded: _Optional[_Union[Degraded, str]] = ..., degraded_detail: _Optional[str] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., task: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class RetrieveRequest(_message.Message):
+    __slots__ = ("member", "k", "instruction", "exclude", "readable")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    INSTRUCTION_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_FIELD_NUMBER: _ClassVar[int]
+    READABLE_FIELD_NUMBER: _ClassVar[int]
+    member: Member
+    k: int
+    instruction: str
+    exclude: Ids
+    readable: bool
+    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., k: _Optional[int] = ..., instruction: _Optional[str] = ..., exclude: _Optional[_Union[Ids, _Mapping]] = ..., readable: bool = ...) -> None: ...
+
+class RetrieveResponse(_message.Message):
+    __slots__ = ("results", "provenance", "times", "request_id")
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    PROVENANCE_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    results: Results
+    provenance: Provenance
+    times: StageTimes
+    request_id: str
+    def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class RankRequest(_message.Message):
+    __slots__ = ("member", "items", "task", "instruction", "readable")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    INSTRUCTION_FIELD_NUMBER: _ClassVar[int]
+    READABLE_FIELD_NUMBER: _ClassVar[int]
+    member: Member
+    items: Ids
+    task: str
+    instruction: str
+    readable: bool
+    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., items: _Optional[_Union[Ids, _Mapping]] = ..., task: _Optional[str] = ..., instruction: _Optional[str] = ..., readable: bool = ...) -> None: ...
+
+class RankResponse(_message.Message):
+    __slots__ = ("results", "provenance", "times", "task", "request_id")
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    PROVENANCE_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    results: Results
+    provenance: Provenance
+    times: StageTimes
+    task: str
+    request_id: str
+    def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., task: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class InfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class InfoResponse(_message.Message):
+    __slots__ = ("version", "provenance", "items", "dims", "index", "tasks", "as_of", "attention", "uptime_seconds", "requests")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROVENANCE_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    DIMS_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    AS_OF_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    provenance: Provenance
+    items: int
+    dims: int
+    index: str
+    tasks: _containers.RepeatedScalarFieldContainer[str]
+    as_of: int
+    attention: str
+    uptime_seconds: float
+    requests: int
+    def __init__(self, version: _Optional[str] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., items: _Optional[int] = ..., dims: _Optional[int] = ..., index: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., as_of: _Optional[int] = ..., attention: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., requests: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,121 @@
+"""How good ranked lists are, for all queries at once; every number follows from the place of each target in its list."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from retrieval.evidence.intervals import Estimate, estimate
+from retrieval.evidence.protocol import Queries, cold_items, cold_members, popularity_before_cut
+from retrieval.evidence.ragged import Ragged
+from retrieval.evidence.rank import Ranked
+
+CUTOFFS = (10, 100, 1000, 2000)
+SHORT_LIST = 10
+_PLACES_AT_ONCE = 1 << 24
+
+Values = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What one run achieved.
+
+    `per_query` name -> float64 [B] in query order (for paired tests), `metrics` their means with uncertainty, `lists` facts
+    about the lists themselves (coverage, popularity), `slices` name -> metric -> value, with "n" members or cold targets.
+    """
+
+    per_query: dict[str, Values]
+    metrics: dict[str, Estimate]
+    lists: dict[str, float]
+    slices: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, object]:
+        """Everything but the columns per query, ready for JSON."""
+        metrics = {name: value.as_dict() for name, value in self.metrics.items()}
+        return {"metrics": metrics, "lists": self.lists, "slices": self.slices}
+
+
+def target_places(rows: npt.NDArray[np.int32], targets: Ragged) -> npt.NDArray[np.int64]:
+    """Returns int64 [T]: the place (0 = best) of each target in the list of its query, -1 if it is not listed."""
+    places = np.full(len(targets.values), -1, np.int64)
+    step = max(1, _PLACES_AT_ONCE // max(rows.shape[1], 1))
+    for begin in range(0, len(places), step):
+        part = slice(begin, begin + step)
+        equal = rows[targets.rows[part]] == targets.values[part, None]
+        places[part] = np.where(equal.any(axis=1), equal.argmax(axis=1), -1)
+    return places
+
+
+def per_query_values(places: npt.NDArray[np.int64], targets: Ragged, cutoffs: tuple[int, ...] = CUTOFFS) -> dict[str, Values]:
+    """Returns recall@K, ndcg@10 (binary gain, ideal list of the query's own targets) and mrr, each float64 [B]."""
+    values = {f"recall@{cutoff}": _recall(places, targets, cutoff) for cutoff in cutoffs}
+    gain = np.where(_within(places, SHORT_LIST), 1 / np.log2(places + 2.0, where=places >= 0, out=np.ones(len(places))), 0)
+    best = np.cumsum(1 / np.log2(np.arange(SHORT_LIST) + 2.0))[np.minimum(targets.lengths, SHORT_LIST) - 1]
+    values[f"ndcg@{SHORT_LIST}"] = np.bincount(targets.rows, gain, len(targets)) / best
+    reciprocal = np.zeros(len(targets))
+    np.maximum.at(reciprocal, targets.rows, np.where(places >= 0, 1 / np.maximum(places + 1, 1), 0))
+    values["mrr"] = reciprocal
+    return values
+
+
+def _within(places: npt.NDArray[np.int64], cutoff: int) -> npt.NDArray[np.bool_]:
+    return (places >= 0) & (places < cutoff)
+
+
+def _recall(places: npt.NDArray[np.int64], targets: Ragged, cutoff: int) -> Values:
+    return np.bincount(targets.rows, _within(places, cutoff), len(targets)) / targets.lengths
+
+
+def judge(ranked: Ranked, queries: Queries, items: int, seed: int = 0) -> Quality:
+    """Returns the quality of the lists of all queries.
+
+    A cut-off deeper than the lists is left out, unless the lists hold the whole catalogue: then nothing lies deeper.
+    """
+    depth = ranked.rows.shape[1]
+    cutoffs = tuple(cutoff for cutoff in CUTOFFS if cutoff <= depth or depth >= items)
+    places = target_places(ranked.rows, queries.targets)
+    per_query = per_query_values(places, queries.targets, cutoffs)
+    metrics = {name: estimate(values, seed) for name, values in per_query.items()}
+    slices = member_slices(per_query, queries)
+    slices["cold targets"] = cold_slice(places, queries, items, cutoffs)
+    return Quality(per_query, metrics, list_facts(ranked, queries, items), slices)
+
+
+def member_slices(per_query: Mapping[str, Values], queries: Queries) -> dict[str, dict[str, float]]:
+    """Returns the mean of each metric over members with short, middling and long histories (distinct items), and over
+    members first seen after the cut; each slice says its size "n", an empty one holds nothing else."""
+    length = queries.excluded.lengths
+    masks = {
+        "history < 5": length < 5,
+        "history 5-20": (length >= 5) & (length <= 20),
+        "history > 20": length > 20,
+        "cold members": cold_members(queries),
+    }
+    return {name: _means(per_query, mask) for name, mask in masks.items()}
+
+
+def _means(per_query: Mapping[str, Values], mask: npt.NDArray[np.bool_]) -> dict[str, float]:
+    means = {name: float(values[mask].mean()) for name, values in per_query.items()} if mask.any() else {}
+    return {"n": int(mask.sum()), **means}
+
+
+def cold_slice(places: npt.NDArray[np.int64], queries: Queries, items: int, cutoffs: tuple[int, ...]) -> dict[str, float]:
+    """Returns recall over the targets that nobody had engaged with before the cut; "n" counts targets, not members."""
+    cold = places[cold_items(queries, items)[queries.targets.values]]
+    recall = {f"recall@{cutoff}": float(_within(cold, cutoff).mean()) for cutoff in cutoffs} if len(cold) else {}
+    return {"n": len(cold), **recall}
+
+
+def list_facts(ranked: Ranked, queries: Queries, items: int) -> dict[str, float]:
+    """Returns what the top 10 lists are made of: share of the catalogue ever shown, mean engagements before the cut."""
+    shown = ranked.rows[:, :SHORT_LIST]
+    shown = shown[shown >= 0]
+    popularity = popularity_before_cut(queries, items)
+    return {
+        f"coverage@{SHORT_LIST}": len(np.unique(shown)) / items,
+        f"popularity@{SHORT_LIST}": float(popularity[shown].mean()) if len(shown) else 0.0,
+    }
