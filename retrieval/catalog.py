@@ -3,9 +3,8 @@
 A snapshot's rows are numbers; whoever ranks, shows or describes them needs their words, and needs those of the same day.
 So the night writes them into the snapshot as two opaque parts in Arrow's file format, one record batch each:
 
-  `catalog.arrow`  item_id, title, text, category, creator, created_at, `static:NAME` (numbers of the data), `asof:NAME` (numbers from
-                   the event log at the night's time), digest (sha256 of the encoder's prompt tokens), and two columns that are an
-                   index and not aligned with the others: lookup_hash (ascending) and lookup_row, from id to row.
+  `catalog.arrow`  item_id, title, text, category, creator, created_at, `static:NAME` (numbers of the data), `asof:NAME`
+                   (numbers from the event log at the night's time), digest (of the encoder's prompt tokens)
   `tokens.arrow`   the ranker's token ids of each item, with the fingerprint of the ranker that made them.
 
 Opening maps the files and reads nothing; a row costs microseconds. Nothing here imports torch.
@@ -13,7 +12,6 @@ Opening maps the files and reads nothing; a row costs microseconds. Nothing here
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,8 +21,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from index.errors import BrewlineError
+from index.ids import Ids
 from index.snapshot import Snapshot
 from retrieval.data.schema import MISSING_TIME, Item, Items
+from retrieval.fingerprint import FingerprintMismatch
 
 CATALOG_PART = "catalog.arrow"
 TOKENS_PART = "tokens.arrow"
@@ -50,14 +50,12 @@ class Catalog:
     tokens are here, or "" if the night had no ranker.
     """
 
-    def __init__(self, records: pa.RecordBatch, tokens: pa.RecordBatch | None) -> None:
-        self._facts = _facts(records, CATALOG_PART)
+    def __init__(self, ids: Ids, records: pa.RecordBatch, tokens: pa.RecordBatch | None) -> None:
+        self._ids = ids
         self._column = {name: records.column(index) for index, name in enumerate(records.schema.names)}
         self._static = [name for name in self._column if name.startswith(STATIC)]
         self._as_of = [name for name in self._column if name.startswith(AS_OF)]
-        self._hash = self._column["lookup_hash"].to_numpy()
-        self._row = self._column["lookup_row"].to_numpy()
-        self.as_of = int(self._facts["as_of"])
+        self.as_of = int(str(_facts(records, CATALOG_PART)["as_of"]))
         self.tokens_of = ""
         if tokens is not None:
             self.tokens_of = str(_facts(tokens, TOKENS_PART)["ranker"])
@@ -73,66 +71,55 @@ class Catalog:
         records = _map(snapshot.part(CATALOG_PART))
         tokens = _map(snapshot.part(TOKENS_PART)) if TOKENS_PART in names else None
         for part, batch in ((CATALOG_PART, records), (TOKENS_PART, tokens)):
-            if batch is not None and batch.num_rows != len(snapshot):
+            if batch is not None and batch.num_rows != len(snapshot.ids):
                 raise CatalogError(
-                    f"snapshot {snapshot.name} holds {len(snapshot):,} vectors but {part} holds {batch.num_rows:,} rows; "
+                    f"snapshot {snapshot.name} holds {len(snapshot.ids):,} vectors but {part} holds {batch.num_rows:,} rows; "
                     "publish a new night or roll back"
                 )
-        return cls(records, tokens)
+        return cls(snapshot.ids, records, tokens)
 
     def __len__(self) -> int:
-        return len(self._row)
+        return len(self._ids)
 
     def item(self, row: int) -> Item:
         """The record of a row, equal to the one that the night read."""
-        words = [self._column[name][row].as_py() for name in WORDS]
+        item_id, title, text, category, creator = (str(self._column[name][row].as_py()) for name in WORDS)
         numbers = {name.removeprefix(STATIC): self._column[name][row].as_py() for name in self._static}
         known = {name: value for name, value in numbers.items() if value == value}
-        return Item(*words, created_at=self._column["created_at"][row].as_py(), numbers=known)
+        return Item(item_id, title, text, category, creator, self._column["created_at"][row].as_py(), known)
 
     def title(self, row: int) -> str:
         """The title of a row, without reading the rest of the record."""
         return str(self._column["title"][row].as_py())
+
+    def creators(self, rows: Sequence[int] | Rows) -> list[str]:
+        """The creators of rows, in order; "" where unknown."""
+        taken = self._column["creator"].take(pa.array(np.asarray(rows, np.int64)))
+        return list(taken.to_pylist())
 
     def numbers(self, row: int) -> dict[str, float]:
         """The as-of numbers of a row by name; NaN = unknown. The ones its prompt was written with."""
         return {name.removeprefix(AS_OF): self._column[name][row].as_py() for name in self._as_of}
 
     def digest(self, row: int) -> str:
-        """The sha256 (64 hex digits) of the row's prompt tokens under the snapshot's encoder."""
-        return str(self._column["digest"][row].as_py().hex())
+        """The encoder's digest of the row's prompt tokens: equal digests mean an equal vector."""
+        return str(self._column["digest"][row].as_py())
 
-    def ids(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> list[str]:
+    def ids(self, rows: Sequence[int] | Rows) -> list[str]:
         """The ids of rows, in order."""
-        taken = self._column["item_id"].take(pa.array(np.asarray(rows, np.int64)))
-        return list(taken.to_pylist())
+        return self._ids.many(rows)
 
     def rows(self, ids: Sequence[str]) -> Rows:
-        """int64 [n]: the row of each id, -1 where the catalogue does not hold it. About a microsecond an id."""
-        if not ids or not len(self):
-            return np.full(len(ids), -1, np.int64)
-        wanted = id_hashes(ids)
-        first = np.minimum(np.searchsorted(self._hash, wanted), len(self) - 1)
-        rows = np.where(self._hash[first] == wanted, self._row[first], -1).astype(np.int64)
-        found = np.flatnonzero(rows >= 0)
-        for position, item_id in zip(found.tolist(), self.ids(rows[found])):
-            if item_id != ids[position]:  # two ids with one 64-bit hash: walk the run
-                rows[position] = self._walk(int(first[position]), ids[position])
-        return rows
-
-    def _walk(self, start: int, item_id: str) -> int:
-        run = start
-        while run < len(self) and self._hash[run] == self._hash[start]:
-            if self.ids([int(self._row[run])]) == [item_id]:
-                return int(self._row[run])
-            run += 1
-        return -1
+        """int64 [n]: the row of each id, -1 where the catalogue does not hold it."""
+        return self._ids.rows(ids)
 
     def row(self, item_id: str) -> int:
         """The row of one id. Raises UnknownItem."""
         found = int(self.rows([item_id])[0])
         if found < 0:
-            raise UnknownItem(f"item {item_id[:80]!r} is not in the catalogue of {len(self):,} items; check the id or the snapshot")
+            raise UnknownItem(
+                f"item {item_id[:80]!r} is not in the catalogue of {len(self):,} items; check the id or the snapshot"
+            )
         return found
 
     def tokens(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> list[npt.NDArray[np.int32]]:
@@ -143,24 +130,17 @@ class Catalog:
         return [self._tokens[starts[row] : starts[row + 1]] for row in np.asarray(rows, np.int64).tolist()]
 
     def require_ranker(self, fingerprint: str) -> None:
-        """Nothing happens if the tokens are of this ranker. Raises CatalogError with both fingerprints otherwise."""
+        """Nothing happens if the tokens are of this ranker. Raises FingerprintMismatch with both values otherwise."""
         if self.tokens_of != fingerprint:
-            held = f"tokens of ranker {self.tokens_of}" if self.tokens_of else "no ranker's tokens"
-            raise CatalogError(
-                f"the snapshot holds {held}, but the ranker given is {fingerprint}; "
-                "serve with the first, or run `brewline nightly` with --ranker of the second"
+            raise FingerprintMismatch(
+                "the ranker given does not fit the item tokens of the snapshot",
+                fingerprint,
+                self.tokens_of or "none (the snapshot was published without a ranker)",
+                "serve with the ranker of the snapshot, or run `brewline nightly` with --ranker of this one",
             )
 
 
-def id_hashes(ids: Sequence[str]) -> npt.NDArray[np.uint64]:
-    """uint64 [n]: the first eight bytes (little-endian) of each id's BLAKE2b-64."""
-    joined = b"".join(hashlib.blake2b(item_id.encode(), digest_size=8).digest() for item_id in ids)
-    return np.frombuffer(joined, "<u8")
-
-
-def write_catalog(
-    items: Items, numbers: Mapping[str, npt.NDArray[np.float64]], digests: Sequence[str], as_of: int
-) -> bytes:
+def write_catalog(items: Items, numbers: Mapping[str, npt.NDArray[np.float64]], digests: Sequence[str], as_of: int) -> bytes:
     """The bytes of `catalog.arrow` for items in the rows' order. `numbers` float64 [N] each, as of `as_of` (seconds).
 
     The same input gives the same bytes. Raises CatalogError if lengths differ or an id comes twice.
@@ -170,16 +150,12 @@ def write_catalog(
         raise CatalogError(f"the catalogue's columns must be of one length, not {sorted(lengths)}")
     if len(items.row_of) != len(items):
         raise CatalogError(f"{len(items) - len(items.row_of):,} item ids come more than once; ids must be unique")
-    hashes = id_hashes(items.item_id)
-    order = np.argsort(hashes, kind="stable")
     created = pa.array(items.created_at, pa.int64(), mask=items.created_at == MISSING_TIME)
     columns: dict[str, pa.Array] = {name: pa.array(getattr(items, name), pa.large_string()) for name in WORDS}
     columns["created_at"] = created
     columns |= {f"{STATIC}{name}": pa.array(column, pa.float64()) for name, column in items.numbers.items()}
     columns |= {f"{AS_OF}{name}": pa.array(column, pa.float64()) for name, column in numbers.items()}
-    columns["digest"] = pa.array([bytes.fromhex(digest) for digest in digests], pa.binary(32))
-    columns["lookup_hash"] = pa.array(hashes[order], pa.uint64())
-    columns["lookup_row"] = pa.array(order.astype(np.int32), pa.int32())
+    columns["digest"] = pa.array(digests, pa.large_string())
     return _ipc(pa.record_batch(columns), {"format": FORMAT, "as_of": as_of})
 
 

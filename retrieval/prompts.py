@@ -27,7 +27,7 @@ FIELD_TOKENS = (
     PAD, ITEM, TITLE, CATEGORY, CREATOR, TEXT, MEMBER, PROFILE, CONNECTION, HISTORY, ENTRY, DID, TASK, WISH, RELATION, ANSWER,
 )  # fmt: skip
 MAX_FIELD_CHARS = 4_000
-"""Characters of one field that are looked at: a token budget cuts far earlier, and a huge field must not cost its whole length."""
+"""Characters of one field that are looked at: token budgets cut far earlier, and a huge field must not cost its length."""
 PASSED_OVER = "passed over"
 
 _BLANKS = re.compile(r"[\s\x00-\x1f\x7f]+")

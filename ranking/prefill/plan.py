@@ -53,15 +53,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`tokens` of one pass; `item` tokens of one item; `positions` the model knows; what to do with a longer item.
+    """`max_tokens` of one pass, `max_item` tokens of one item, `max_positions` the model knows, what to do with a longer item.
 
     "keep_end" and "keep_start" say which part of a too long item is kept. The score is read at the last token, so
     "keep_start" drops a question that stands at the end of the item.
     """
 
-    tokens: int = 8192
-    item: int | None = None
-    positions: int | None = None
+    max_tokens: int = 8192
+    max_item: int | None = None
+    max_positions: int | None = None
     too_long: TooLong = "error"
 
 
@@ -129,7 +129,7 @@ def plan(requests: Sequence[Request], limits: Limits | None = None, *, hoist: bo
     """Return the passes that score every item of every request exactly as if it stood alone after its prefix.
 
     Equal items of a request are computed once. With `hoist`, the tokens that all items of a request begin with move to
-    the end of its prefix (each item keeps at least one), which changes no result. A pass holds at most `limits.tokens`
+    the end of its prefix (each item keeps at least one), which changes no result. A pass holds at most `limits.max_tokens`
     tokens, except that a prefix and its first item are never torn apart. Raises EmptyPrefix, EmptyItem, ItemTooLong and
     PrefixTooLong. A request without items is allowed and gets an empty answer.
     """
@@ -143,7 +143,7 @@ def plan(requests: Sequence[Request], limits: Limits | None = None, *, hoist: bo
         total += len(job.items)
         if job.items:
             jobs.append(job)
-    return Plan(tuple(_lay_out(parts) for parts in _split(jobs, limits.tokens)), tuple(fan_out), total)
+    return Plan(tuple(_lay_out(parts) for parts in _split(jobs, limits.max_tokens)), tuple(fan_out), total)
 
 
 def common_prefix(items: Sequence[Tokens]) -> int:
@@ -182,25 +182,25 @@ def _prepare(number: int, request: Request, limits: Limits, offset: int, hoist: 
 def _fit(item: Tokens, number: int, row: int, limits: Limits) -> tuple[int, ...]:
     if len(item) == 0:
         raise EmptyItem(f"item {row} of request {number} has no tokens; an item needs at least one")
-    if limits.item is None or len(item) <= limits.item:
+    if limits.max_item is None or len(item) <= limits.max_item:
         return tuple(item)
     if limits.too_long == "error":
         raise ItemTooLong(
-            f"item {row} of request {number} has {len(item)} tokens, the limit is {limits.item}; "
+            f"item {row} of request {number} has {len(item)} tokens, the limit is {limits.max_item}; "
             'shorten it or choose the policy "keep_end" or "keep_start"'
         )
-    kept = item[-limits.item :] if limits.too_long == "keep_end" else item[: limits.item]
+    kept = item[-limits.max_item :] if limits.too_long == "keep_end" else item[: limits.max_item]
     return tuple(kept)
 
 
 def _check_positions(number: int, prefix: int, items: Sequence[Tokens], limits: Limits) -> None:
-    if limits.positions is None or not items:
+    if limits.max_positions is None or not items:
         return
     longest = max(len(item) for item in items)
-    if prefix + longest > limits.positions:
+    if prefix + longest > limits.max_positions:
         raise PrefixTooLong(
             f"request {number} has a prefix of {prefix} tokens and an item of {longest}, together more than the "
-            f"{limits.positions} positions of the model; give the prefix a smaller token budget"
+            f"{limits.max_positions} positions of the model; give the prefix a smaller token budget"
         )
 
 

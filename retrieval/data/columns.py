@@ -67,9 +67,7 @@ class Sheet:
         kind = self.table.schema.field(name).type
         return kind.value_type if pa.types.is_dictionary(kind) else kind
 
-    def refuse(
-        self, bad: Mask, reason: str, seen: Sequence[object] | npt.NDArray[np.generic] | pa.Array | None = None
-    ) -> None:
+    def refuse(self, bad: Mask, reason: str, seen: Sequence[object] | npt.NDArray[np.generic] | pa.Array | None = None) -> None:
         """The marked rows that were still good are out, with this reason. `seen` is row-aligned with the file."""
         rows = np.flatnonzero(bad & self.ok)
         if not len(rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import overload
@@ -31,7 +32,7 @@ class _Block:
 
     file: str
     reason: str
-    rows: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64] | array[int]
     seen: Sequence[object] | npt.NDArray[np.generic] | None
 
     def one(self, at: int) -> Refusal:
@@ -43,6 +44,7 @@ class Refusals(Sequence[Refusal]):
     """Every refused row as a read-only sequence of `Refusal`, grouped by file and reason, rows ascending in a group."""
 
     _blocks: list[_Block] = field(default_factory=list)
+    _open: dict[tuple[str, str], tuple[array[int], list[str]]] = field(default_factory=dict)
 
     def add(
         self,
@@ -55,8 +57,18 @@ class Refusals(Sequence[Refusal]):
         if len(rows):
             self._blocks.append(_Block(file, reason, rows, seen))
 
+    def one(self, file: str, row: int, reason: str, seen: object = None) -> None:
+        """One row is recorded, by those who read row by row."""
+        rows, values = self._open.get((file, reason), (None, None))
+        if rows is None or values is None:
+            rows, values = array("q"), list[str]()
+            self._open[file, reason] = rows, values
+            self._blocks.append(_Block(file, reason, rows, values))
+        rows.append(row)
+        values.append("" if seen is None else shown(seen))
+
     def counts(self) -> dict[str, int]:
-        """"file: reason" -> number of rows, the most frequent first."""
+        """ "file: reason" -> number of rows, the most frequent first."""
         total: dict[str, int] = {}
         for block in self._blocks:
             key = f"{block.file}: {block.reason}"
@@ -88,6 +100,7 @@ class Refusals(Sequence[Refusal]):
 
 def shown(value: object) -> str:
     """The value as one short printable line: hostile text must not reach a terminal as control characters."""
-    text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+    enough = value[: 4 * SHOWN_CHARACTERS] if isinstance(value, str | bytes) else value
+    text = enough.decode("utf-8", "backslashreplace") if isinstance(enough, bytes) else str(enough)
     text = text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
     return text if text.isprintable() else ascii(text)[1:-1]

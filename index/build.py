@@ -1,0 +1,196 @@
+"""Chooses, trains and fills a FAISS index, and finds by measurement how many lists a search must visit."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from index.errors import BrewlineError
+from index.exact import exact_search, overlap
+from index.hits import Hits, Vectors, check_queries
+from index.manifest import Fact, Recall
+from index.search import Searcher
+
+Progress = Callable[[int, int], None]
+
+FLAT_ROWS = 50_000
+FLAT_NUMBERS = FLAT_ROWS * 128
+"""Up to this many rows, or this many numbers, one scan takes milliseconds and stays exact."""
+TRAINING_ROWS_PER_LIST = 64
+"""k-means wants at least 39 points per centroid (FAISS warns below that) and gains little beyond a few times that."""
+_BLOCK_ROWS = 65_536
+
+
+class BuildError(BrewlineError):
+    """An index cannot be built from these vectors or this recipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The kind of index: "Flat" scans everything (lists 0), "IVF256,Flat" visits some of 256 inverted lists."""
+
+    lists: int = 0
+
+    def __str__(self) -> str:
+        return f"IVF{self.lists},Flat" if self.lists else "Flat"
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """The recipe that `str` wrote is returned. Raises BuildError for any other text."""
+        match = re.fullmatch(r"Flat|IVF([1-9][0-9]{0,6}),Flat", text, re.ASCII)
+        if match is None:
+            raise BuildError(f"recipe {text!r} is unknown: expected Flat or IVF<lists>,Flat, for instance IVF256,Flat")
+        return cls(int(match[1] or 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A filled index, its recipe, the facts of its building (training rows, seed, nprobe) and its measured recall."""
+
+    index: Any
+    recipe: Recipe
+    facts: dict[str, Fact]
+    recall: Recall | None
+
+    def searcher(self) -> Searcher:
+        """A searcher that visits as many lists as the measurement found to be enough is returned."""
+        return Searcher(self.index, nprobe=int(self.facts["nprobe"]))
+
+
+def choose_recipe(count: int, dims: int) -> Recipe:
+    """A recipe for `count` vectors of `dims` numbers is returned: Flat while a scan is cheap, then about 2 sqrt(N) lists."""
+    if count < FLAT_ROWS or count * dims < FLAT_NUMBERS:
+        return Recipe()
+    return Recipe(int(2 ** round(math.log2(2 * math.sqrt(count)))))
+
+
+def build_index(vectors: Vectors, recipe: Recipe, seed: int, progress: Progress | None = None) -> Any:
+    """A FAISS inner-product index over vectors [N, D] is returned, row i under id i.
+
+    The same vectors, recipe and seed give the same index. Raises BuildError for NaN, infinity or fewer rows than lists.
+    """
+    import faiss
+
+    count, dims = _shape(vectors)
+    if recipe.lists > count:
+        raise BuildError(f"recipe {recipe} needs at least {recipe.lists} vectors, there are {count}: use Flat")
+    index: Any = faiss.IndexFlatIP(dims)
+    if recipe.lists:
+        index = faiss.IndexIVFFlat(index, dims, recipe.lists, faiss.METRIC_INNER_PRODUCT)
+        index.cp.seed = seed
+        index.cp.min_points_per_centroid = 1
+        index.train(_finite(vectors[_sample(count, training_rows(count, recipe), seed)], 0))
+    for start in range(0, count, _BLOCK_ROWS):
+        index.add(_finite(vectors[start : start + _BLOCK_ROWS], start))
+        if progress is not None:
+            progress(min(start + _BLOCK_ROWS, count), count)
+    return index
+
+
+def training_rows(count: int, recipe: Recipe) -> int:
+    """How many of `count` rows the lists are trained on is returned: 0 for Flat."""
+    return min(count, TRAINING_ROWS_PER_LIST * recipe.lists)
+
+
+def build(
+    vectors: Vectors,
+    *,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    k: int = 2_000,
+    target: float = 0.95,
+    queries: Vectors | None = None,
+    samples: int = 128,
+    progress: Progress | None = None,
+) -> Built:
+    """An index is returned whose searches reach `target` mean recall@k against exact search on sampled queries.
+
+    `queries` [Q, D] are real query vectors (members' of last night): they lie elsewhere than items, and a recall measured on
+    items flatters; without them sampled items must do, and the recall says so. k is at most N. Raises BuildError.
+    """
+    count, dims = _shape(vectors)
+    recipe = recipe or choose_recipe(count, dims)
+    index = build_index(vectors, recipe, seed, progress)
+    facts: dict[str, Fact] = {"seed": seed, "nprobe": 0, "training_rows": training_rows(count, recipe)}
+    if count == 0:
+        return Built(index, recipe, facts, None)
+    asked = sample_queries(vectors if queries is None else queries, samples, seed)
+    source = "items" if queries is None else "members"
+    nprobe, recall = choose_nprobe(index, vectors, asked, min(k, count), target, source)
+    facts.update(nprobe=nprobe, target_recall=target)
+    return Built(index, recipe, facts, recall)
+
+
+def choose_nprobe(index: Any, vectors: Vectors, queries: Vectors, k: int, target: float, source: str) -> tuple[int, Recall]:
+    """The smallest number of lists found to reach `target` mean recall@k is returned with the recall it reaches.
+
+    Doubling until it is reached, then halving the gap; all lists are exact, so there is always an answer. 0 for Flat.
+    """
+    queries = check_queries(queries, vectors.shape[1])
+    truth = exact_search(vectors, queries, k)
+
+    def measure(nprobe: int) -> Recall:
+        found = Searcher(index, nprobe=nprobe).search(queries, k)
+        return summarise(vectors, queries, found, truth, source)
+
+    lists = int(index.nlist) if _is_ivf(index) else 0
+    if lists == 0:
+        return 0, measure(0)
+    low, high = 0, 1
+    recall = measure(high)
+    while recall.mean < target and high < lists:
+        low, high = high, min(2 * high, lists)
+        recall = measure(high)
+    while high - low > max(1, high // 16):
+        middle = (low + high) // 2
+        at_middle = measure(middle)
+        if at_middle.mean >= target:
+            high, recall = middle, at_middle
+        else:
+            low = middle
+    return high, recall
+
+
+def summarise(vectors: Vectors, queries: Vectors, found: Hits, truth: Hits, source: str) -> Recall:
+    """Mean and 5th percentile of the recall over queries are returned, with k and where the queries came from."""
+    shares = overlap(vectors, queries, found, truth).astype(np.float64)
+    k = truth.rows.shape[1]
+    return Recall(k, round(float(shares.mean()), 6), round(float(np.quantile(shares, 0.05)), 6), len(shares), source)
+
+
+def sample_queries(vectors: Vectors, samples: int, seed: int) -> Vectors:
+    """At most `samples` of these rows are returned as float32 [Q, D], the same ones for the same seed."""
+    rows = _sample(len(vectors), samples, seed)
+    return np.asarray(vectors[rows], dtype=np.float32)
+
+
+def _sample(count: int, wanted: int, seed: int) -> Any:
+    if wanted >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, wanted, replace=False))
+
+
+def _is_ivf(index: Any) -> bool:
+    import faiss
+
+    return isinstance(index, faiss.IndexIVF)
+
+
+def _shape(vectors: Vectors) -> tuple[int, int]:
+    if vectors.ndim != 2 or vectors.shape[1] == 0 or vectors.dtype.kind != "f":
+        raise BuildError(f"vectors are {vectors.dtype}{list(vectors.shape)}, expected floats [N, D] with D > 0")
+    return vectors.shape[0], vectors.shape[1]
+
+
+def _finite(block: Vectors, start: int) -> Vectors:
+    with np.errstate(over="ignore"):
+        checked: Vectors = np.ascontiguousarray(block, dtype=np.float32)
+    bad = np.flatnonzero(~np.isfinite(checked).all(axis=1))
+    if bad.size:
+        raise BuildError(f"vector {start + bad[0]} holds NaN or infinity ({bad.size} in this block): encode it again")
+    return checked

@@ -1,0 +1,152 @@
+"""The key-value store in one SQLite file: no server, many threads, several processes on one machine."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from index.keyvalue import StoreError, StoreUnavailable, check_ttl, encode_key
+
+_APPLICATION = 0x42726577
+"""Marks the file as ours, so that a path to another program's database is refused instead of filled."""
+_CHUNK = 500
+"""Ids per statement; old SQLite builds allow 999 parameters."""
+_BUSY_MS = 5_000
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS entries (
+  kind BLOB NOT NULL, fingerprint BLOB NOT NULL, id BLOB NOT NULL, value BLOB NOT NULL, expires REAL,
+  PRIMARY KEY (kind, fingerprint, id));
+CREATE INDEX IF NOT EXISTS entries_expires ON entries (expires) WHERE expires IS NOT NULL;
+"""
+
+
+class SqliteStore:
+    """A `KeyValueStore` in the file `path` (":memory:" for none). `clock` tells seconds and decides what has expired.
+
+    One connection behind one lock: a batched read takes microseconds, and threads cannot meet inside a transaction. The
+    write-ahead log survives a crash of the process; a power cut may cost the last moments' writes, never the file.
+    """
+
+    def __init__(self, path: str, clock: Callable[[], float]) -> None:
+        self._path = path
+        self._clock = clock
+        self._lock = threading.RLock()
+        if path != ":memory:" and not Path(path).absolute().parent.is_dir():
+            raise StoreUnavailable(f"store sqlite:{path} cannot be opened: its folder does not exist; make it first")
+        with self._errors():
+            self._database = sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False)
+            try:
+                self._prepare()
+            except BaseException:
+                self._database.close()
+                raise
+
+    def get_many(self, kind: str, ids: Sequence[str], fingerprint: str = "") -> list[bytes | None]:
+        """See KeyValueStore."""
+        keys = [encode_key(one, "id") for one in ids]
+        prefix = _prefix(kind, fingerprint)
+        found: dict[bytes, bytes] = {}
+        distinct = list(dict.fromkeys(keys))
+        with self._errors(), self._lock:
+            now = self._clock()
+            for start in range(0, len(distinct), _CHUNK):
+                chunk = distinct[start : start + _CHUNK]
+                marks = ",".join("?" * len(chunk))
+                found.update(
+                    self._database.execute(
+                        "SELECT id, value FROM entries WHERE kind = ? AND fingerprint = ? "
+                        f"AND (expires IS NULL OR expires > ?) AND id IN ({marks})",
+                        (*prefix, now, *chunk),
+                    )
+                )
+        return [found.get(key) for key in keys]
+
+    def put_many(self, kind: str, values: Mapping[str, bytes], fingerprint: str = "", ttl_s: float | None = None) -> None:
+        """See KeyValueStore; here all values are kept or none."""
+        check_ttl(ttl_s)
+        prefix = _prefix(kind, fingerprint)
+        rows = [(encode_key(one, "id"), bytes(memoryview(value))) for one, value in values.items()]
+        with self._transaction() as now:
+            expires = None if ttl_s is None else now + ttl_s
+            self._database.execute("DELETE FROM entries WHERE expires IS NOT NULL AND expires <= ?", (now,))
+            self._database.executemany(
+                "INSERT OR REPLACE INTO entries (kind, fingerprint, id, value, expires) VALUES (?, ?, ?, ?, ?)",
+                ((*prefix, key, value, expires) for key, value in rows),
+            )
+
+    def delete_many(self, kind: str, ids: Sequence[str], fingerprint: str = "") -> None:
+        """See KeyValueStore."""
+        prefix = _prefix(kind, fingerprint)
+        keys = [encode_key(one, "id") for one in ids]
+        with self._transaction():
+            self._database.executemany(
+                "DELETE FROM entries WHERE kind = ? AND fingerprint = ? AND id = ?", ((*prefix, key) for key in keys)
+            )
+
+    def ids(self, kind: str, fingerprint: str = "") -> Iterator[str]:
+        """See KeyValueStore; read page by page, so writers wait for a page at most."""
+        prefix = _prefix(kind, fingerprint)
+        last, above = b"", ">="
+        while True:
+            with self._errors(), self._lock:
+                page = self._database.execute(
+                    f"SELECT id FROM entries WHERE kind = ? AND fingerprint = ? AND id {above} ? "
+                    f"AND (expires IS NULL OR expires > ?) ORDER BY id LIMIT {_CHUNK}",
+                    (*prefix, last, self._clock()),
+                ).fetchall()
+            if not page:
+                return
+            for (key,) in page:
+                yield key.decode("utf-8")
+            last, above = page[-1][0], ">"
+
+    def ping(self) -> None:
+        """See KeyValueStore."""
+        with self._errors(), self._lock:
+            self._database.execute("SELECT 1 FROM entries LIMIT 1").fetchall()
+
+    def close(self) -> None:
+        """See KeyValueStore."""
+        with self._lock:
+            self._database.close()
+
+    def _prepare(self) -> None:
+        (mark,) = self._database.execute("PRAGMA application_id").fetchone()
+        tables = self._database.execute("SELECT name FROM sqlite_master LIMIT 1").fetchall()
+        if mark != _APPLICATION and (mark or tables):
+            raise StoreError(f"store sqlite:{self._path} is another program's database: name another file")
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = NORMAL")
+        self._database.executescript(_SCHEMA)
+        self._database.execute(f"PRAGMA application_id = {_APPLICATION}")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[float]:
+        """Inside the block this thread alone writes; the time of its beginning is yielded."""
+        with self._errors(), self._lock:
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._clock()
+                self._database.execute("COMMIT")
+            except BaseException:
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.ProgrammingError as error:
+            raise StoreError(f"store sqlite:{self._path} is closed or misused: {error}") from error
+        except sqlite3.OperationalError as error:
+            raise StoreUnavailable(f"store sqlite:{self._path} cannot be used now: {error}") from error
+        except sqlite3.Error as error:
+            raise StoreError(f"store sqlite:{self._path} is refused by SQLite: {error}; name another file") from error
+
+
+def _prefix(kind: str, fingerprint: str) -> tuple[bytes, bytes]:
+    return encode_key(kind, "kind"), encode_key(fingerprint, "fingerprint")

@@ -1,0 +1,156 @@
+"""Groups become token ids: prefix and candidates of many members in one packed pass, drawn in an order that a seed fixes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ranking.learn.examples import Ints, Pool
+from ranking.prefill.plan import Request
+from ranking.prompts import RankPrompts, admitted
+from ranking.tasks import Task
+from retrieval.counts import Counts
+from retrieval.data.schema import MISSING_TIME, Dataset, Engagement, Item, MemberView
+
+Choice = tuple[str, int]
+"""A task's name and a group of its pool."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests of one step; `label` float32 [n] and `tasks` of each request, candidates in the requests' order."""
+
+    requests: list[Request]
+    tasks: list[str]
+    label: npt.NDArray[np.float32]
+
+
+class GroupWriter:
+    """Writes groups of a dataset as requests, exactly as the served ranker would write them at that moment."""
+
+    def __init__(self, dataset: Dataset, prompts: RankPrompts, tasks: Mapping[str, Task], before: int) -> None:
+        """Histories are engagements; numbers come from events strictly before `before` (seconds)."""
+        self.dataset, self.prompts, self.tasks = dataset, prompts, tasks
+        self.counts = Counts.from_dataset(dataset, before)
+        self._log = dataset.engagements
+        self._order = np.argsort(self._log.member, kind="stable")
+        self._bounds = np.searchsorted(self._log.member[self._order], np.arange(len(dataset.members) + 1))
+        self._records: dict[int, Item] = {}
+        self._bodies: dict[int, list[int]] = {}
+        self._histories: dict[int, tuple[Ints, list[list[int]]]] = {}
+        self._edges: dict[int, dict[str, tuple[str, int]]] = {}
+
+    def write(self, pools: Mapping[str, Pool], chosen: Sequence[Choice]) -> Batch:
+        """The chosen groups as one batch."""
+        parts = [pools[task].candidates(group) for task, group in chosen]
+        item = np.concatenate([pools[task].item[part] for (task, _), part in zip(chosen, parts)])
+        day = np.concatenate([pools[task].day[part] for (task, _), part in zip(chosen, parts)])
+        label = np.concatenate([pools[task].label[part] for (task, _), part in zip(chosen, parts)])
+        rows = self.item_rows(item, day)
+        requests, place = [], 0
+        for task, group in chosen:
+            pool = pools[task]
+            member, moment = int(pool.member[group]), int(pool.moment[group])
+            candidates = item[place : place + (size := int(pool.start[group + 1] - pool.start[group]))]
+            closed = [
+                row + self.prompts.suffix(relation)
+                for row, relation in zip(rows[place : place + size], self.relations(member, candidates, moment))
+            ]
+            requests.append(Request(self.prefix(member, moment, self.tasks[task]), closed))
+            place += size
+        return Batch(requests, [task for task, _ in chosen], label.astype(np.float32))
+
+    def item_rows(self, item: Ints, day: Ints) -> list[list[int]]:
+        """Ids of items [n] with their numbers as of the start of days [n]."""
+        missing = [row for row in dict.fromkeys(item.tolist()) if row not in self._bodies]
+        self._bodies |= dict(zip(missing, self.prompts.bodies([self._record(row) for row in missing])))
+        columns = {name: column[item] for name, column in self.dataset.items.numbers.items()}
+        columns |= self.counts.at(item, day)
+        return self.prompts.with_numbers([self._bodies[row] for row in item.tolist()], columns)
+
+    def prefix(self, member: int, moment: int, task: Task) -> list[int]:
+        """Ids of the prefix of a member (row) at a moment (seconds), which sees nothing of the moment itself."""
+        connections = self.dataset.connections_of(member, moment)
+        opening = self.prompts.opening(MemberView(self.dataset.members[member], (), connections), task)
+        times, entries = self._history(member)
+        return self.prompts.assemble(opening, entries[: int(np.searchsorted(times, moment))])
+
+    def relations(self, member: int, item: Ints, moment: int) -> list[str]:
+        """The member's relation to the creators of items [n], in words, as known before a moment."""
+        edges = self._edges.get(member)
+        if edges is None:
+            edges = {}
+            for edge in reversed(self.dataset.connections_of(member)):
+                edges[edge.other_id] = (f"{edge.kind} the author", MISSING_TIME if edge.since is None else edge.since)
+            self._edges[member] = edges
+        if not edges:
+            return [""] * len(item)
+        found = (edges.get(self.dataset.items.creator[row], ("", moment)) for row in item.tolist())
+        return [words if since < moment else "" for words, since in found]
+
+    def _history(self, member: int) -> tuple[Ints, list[list[int]]]:
+        """Times and ids of the entries that the member's prefixes show, oldest first.
+
+        What is admitted depends only on what came before, so the whole log serves every moment.
+        """
+        if member not in self._histories:
+            rows = self._order[self._bounds[member] : self._bounds[member + 1]]
+            history = [self._engagement(int(row)) for row in rows]
+            kept = admitted(history)
+            entries = [self.prompts.entry(history[row]) for row in kept]
+            self._histories[member] = (self._log.timestamp[rows[kept]] if kept else np.zeros(0, np.int64), entries)
+        return self._histories[member]
+
+    def _engagement(self, row: int) -> Engagement:
+        log = self._log
+        label = int(log.label[row])
+        action = log.actions[int(log.action[row])]
+        return Engagement(self._record(int(log.item[row])), int(log.timestamp[row]), action, None if label < 0 else label)
+
+    def _record(self, row: int) -> Item:
+        if row not in self._records:
+            self._records[row] = self.dataset.items[row]
+        return self._records[row]
+
+
+class Order:
+    """An endless order of groups: each round holds every group of the first task once, and of the others a share.
+
+    `share` says how many groups of each further task a round holds, relative to the first. The order depends on the seed
+    alone; `cursor` is the whole state.
+    """
+
+    def __init__(self, pools: Mapping[str, Pool], share: float, step_candidates: int, seed: int) -> None:
+        self._pools, self._share, self._least, self._seed = pools, share, step_candidates, seed
+        self.cursor = (0, 0)
+        self._round, self._choices = -1, list[Choice]()
+
+    def next(self) -> list[Choice]:
+        """The groups of the next step: at least `step_candidates` candidates."""
+        number, place = self.cursor
+        chosen: list[Choice] = []
+        size = 0
+        while size < self._least:
+            if number != self._round:
+                self._round, self._choices = number, self._shuffled(number)
+            if place >= len(self._choices):
+                number, place = number + 1, 0
+                continue
+            task, group = self._choices[place]
+            chosen.append((task, group))
+            size += int(self._pools[task].start[group + 1] - self._pools[task].start[group])
+            place += 1
+        self.cursor = (number, place)
+        return chosen
+
+    def _shuffled(self, number: int) -> list[Choice]:
+        rng = np.random.default_rng([self._seed, 4, number])
+        first = len(next(iter(self._pools.values())))
+        choices: list[Choice] = []
+        for place, (task, pool) in enumerate(self._pools.items()):
+            count = len(pool) if place == 0 else min(len(pool), round(self._share * first))
+            choices += [(task, group) for group in rng.permutation(len(pool))[:count].tolist()]
+        return [choices[row] for row in rng.permutation(len(choices)).tolist()]

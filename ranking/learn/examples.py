@@ -1,0 +1,160 @@
+"""The event log becomes questions: one member at one moment, the candidates of that time, and what became of them.
+
+A group shares one prefix, so its candidates are scored in one pass in training as in serving. Its history ends strictly
+before its first event; each candidate's numbers are as of the start of its own day.
+
+Legend: G groups, n candidates of all groups, E events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ranking.tasks import ENGAGE, LABEL, Task
+from retrieval.data.schema import DAY, IMPRESSION, Dataset, Events, action_kind
+
+Ints = npt.NDArray[np.int64]
+SAMPLED = -1
+"""Stands for "no event" where a candidate was drawn from the catalogue."""
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """How events are grouped: a group ends at a day's end once it has `least` candidates, and at `most` in any case.
+
+    Few candidates to a prefix waste computation; many days to a prefix make its history stale. `negatives` catalogue items
+    are drawn for each engagement where the folder says nothing about what was not chosen.
+    """
+
+    least: int = 8
+    most: int = 24
+    negatives: int = 4
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All groups of one task in a window: member, moment int64 [G] (seconds: the history ends before it), start int64 [G+1];
+    item, day, event int64 [n] (event SAMPLED = drawn), label int8 [n] (1 or 0)."""
+
+    task: str
+    member: Ints
+    moment: Ints
+    start: Ints
+    item: Ints
+    day: Ints
+    event: Ints
+    label: npt.NDArray[np.int8]
+
+    def __len__(self) -> int:
+        return len(self.member)
+
+    def candidates(self, group: int) -> slice:
+        """The positions of a group's candidates."""
+        return slice(int(self.start[group]), int(self.start[group + 1]))
+
+
+def pools_of(
+    dataset: Dataset, tasks: Mapping[str, Task], since: int | None, until: int, settings: GroupSettings, seed: int
+) -> dict[str, Pool]:
+    """The groups of every task from events with since <= timestamp < until (seconds); tasks without any are left out."""
+    log = dataset.events
+    window = log.timestamp < until
+    if since is not None:
+        window &= log.timestamp >= since
+    found = {name: _pool(dataset, task, window, settings, seed) for name, task in tasks.items()}
+    return {name: pool for name, pool in found.items() if len(pool)}
+
+
+def _pool(dataset: Dataset, task: Task, window: npt.NDArray[np.bool_], settings: GroupSettings, seed: int) -> Pool:
+    event, label = answers(dataset, task)
+    kept = window[event]
+    event, label = event[kept], label[kept]
+    log = dataset.events
+    order = np.argsort(log.member[event], kind="stable")  # the log is in time order, so each member's part is too
+    event, label = event[order], label[order]
+    member, day = log.member[event].astype(np.int64), log.timestamp[event] // DAY
+    start = np.array(_edges(member, day, settings), np.int64)
+    first = event[start[:-1]]
+    pool = Pool(
+        task=task.name,
+        member=log.member[first].astype(np.int64),
+        moment=log.timestamp[first],
+        start=start,
+        item=log.item[event].astype(np.int64),
+        day=day,
+        event=event,
+        label=label,
+    )
+    return _with_negatives(dataset, pool, settings.negatives, seed) if task.name == ENGAGE else pool
+
+
+def answers(dataset: Dataset, task: Task) -> tuple[Ints, npt.NDArray[np.int8]]:
+    """The events [n] that a task asks about, in time order, and the answers int8 [n].
+
+    For the label task every labelled event; for an action every impression of a known request, positive if that member
+    did that to that item in that request; for "engage" each member's first engagement with each item, all positive.
+    """
+    log = dataset.events
+    if task.name == LABEL:
+        event = np.flatnonzero(log.label >= 0)
+        return event, log.label[event]
+    if task.name == ENGAGE:
+        engaged = np.flatnonzero(dataset.is_engagement)
+        pair = log.member[engaged].astype(np.int64) * max(len(dataset.items), 1) + log.item[engaged]
+        event = engaged[np.sort(np.unique(pair, return_index=True)[1])]
+        return event, np.ones(len(event), np.int8)
+    event = np.flatnonzero((log.action == log.actions.index(IMPRESSION)) & (log.request >= 0))
+    wanted = np.array([action_kind(action) == task.action for action in log.actions])
+    did = np.flatnonzero(wanted[log.action] & (log.request >= 0))
+    return event, np.isin(_shown_key(log, event), _shown_key(log, did)).astype(np.int8)
+
+
+def _shown_key(log: Events, event: Ints) -> npt.NDArray[np.void]:
+    """One comparable value for (request, member, item) of each event."""
+    columns = np.stack([log.request[event], log.member[event], log.item[event]], 1).astype(np.int32)
+    return np.ascontiguousarray(columns).view(np.dtype((np.void, 12)))[:, 0]
+
+
+def _edges(member: Ints, day: Ints, settings: GroupSettings) -> list[int]:
+    """Bounds [G+1] of groups over candidates sorted by member, then time."""
+    edges = [0]
+    for row in range(1, len(member)):
+        size = row - edges[-1]
+        new_day = day[row] != day[row - 1]
+        if member[row] != member[row - 1] or size >= settings.most or (new_day and size >= settings.least):
+            edges.append(row)
+    if len(member):
+        edges.append(len(member))
+    return edges
+
+
+def _with_negatives(dataset: Dataset, pool: Pool, negatives: int, seed: int) -> Pool:
+    """The pool with `negatives` random catalogue items after each positive, never one that the member engaged with."""
+    rng = np.random.default_rng([seed, 3])
+    n_items = len(dataset.items)
+    log = dataset.engagements
+    known = np.unique(log.member.astype(np.int64) * n_items + log.item)
+    owner = np.repeat(pool.member, np.diff(pool.start))
+    drawn = rng.integers(0, n_items, (len(owner), negatives))
+    free = ~np.isin(owner[:, None] * n_items + drawn, known)
+    keep = np.concatenate([np.ones((len(owner), 1), bool), free], axis=1)
+    width = keep.shape[1]
+    counts = np.concatenate([[0], np.cumsum(keep.sum(1))])
+    label = np.zeros(keep.shape, np.int8)
+    label[:, 0] = 1
+    event = np.full(keep.shape, SAMPLED, np.int64)
+    event[:, 0] = pool.event
+    return Pool(
+        task=pool.task,
+        member=pool.member,
+        moment=pool.moment,
+        start=counts[pool.start],
+        item=np.concatenate([pool.item[:, None], drawn], axis=1)[keep],
+        day=np.repeat(pool.day[:, None], width, axis=1)[keep],
+        event=event[keep],
+        label=label[keep],
+    )

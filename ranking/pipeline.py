@@ -1,0 +1,235 @@
+"""The product in four lines: describe the member, retrieve candidates, score them, put them in order.
+
+The service and the offline evaluation call the same functions, so what is measured at night is what is served by day. A
+stopwatch is an argument; lateness is decided here, before work is done in vain, and said openly in the answer.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from index.errors import BrewlineError
+from ranking.prompts import relations_of
+from ranking.tasks import task_named
+from retrieval.data.schema import MemberView
+from retrieval.retrieve import Candidates, Retriever, Vector, distinct, seen_items
+
+if TYPE_CHECKING:
+    from ranking.ranker import Ranker
+
+FANOUT = 2_000
+Watch = Callable[[str], AbstractContextManager[None]]
+Floats = npt.NDArray[np.float32]
+
+
+class NoRanker(BrewlineError):
+    """Ranking was asked for, but only the first stage is loaded."""
+
+
+class BadScores(BrewlineError):
+    """The ranker returned something that is not a probability for each candidate."""
+
+
+class Degraded(enum.IntEnum):
+    """Why an answer is less than it should be; numbered as in the contract."""
+
+    NONE = 0
+    RETRIEVAL_ORDER = 1
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """K items, best first: `ids` [K], `rows` int64 [K], `places` int64 [K] in retrieval order (0 = nearest), `scores` float32 [K]
+    cosine, `probabilities` float32 [K] or None if nothing was ranked, out of `candidates`."""
+
+    ids: list[str]
+    rows: npt.NDArray[np.int64]
+    places: npt.NDArray[np.int64]
+    scores: Floats | None
+    probabilities: Floats | None
+    candidates: int
+    degraded: Degraded = Degraded.NONE
+    detail: str = ""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Stopwatch:
+    """Microseconds by stage, summed over every time that the stage ran."""
+
+    def __init__(self) -> None:
+        self.micros: dict[str, int] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """The block's duration counts for the stage, whether or not it raises."""
+        start = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            self.micros[stage] = self.micros.get(stage, 0) + (time.perf_counter_ns() - start) // 1000
+
+
+def unwatched(stage: str) -> AbstractContextManager[None]:
+    """A stopwatch that measures nothing."""
+    del stage
+    return nullcontext()
+
+
+class Pace:
+    """How long ranking will take, learned from how long it took.
+
+    A run of n candidates bounds any other from above: a smaller one takes no longer, a larger one no longer than in
+    proportion. The forecast is the largest bound of the four recent runs nearest in size. Without a recent run (`MEMORY_S`)
+    the best pace ever seen counts, so that one slow minute cannot switch ranking off for good.
+    """
+
+    MEMORY_S = 30.0
+
+    def __init__(self) -> None:
+        self._runs: deque[tuple[float, int, float]] = deque(maxlen=64)
+        self._best: tuple[int, float] | None = None
+
+    def record(self, candidates: int, seconds: float, now: float) -> None:
+        """A run of so many candidates took so many seconds and ended now."""
+        if candidates < 1:
+            return
+        self._runs.append((now, candidates, seconds))
+        if self._best is None or seconds * self._best[0] < self._best[1] * candidates:
+            self._best = (candidates, seconds)
+
+    def forecast(self, candidates: int, now: float) -> float:
+        """Seconds that ranking so many candidates will take at most; 0 if nothing was ever measured."""
+        runs = [(size, seconds) for when, size, seconds in self._runs if now - when <= self.MEMORY_S]
+        runs = runs or ([self._best] if self._best is not None else [])
+        nearest = sorted(runs, key=lambda run: abs(math.log(run[0] / max(candidates, 1))))[:4]
+        return max((seconds * max(1.0, candidates / size) for size, seconds in nearest), default=0.0)
+
+
+@dataclass(frozen=True)
+class Recommender:
+    """Two stages of the same night. Without a ranker only `retrieve` answers. Not safe for concurrent calls."""
+
+    retriever: Retriever
+    ranker: Ranker | None = None
+    pace: Pace = field(default_factory=Pace)
+    reply_s: float = 0.01
+    """Seconds kept back from a deadline for the way home."""
+
+    def recommend(
+        self,
+        view: MemberView,
+        k: int,
+        fanout: int = FANOUT,
+        *,
+        exclude: Collection[str] = (),
+        task: str = "",
+        vector: Vector | None = None,
+        deadline: float = math.inf,
+        watch: Watch = unwatched,
+        early: Callable[[Ranked], None] | None = None,
+    ) -> Ranked:
+        """The `k` best items for a member out of `fanout` candidates, by falling probability.
+
+        Neither `exclude` nor the view's history comes back. `vector` is the member's, if it is already known. If ranking
+        would end after `deadline` (`time.monotonic()`), the answer is in retrieval order and says so. `early` is given
+        that answer as soon as it exists, for a caller who can no longer wait. Raises NoRanker, TaskError.
+        """
+        task = self.task(task)
+        candidates = self.retrieve(view, fanout, exclude=exclude, vector=vector, watch=watch)
+        if early is not None:
+            early(in_retrieval_order(candidates, k, "ranking was still running when the deadline came"))
+        late = self._too_late(len(candidates), deadline)
+        if late:
+            return in_retrieval_order(candidates, k, late)
+        probabilities = self.score(view, candidates.rows, task, watch=watch)
+        with watch("order"):
+            return order(candidates, probabilities, k)
+
+    def retrieve(
+        self,
+        view: MemberView,
+        k: int,
+        *,
+        exclude: Collection[str] = (),
+        vector: Vector | None = None,
+        watch: Watch = unwatched,
+    ) -> Candidates:
+        """The `k` nearest items that the member has not seen and that are not excluded, by falling cosine."""
+        with watch("encode"):
+            vector = self.retriever.describe(view) if vector is None else vector
+        with watch("search"):
+            return self.retriever.retrieve(vector, k, distinct(list(exclude), seen_items(view)))
+
+    def score(self, view: MemberView, rows: npt.NDArray[np.int64], task: str = "", *, watch: Watch = unwatched) -> Floats:
+        """The probability float32 [C] of the task's positive answer for each row of the catalogue. Raises BadScores."""
+        if self.ranker is None:
+            raise NoRanker("no ranker is loaded; start with --ranker DIR, or ask for retrieval only")
+        task = self.task(task)
+        if not len(rows):
+            return np.zeros(0, np.float32)
+        started = time.monotonic()
+        with watch("rank"):
+            catalog = self.retriever.catalog
+            tokens = [row.tolist() for row in catalog.tokens(rows)]
+            relations = relations_of(view.connections, catalog.creators(rows)) if view.connections else None
+            probabilities = self.ranker.score(view, tokens, task, relations)
+        now = time.monotonic()
+        self.pace.record(len(rows), now - started, now)
+        if probabilities.shape != (len(rows),) or not np.all((probabilities >= 0) & (probabilities <= 1)):
+            raise BadScores(f"the ranker returned no probability for some of {len(rows):,} candidates; check the model folder")
+        return probabilities.astype(np.float32, copy=False)
+
+    def task(self, wanted: str) -> str:
+        """The task to rank for; "" is the ranker's first. Raises NoRanker, TaskError."""
+        if self.ranker is None:
+            raise NoRanker("no ranker is loaded; start with --ranker DIR, or ask for retrieval only")
+        return task_named(self.ranker.tasks, wanted).name
+
+    def _too_late(self, candidates: int, deadline: float) -> str:
+        now = time.monotonic()
+        left, needed = deadline - now - self.reply_s, self.pace.forecast(candidates, now)
+        if needed <= left:
+            return ""
+        return (
+            f"ranking {candidates:,} candidates takes about {needed * 1e3:,.0f} ms and {max(left, 0) * 1e3:,.0f} ms were left; "
+            "give more time or a smaller fanout"
+        )
+
+
+def order(candidates: Candidates, probabilities: Floats, k: int) -> Ranked:
+    """The `k` most probable candidates; equal ones keep retrieval order."""
+    best = np.argsort(-probabilities, kind="stable")[:k]
+    return Ranked(
+        [candidates.ids[place] for place in best],
+        candidates.rows[best],
+        best,
+        candidates.scores[best],
+        probabilities[best],
+        len(candidates),
+    )
+
+
+def in_retrieval_order(candidates: Candidates, k: int, detail: str = "") -> Ranked:
+    """The `k` nearest candidates without probabilities; degraded if a detail says why."""
+    return Ranked(
+        candidates.ids[:k],
+        candidates.rows[:k],
+        np.arange(min(k, len(candidates))),
+        candidates.scores[:k],
+        None,
+        len(candidates),
+        Degraded.RETRIEVAL_ORDER if detail else Degraded.NONE,
+        detail,
+    )

@@ -1,0 +1,208 @@
+"""The ranker: a folder that is complete, and the object that turns a member and candidates into probabilities.
+
+A folder holds the weights, the tokenizer, the quantizer and `ranker.json` (template versions, tasks with their label
+tokens, budgets, calibrators, the encoder it goes with). One fingerprint covers all of it; nothing is overridden at load.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import LlamaForCausalLM
+
+from index.errors import BrewlineError
+from ranking.calibrate import Calibrator
+from ranking.prefill.engine import Engine
+from ranking.prefill.plan import Limits, Request
+from ranking.prompts import RANK_TEMPLATE, RankBudgets, RankPrompts, label_id
+from ranking.tasks import Task, task_named
+from retrieval.data.schema import Item, MemberView
+from retrieval.features import Quantizer
+from retrieval.fingerprint import folder_fingerprint
+from retrieval.llama import load_llama
+from retrieval.prompts import TEMPLATE_VERSION
+from retrieval.tokens import Tokens
+
+FORMAT = 1
+FACTS = "ranker.json"
+QUANTIZER = "quantizer.json"
+FINGERPRINTED = (FACTS, QUANTIZER, "tokenizer.json", "config.json", "model.safetensors")
+
+Floats = npt.NDArray[np.float32]
+
+
+class RankerError(BrewlineError):
+    """A folder is not a complete ranker of this version, or its parts do not belong together."""
+
+
+@dataclass(frozen=True)
+class RankerFacts:
+    """What `ranker.json` says. `labels` task -> (positive, negative) token ids; `encoder` is a fingerprint or None;
+    `training` says how the weights came to be, without times, so that the same training gives the same bytes."""
+
+    tasks: Mapping[str, Task]
+    labels: Mapping[str, tuple[int, int]]
+    budgets: RankBudgets
+    calibrators: Mapping[str, Calibrator]
+    encoder: str | None
+    training: Mapping[str, Any]
+
+
+class Ranker:
+    """Probabilities of a task's positive answer for candidates before one member. Not safe for concurrent calls."""
+
+    def __init__(
+        self, model: LlamaForCausalLM, prompts: RankPrompts, facts: RankerFacts, fingerprint: str, engine: Engine
+    ) -> None:
+        self.model, self.prompts, self.facts = model.eval(), prompts, facts
+        self.fingerprint, self.engine = fingerprint, engine
+
+    @classmethod
+    def load(cls, folder: Path, *, device: str = "cpu", backend: str | None = None, max_tokens: int = 8192) -> Ranker:
+        """The ranker of a complete folder; `max_tokens` bounds one forward pass.
+
+        Raises RankerError, MissingPart, TokenizerError, QuantizerError, CheckpointError, BackendMissing (a named attention
+        backend that cannot run), each saying what was seen and what was expected.
+        """
+        facts = read_facts(folder)
+        fingerprint = folder_fingerprint(folder, FINGERPRINTED)
+        tokens = Tokens.load(folder)
+        prompts = RankPrompts(tokens, Quantizer.load(folder / QUANTIZER), facts.budgets)
+        for task in facts.tasks.values():
+            found = (label_id(tokens, task.positive), label_id(tokens, task.negative))
+            if found != facts.labels[task.name]:
+                raise RankerError(
+                    f"{folder}: the tokenizer reads the answers of task {task.name!r} as {found}, {FACTS} says "
+                    f"{facts.labels[task.name]}; the two files are of different rankers"
+                )
+        model = load_llama(folder, causal_lm=True)
+        rows = len(model.get_input_embeddings().weight)
+        if rows < len(tokens):
+            raise RankerError(f"{folder}: {len(tokens)} tokens but {rows} embeddings; the parts are of different rankers")
+        return cls.of(model.to(device), prompts, facts, fingerprint, backend=backend, max_tokens=max_tokens)
+
+    @classmethod
+    def of(
+        cls,
+        model: LlamaForCausalLM,
+        prompts: RankPrompts,
+        facts: RankerFacts,
+        fingerprint: str,
+        *,
+        backend: str | None = None,
+        max_tokens: int = 8192,
+    ) -> Ranker:
+        """A ranker over parts that are already in memory."""
+        ids = list(dict.fromkeys(token for pair in facts.labels.values() for token in pair))
+        limits = Limits(max_tokens=max_tokens, max_positions=model.config.max_position_embeddings)
+        return cls(prompts, facts, fingerprint, Engine(model, ids, backend=backend, limits=limits))
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """The tasks by name, the main one first."""
+        return self.facts.tasks
+
+    def item_tokens(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray]) -> list[list[int]]:
+        """Token ids of N items with as-of numbers name -> float [N]: what a snapshot keeps for this ranker."""
+        return self.prompts.items(items, numbers)
+
+    def prefix(self, view: MemberView, task: str = "") -> list[int]:
+        """Token ids of the prefix for a member and a task ("" is the main one). Raises TaskError."""
+        return self.prompts.prefix(view, task_named(self.tasks, task))
+
+    def score(
+        self,
+        view: MemberView,
+        item_tokens: Sequence[Sequence[int]],
+        task: str = "",
+        relations: Sequence[str] | None = None,
+    ) -> Floats:
+        """Calibrated probabilities float32 [C] of the task's positive answer, in the order of the C candidates.
+
+        `item_tokens` as `item_tokens` made them; `relations` the member's relation to each in words ("follows the author"),
+        see `ranking.prompts.relations_of`. Raises TaskError and the errors of `ranking.prefill.plan`.
+        """
+        asked = task_named(self.tasks, task)
+        logits = self.logits(self.prefix(view, task), item_tokens, asked.name, relations)
+        calibrator = self.facts.calibrators.get(asked.name, Calibrator())
+        return calibrator.probabilities(logits)
+
+    def logits(
+        self, prefix: Sequence[int], item_tokens: Sequence[Sequence[int]], task: str, relations: Sequence[str] | None = None
+    ) -> Floats:
+        """The raw scores float32 [C] = logit of the positive minus logit of the negative answer."""
+        return self.logits_many([(prefix, item_tokens, relations)], task)[0]
+
+    def logits_many(
+        self, requests: Sequence[tuple[Sequence[int], Sequence[Sequence[int]], Sequence[str] | None]], task: str
+    ) -> list[Floats]:
+        """The raw scores of several (prefix, item tokens, relations) of one task, in as few passes as the budget allows."""
+        asked = [Request(prefix, self._closed(items, relations)) for prefix, items, relations in requests]
+        yes, no = (self.engine.label_ids.index(token) for token in self.facts.labels[task])
+        return [found[:, yes] - found[:, no] for found in self.engine.score(asked)]
+
+    def _closed(self, items: Sequence[Sequence[int]], relations: Sequence[str] | None) -> list[list[int]]:
+        if relations is None:
+            suffix = self.prompts.suffix()
+            return [[*item, *suffix] for item in items]
+        if len(relations) != len(items):
+            raise RankerError(f"{len(relations)} relations were given for {len(items)} candidates; give one for each, or none")
+        return [[*item, *self.prompts.suffix(relation)] for item, relation in zip(items, relations)]
+
+
+def read_facts(folder: Path) -> RankerFacts:
+    """The facts of a ranker folder. Raises RankerError with what was seen and what was expected."""
+    path = folder / FACTS
+    if not path.is_file():
+        raise RankerError(f"{folder}: no {FACTS}; expected a ranker folder as `brewline ranker train` writes it")
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RankerError(f"{path}: not JSON ({error})") from error
+    for name, expected in (("format", FORMAT), ("template", TEMPLATE_VERSION), ("rank_template", RANK_TEMPLATE)):
+        if found.get(name) != expected:
+            raise RankerError(f"{path}: {name} is {found.get(name)!r}, this version reads {expected!r}; train the ranker again")
+    try:
+        tasks = [Task.from_facts(entry) for entry in found["tasks"]]
+        return RankerFacts(
+            tasks={task.name: task for task in tasks},
+            labels={task.name: (int(found["labels"][task.name][0]), int(found["labels"][task.name][1])) for task in tasks},
+            budgets=RankBudgets(**found["budgets"]),
+            calibrators={name: Calibrator.from_facts(facts) for name, facts in found["calibrators"].items()},
+            encoder=found["encoder"],
+            training=found["training"],
+        )
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise RankerError(f"{path}: incomplete ({type(error).__name__}: {error}); train the ranker again") from error
+
+
+def save_ranker(folder: Path, model: LlamaForCausalLM, prompts: RankPrompts, facts: RankerFacts) -> str:
+    """Write a complete ranker folder, readable by stock transformers, and return its fingerprint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    prompts.tokens.save(folder)
+    prompts.quantizer.save(folder / QUANTIZER)
+    content = {
+        "format": FORMAT,
+        "template": TEMPLATE_VERSION,
+        "rank_template": RANK_TEMPLATE,
+        "tasks": [task.facts() for task in facts.tasks.values()],
+        "labels": {name: list(pair) for name, pair in facts.labels.items()},
+        "budgets": facts.budgets.facts(),
+        "calibrators": {name: calibrator.facts() for name, calibrator in facts.calibrators.items()},
+        "encoder": facts.encoder,
+        "training": dict(facts.training),
+    }
+    (folder / FACTS).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return folder_fingerprint(folder, FINGERPRINTED)
+
+
+def labels_of(tokens: Tokens, tasks: Mapping[str, Task]) -> dict[str, tuple[int, int]]:
+    """The (positive, negative) token ids of each task. Raises LabelWordError."""
+    return {name: (label_id(tokens, task.positive), label_id(tokens, task.negative)) for name, task in tasks.items()}

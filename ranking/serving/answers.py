@@ -1,0 +1,177 @@
+"""What each call answers, as plain functions of a stack, a request and a call: no gRPC, no event loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ranking.pipeline import Ranked, Stopwatch, in_retrieval_order
+from ranking.serving import recommender_pb2 as pb
+from ranking.serving.messages import (
+    MAX_ID,
+    BadRequest,
+    read_description,
+    read_ids,
+    read_instruction,
+    recommend_sizes,
+    results_message,
+    retrieve_size,
+)
+from ranking.serving.stack import Stack
+from retrieval.catalog import UnknownItem
+from retrieval.data.schema import MemberView
+from retrieval.members import UnknownMember
+from retrieval.records import view_of
+from retrieval.retrieve import Vector
+
+
+@dataclass
+class Call:
+    """One request on its way: its name, when it came (`time.monotonic()`), when it must be answered, where its time went.
+
+    `early` is an answer without ranking, for the moment when waiting longer is pointless.
+    """
+
+    request_id: str
+    arrived: float
+    deadline: float = math.inf
+    started: float = 0.0
+    abandoned: bool = False
+    early: pb.RecommendResponse | None = None
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+    def times(self) -> pb.StageTimes:
+        """The stage times so far, with the total until now."""
+        micros = self.watch.micros
+        total = round((time.monotonic() - self.arrived) * 1e6)
+        queue = round((self.started - self.arrived) * 1e6)
+        return pb.StageTimes(
+            queue_us=queue,
+            member_us=micros.get("member", 0),
+            encode_us=micros.get("encode", 0),
+            search_us=micros.get("search", 0),
+            rank_us=micros.get("rank", 0),
+            order_us=micros.get("order", 0),
+            total_us=max(total, queue + sum(micros.values())),
+        )
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Who asks: the view that prompts read, all ids that must not come back, and the vector if last night's is right."""
+
+    view: MemberView
+    seen: list[str]
+    vector: Vector | None = None
+
+
+def asker_of(stack: Stack, message: pb.Member, instruction: str, *, words: bool = True) -> Asker:
+    """Who a request is about. With `words` False a known vector makes the view's history unnecessary, and it is left out.
+
+    Raises BadRequest, UnknownMember, UnknownItem.
+    """
+    if message.HasField("description"):
+        return Asker(read_description(message, instruction, stack.catalog, stack.engaged), [])
+    if not message.id:
+        raise BadRequest("member: neither id nor description is given; fill one of them")
+    if len(message.id.encode()) > MAX_ID:
+        raise BadRequest(f"member.id: more than {MAX_ID} bytes")
+    if stack.members is None:
+        raise UnknownMember("this server has no member store; describe the member in the request or start with --members URL")
+    known = stack.members.get(message.id)
+    vector = None if instruction else known.vector
+    if vector is not None and not words:
+        return Asker(MemberView(known.record.member), known.record.seen, vector)
+    return Asker(view_of(known.record, stack.catalog, instruction), known.record.seen, vector)
+
+
+def recommend(stack: Stack, request: pb.RecommendRequest, call: Call) -> pb.RecommendResponse:
+    """The answer to Recommend; `call.early` is set as soon as the candidates are known."""
+    sizes = recommend_sizes(request)
+    instruction = read_instruction(request.instruction)
+    exclude = read_ids(request.exclude, "exclude")
+    task = stack.recommender.task(request.task)
+    with call.watch("member"):
+        asker = asker_of(stack, request.member, instruction)
+
+    def answer(ranked: Ranked) -> pb.RecommendResponse:
+        with call.watch("order"):
+            results = results_message(ranked, stack.catalog, readable=request.readable)
+        return pb.RecommendResponse(
+            results=results,
+            candidates=ranked.candidates,
+            degraded=ranked.degraded.name,
+            degraded_detail=ranked.detail,
+            provenance=provenance(stack, ranked=ranked.probabilities is not None),
+            times=call.times(),
+            task=task,
+            request_id=call.request_id,
+        )
+
+    def early(ranked: Ranked) -> None:
+        if math.isfinite(call.deadline):
+            call.early = answer(ranked)
+
+    ranked = stack.recommender.recommend(
+        asker.view,
+        sizes.k,
+        sizes.fanout,
+        exclude=[*exclude, *asker.seen],
+        task=task,
+        vector=asker.vector,
+        deadline=call.deadline,
+        watch=call.watch,
+        early=early,
+    )
+    return answer(ranked)
+
+
+def retrieve(stack: Stack, request: pb.RetrieveRequest, call: Call) -> pb.RetrieveResponse:
+    """The answer to Retrieve."""
+    k = retrieve_size(request)
+    instruction = read_instruction(request.instruction)
+    exclude = read_ids(request.exclude, "exclude")
+    with call.watch("member"):
+        asker = asker_of(stack, request.member, instruction, words=False)
+    found = stack.recommender.retrieve(asker.view, k, exclude=[*exclude, *asker.seen], vector=asker.vector, watch=call.watch)
+    with call.watch("order"):
+        results = results_message(in_retrieval_order(found, k), stack.catalog, readable=request.readable)
+    return pb.RetrieveResponse(
+        results=results, provenance=provenance(stack, ranked=False), times=call.times(), request_id=call.request_id
+    )
+
+
+def rank(stack: Stack, request: pb.RankRequest, call: Call) -> pb.RankResponse:
+    """The answer to Rank. Raises UnknownItem naming the first item that the catalogue does not hold."""
+    instruction = read_instruction(request.instruction)
+    ids = read_ids(request.items, "items")
+    if not ids:
+        raise BadRequest("items: none are given; fill plain or packed with at least one id")
+    task = stack.recommender.task(request.task)
+    with call.watch("member"):
+        asker = asker_of(stack, request.member, instruction)
+        rows = stack.catalog.rows(ids)
+    if (rows < 0).any():
+        first = int(np.argmax(rows < 0))
+        raise UnknownItem(f"items[{first}]: {ids[first][:80]!r} is not in the catalogue of snapshot {stack.snapshot.name}")
+    probabilities = stack.recommender.score(asker.view, rows, task, watch=call.watch)
+    with call.watch("order"):
+        best = np.argsort(-probabilities, kind="stable")
+        ranked = Ranked([ids[place] for place in best], rows[best], best, None, probabilities[best], len(ids))
+        results = results_message(ranked, stack.catalog, readable=request.readable)
+    return pb.RankResponse(
+        results=results,
+        provenance=provenance(stack, ranked=True),
+        times=call.times(),
+        task=task,
+        request_id=call.request_id,
+    )
+
+
+def provenance(stack: Stack, *, ranked: bool) -> pb.Provenance:
+    """Which snapshot and models make an answer; the ranker only if it took part."""
+    ranker = stack.ranker.fingerprint if ranked and stack.ranker is not None else ""
+    return pb.Provenance(snapshot=stack.snapshot.name, encoder=stack.encoder.fingerprint, ranker=ranker)

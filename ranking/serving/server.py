@@ -1,0 +1,127 @@
+"""Starts, announces and gently stops the gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from index.errors import BrewlineError
+from ranking.serving import recommender_pb2, recommender_pb2_grpc
+from ranking.serving.health import HealthService
+from ranking.serving.service import RecommenderService
+from ranking.serving.stack import Stack
+from ranking.serving.worker import Worker
+
+
+class CannotListen(BrewlineError):
+    """The address is taken, not allowed, or not one of this machine's."""
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Where to listen and how much to bear. Port 0 takes a free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    insecure_public: bool = False
+    most_waiting: int = 64
+    drain_s: float = 10.0
+    most_request_bytes: int = 4 << 20
+
+
+async def run_server(stack: Stack, settings: ServeSettings, ready: Callable[[int], None], stop: asyncio.Event) -> None:
+    """Serves until `stop` is set, then lets running requests finish (at most `drain_s` seconds). `ready` is told the port.
+
+    Raises CannotListen before anything is served.
+    """
+    worker = Worker(settings.most_waiting)
+    server = make_server(stack, worker, settings)
+    port = listen(server, settings)
+    log = structlog.get_logger("brewline.serving")
+    try:
+        await worker.submit(stack.warm)
+        await server.start()
+        ready(port)
+        await stop.wait()
+    finally:
+        worker.draining = True
+        log.info("draining", seconds=settings.drain_s)
+        await server.stop(settings.drain_s)
+        await asyncio.to_thread(worker.close)
+        log.info("stopped")
+
+
+def make_server(stack: Stack, worker: Worker, settings: ServeSettings) -> grpc.aio.Server:
+    """A server with the recommender, health and reflection, not yet listening."""
+    server = grpc.aio.server(
+        options=[
+            ("grpc.so_reuseport", 0),  # else a second server would share the port silently instead of failing
+            ("grpc.max_receive_message_length", settings.most_request_bytes),
+            ("grpc.max_send_message_length", -1),
+        ]
+    )
+    service = RecommenderService(stack, worker)
+    recommender_pb2_grpc.add_RecommenderServicer_to_server(service, server)
+    health_pb2_grpc.add_HealthServicer_to_server(HealthService(service, worker), server)
+    names = [
+        recommender_pb2.DESCRIPTOR.services_by_name["Recommender"].full_name,
+        health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+        reflection.SERVICE_NAME,
+    ]
+    reflection.enable_server_reflection(names, server)
+    return server
+
+
+def listen(server: grpc.aio.Server, settings: ServeSettings) -> int:
+    """The server is bound; returns the port. Raises CannotListen."""
+    if not is_loopback(settings.host) and not settings.insecure_public:
+        raise CannotListen(
+            f"--host {settings.host} can be reached from other machines, and this server has neither TLS nor credentials; "
+            "use 127.0.0.1, or say --insecure-public if the network around it protects it"
+        )
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    try:
+        port = int(server.add_insecure_port(f"{host}:{settings.port}"))
+    except RuntimeError as error:
+        raise CannotListen(_taken(settings)) from error
+    if port == 0:
+        raise CannotListen(_taken(settings))
+    return port
+
+
+def _taken(settings: ServeSettings) -> str:
+    return (
+        f"cannot listen on {settings.host}:{settings.port}: the port is taken or the address is not this machine's; "
+        "choose another --port (0 takes a free one) or stop the other server"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address; a name other than localhost counts as public."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def serve_until_signal(stack: Stack, settings: ServeSettings, ready: Callable[[int], None]) -> None:
+    """Serves in this thread until SIGTERM or SIGINT, then stops gently. Raises CannotListen."""
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(NotImplementedError):  # Windows has no handlers on the loop
+                loop.add_signal_handler(number, stop.set)
+        await run_server(stack, settings, ready, stop)
+
+    asyncio.run(main())

@@ -1,0 +1,112 @@
+"""Everything that answers one request, opened together and of one night: snapshot, catalogue, models, members."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from index.errors import BrewlineError
+from index.publish import current
+from index.search import Searcher
+from index.snapshot import Snapshot
+from index.store import open_store
+from ranking.pipeline import Recommender
+from retrieval.catalog import Catalog
+from retrieval.data.schema import Member, MemberView
+from retrieval.fingerprint import FingerprintMismatch
+from retrieval.members import MemberStore
+from retrieval.retrieve import Retriever
+
+if TYPE_CHECKING:
+    from ranking.ranker import Ranker
+    from retrieval.encoder import Encoder
+
+MEMBERS_FILE = "members.sqlite"
+PROBE = MemberView(Member("", {"headline": "a small question"}))
+WARM_CANDIDATES = 256
+
+log = logging.getLogger(__name__)
+
+
+class NotServable(BrewlineError):
+    """A folder given to the server is missing or holds nothing to serve."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One night, ready to answer. Nothing in it changes; a new night is a new stack."""
+
+    snapshot: Snapshot
+    catalog: Catalog
+    encoder: Encoder
+    ranker: Ranker | None
+    members: MemberStore | None
+    recommender: Recommender
+
+    @property
+    def engaged(self) -> str:
+        """The action of an engagement whose action nobody named: the first that the encoder was trained on."""
+        return next(iter(self.encoder.writer.actions), "")
+
+    def probe(self) -> None:
+        """Encodes a tiny member and searches for one item: raises whatever would fail for a real request."""
+        self.recommender.retrieve(PROBE, 1)
+
+    def warm(self) -> None:
+        """Runs both stages once, so that the first caller does not pay for first-use work and the pace is known."""
+        found = self.recommender.retrieve(PROBE, WARM_CANDIDATES)
+        if self.ranker is not None:
+            self.recommender.score(PROBE, found.rows)
+
+
+def default_members(store: Path) -> str:
+    """The member store that belongs to a snapshot store unless another one is named."""
+    return f"sqlite:{store / MEMBERS_FILE}"
+
+
+def open_stack(store: Path, encoder: Path, ranker: Path | None, members: str | None) -> Stack:
+    """The current night of a store with the models that made it.
+
+    `members` is a store URL (None: the snapshot store's own). Raises FingerprintMismatch or SnapshotMismatch with both
+    values if the models are not the ones that the snapshot was made with, NotServable or the models' own errors if
+    something is missing.
+    """
+    for what, folder in (("--store", store), ("--encoder", encoder), ("--ranker", ranker)):
+        if folder is not None and not folder.is_dir():
+            raise NotServable(f"{what} {folder}: no such folder; expected one that brewline has written")
+    from retrieval.encoder import Encoder
+
+    loaded = Encoder.load(encoder)
+    published = current(store)
+    if published is None:
+        raise NotServable(f"--store {store}: nothing was published; run `brewline nightly` first")
+    snapshot = Snapshot.open(published, fingerprint=loaded.fingerprint)
+    catalog = Catalog.open(snapshot)
+    judge = _open_ranker(ranker, loaded, catalog)
+    kept = MemberStore(open_store(members or default_members(store)), loaded.fingerprint)
+    retriever = Retriever(loaded, Searcher.of(snapshot), catalog)
+    return Stack(snapshot, catalog, loaded, judge, kept, Recommender(retriever, judge))
+
+
+def _open_ranker(folder: Path | None, encoder: Encoder, catalog: Catalog) -> Ranker | None:
+    if folder is None:
+        return None
+    from ranking.ranker import Ranker
+
+    ranker = Ranker.load(folder)
+    require_pair(ranker, encoder)
+    catalog.require_ranker(ranker.fingerprint)
+    return ranker
+
+
+def require_pair(ranker: Ranker, encoder: Encoder) -> None:
+    """Nothing happens if the ranker goes with any encoder or with this one. Raises FingerprintMismatch with both values."""
+    if ranker.facts.encoder not in (None, encoder.fingerprint):
+        raise FingerprintMismatch(
+            "the ranker was trained to go with another encoder",
+            encoder.fingerprint,
+            str(ranker.facts.encoder),
+            "use that encoder, or train the ranker again with --encoder of this one",
+        )

@@ -1,0 +1,66 @@
+"""One table from our errors to gRPC statuses, and the errors that only a service has."""
+
+from __future__ import annotations
+
+import grpc
+
+from index.errors import BrewlineError
+from index.manifest import SnapshotMismatch
+from index.keyvalue import StoreUnavailable
+from ranking.pipeline import BadScores, NoRanker
+from ranking.prefill.plan import EmptyItem, EmptyPrefix, ItemTooLong, PrefixTooLong
+from ranking.serving.messages import BadRequest
+from ranking.tasks import TaskError
+from retrieval.catalog import CatalogError, UnknownItem
+from retrieval.fingerprint import FingerprintMismatch
+from retrieval.members import UnknownMember
+from retrieval.records import MemberRecordError
+from retrieval.retrieve import ExclusionFailed
+
+
+class Overloaded(BrewlineError):
+    """More requests wait than the server lets wait."""
+
+
+class Late(BrewlineError):
+    """The deadline passed before there was anything to answer."""
+
+
+class Draining(BrewlineError):
+    """The server is going down and takes no new work."""
+
+
+Code = grpc.StatusCode
+TABLE: tuple[tuple[type[BrewlineError], grpc.StatusCode], ...] = (
+    (BadRequest, Code.INVALID_ARGUMENT),
+    (TaskError, Code.INVALID_ARGUMENT),
+    (EmptyPrefix, Code.INVALID_ARGUMENT),
+    (PrefixTooLong, Code.INVALID_ARGUMENT),
+    (EmptyItem, Code.INVALID_ARGUMENT),
+    (ItemTooLong, Code.INVALID_ARGUMENT),
+    (UnknownMember, Code.NOT_FOUND),
+    (UnknownItem, Code.NOT_FOUND),
+    (NoRanker, Code.FAILED_PRECONDITION),
+    (SnapshotMismatch, Code.FAILED_PRECONDITION),
+    (FingerprintMismatch, Code.FAILED_PRECONDITION),
+    (CatalogError, Code.FAILED_PRECONDITION),
+    (Overloaded, Code.RESOURCE_EXHAUSTED),
+    (Late, Code.DEADLINE_EXCEEDED),
+    (Draining, Code.UNAVAILABLE),
+    (StoreUnavailable, Code.UNAVAILABLE),
+    (MemberRecordError, Code.DATA_LOSS),
+    (ExclusionFailed, Code.INTERNAL),
+    (BadScores, Code.INTERNAL),
+)
+
+
+def status_of(error: BaseException) -> grpc.StatusCode:
+    """The status of an error: the first row of the table that it is an instance of, INTERNAL if there is none."""
+    return next((code for kind, code in TABLE if isinstance(error, kind)), Code.INTERNAL)
+
+
+def message_of(error: BaseException, request_id: str) -> str:
+    """What the caller may read: our own words for our own errors, and for a bug only the name of the log entry."""
+    if status_of(error) is Code.INTERNAL:
+        return f"internal error; the server's log has it under request id {request_id}"
+    return str(error)

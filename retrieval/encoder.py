@@ -1,0 +1,177 @@
+"""The dual encoder: one LLaMA reads items and members into one space of unit vectors.
+
+A folder is complete (weights, tokenizer, quantizer, prompt template, budgets, pooling) and has one fingerprint; nothing about it
+can be overridden at load. sentence-transformers opens the same folder and gives the same vectors for a rendered prompt.
+Mean pooling over all tokens and cosine similarity follow arXiv 2510.14223.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from index.errors import BrewlineError
+from retrieval.data.schema import Item, MemberView
+from retrieval.features import Quantizer
+from retrieval.fingerprint import folder_fingerprint
+from retrieval.llama import load_llama, pad_rows
+from retrieval.prompts import PAD, TEMPLATE_VERSION
+from retrieval.tokens import Tokens
+from retrieval.writer import Budgets, Writer
+
+FORMAT = 1
+FACTS = "encoder.json"
+QUANTIZER = "quantizer.json"
+FINGERPRINTED = (FACTS, QUANTIZER, "tokenizer.json", "config.json", "model.safetensors")
+TOKENS_PER_BATCH = 8_192
+POOLING_MODULE = "1_Pooling"
+
+Vectors = npt.NDArray[np.float32]
+Progress = Callable[[int, int], None]
+
+
+class EncoderError(BrewlineError):
+    """A folder is not a complete encoder of this version."""
+
+
+class Encoder:
+    """Items and members as unit vectors float32 [n, D]."""
+
+    def __init__(self, model: PreTrainedModel, writer: Writer, fingerprint: str, facts: Mapping[str, Any]) -> None:
+        self.model = model.eval()
+        self.writer = writer
+        self.fingerprint = fingerprint
+        self.facts = facts
+
+    @property
+    def dims(self) -> int:
+        """D, the length of every vector."""
+        return int(self.model.config.hidden_size)
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu") -> Encoder:
+        """The encoder of a complete folder. Raises EncoderError, MissingPart, TokenizerError or CheckpointError."""
+        facts = read_facts(folder)
+        fingerprint = folder_fingerprint(folder, FINGERPRINTED)
+        writer = Writer(Tokens.load(folder), Quantizer.load(folder / QUANTIZER), Budgets(**facts["budgets"]), tuple(facts["actions"]))
+        return cls(load_llama(folder, causal_lm=False).to(device), writer, fingerprint, facts)
+
+    def items(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray], progress: Progress | None = None) -> Vectors:
+        """Unit vectors [N, D] of N items with as-of numbers name -> float [N]."""
+        return self.embed(self.writer.items(items, numbers), progress)
+
+    def members(self, views: Sequence[MemberView], progress: Progress | None = None) -> Vectors:
+        """Unit vectors [M, D] of M members."""
+        return self.embed(self.writer.members(views), progress)
+
+    def item_digests(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray]) -> list[str]:
+        """A digest of each item's exact id row: equal digests mean an equal vector under this fingerprint."""
+        return [row_digest(row) for row in self.writer.items(items, numbers)]
+
+    def embed(self, rows: Sequence[Sequence[int]], progress: Progress | None = None) -> Vectors:
+        """Unit vectors [n, D] of id rows, computed in batches of similar length, returned in input order."""
+        found = np.empty((len(rows), self.dims), np.float32)
+        done = 0
+        with torch.inference_mode():
+            for batch in length_batches([len(row) for row in rows], TOKENS_PER_BATCH):
+                ids, lengths = pad_rows([rows[number] for number in batch], self.writer.tokens.pad)
+                device = self.model.device
+                vectors = encode(self.model, ids.to(device), lengths.to(device))
+                found[batch] = vectors.float().cpu().numpy()
+                done += len(batch)
+                if progress is not None:
+                    progress(done, len(rows))
+        return found
+
+
+def encode(model: PreTrainedModel, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Unit vectors [B, D] of right-padded rows [B, T]: the mean of each row's last hidden states, normalised."""
+    hidden = model(input_ids=ids, use_cache=False).last_hidden_state
+    real = torch.arange(ids.shape[1], device=ids.device)[None, :] < lengths[:, None]
+    total = (hidden * real[..., None]).sum(1, dtype=torch.float32)
+    return functional.normalize(total / lengths[:, None], dim=-1)
+
+
+def length_batches(lengths: Sequence[int], tokens: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Positions of rows in rising length, cut so that rows x longest row stays within `tokens` (at least one row)."""
+    order = np.argsort(np.asarray(lengths), kind="stable")
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] <= tokens:
+            stop += 1
+        yield order[start:stop]
+        start = stop
+
+
+def row_digest(row: Sequence[int]) -> str:
+    """A short digest of one id row."""
+    return hashlib.blake2b(np.asarray(row, np.int32).tobytes(), digest_size=12).hexdigest()
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The facts of an encoder folder. Raises EncoderError with what was seen and what was expected."""
+    path = folder / FACTS
+    if not path.is_file():
+        raise EncoderError(f"{folder}: no {FACTS}; expected an encoder folder as `brewline encoder train` writes it")
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EncoderError(f"{path}: not JSON ({error})") from error
+    for name, expected in (("format", FORMAT), ("template", TEMPLATE_VERSION), ("pooling", "mean")):
+        if facts.get(name) != expected:
+            raise EncoderError(f"{path}: {name} is {facts.get(name)!r}, this version reads {expected!r}; train the encoder again")
+    return facts
+
+
+def save_encoder(folder: Path, model: PreTrainedModel, writer: Writer, training: Mapping[str, Any]) -> str:
+    """Writes a complete encoder folder, readable by sentence-transformers too, and returns its fingerprint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    writer.tokens.save(folder)
+    PreTrainedTokenizerFast(tokenizer_object=writer.tokens.tokenizer, pad_token=PAD, padding_side="right").save_pretrained(folder)
+    # The wrapper re-serialises the tokenizer; ours is the one that counts and must be byte-stable.
+    writer.tokens.save(folder)
+    writer.quantizer.save(folder / QUANTIZER)
+    dims = model.config.hidden_size
+    facts = {
+        "format": FORMAT,
+        "template": TEMPLATE_VERSION,
+        "pooling": "mean",
+        "normalised": True,
+        "dims": dims,
+        "budgets": writer.budgets.facts(),
+        "actions": list(writer.actions),
+        "training": dict(training),
+    }
+    _write_json(folder / FACTS, facts)
+    _write_sentence_transformers(folder, dims, writer.budgets.member)
+    return folder_fingerprint(folder, FINGERPRINTED)
+
+
+def _write_sentence_transformers(folder: Path, dims: int, max_tokens: int) -> None:
+    kind = "sentence_transformers.models"
+    modules = [("0", "", "Transformer"), ("1", POOLING_MODULE, "Pooling"), ("2", "2_Normalize", "Normalize")]
+    listed = [
+        {"idx": number, "name": str(number), "path": path, "type": f"{kind}.{name}"}
+        for number, (_, path, name) in enumerate(modules)
+    ]
+    _write_json(folder / "modules.json", listed)
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
+    _write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine", "prompts": {}})
+    (folder / POOLING_MODULE).mkdir(exist_ok=True)
+    _write_json(folder / POOLING_MODULE / "config.json", {"word_embedding_dimension": dims, "pooling_mode_mean_tokens": True})
+    (folder / "2_Normalize").mkdir(exist_ok=True)
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=isinstance(content, dict)) + "\n", encoding="utf-8")

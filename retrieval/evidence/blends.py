@@ -1,0 +1,158 @@
+"""The tuned sum of three simple models, and the choice of every baseline's settings on the validation window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+
+from retrieval.data.schema import Dataset
+from retrieval.evidence.baselines import (
+    Baseline,
+    Ease,
+    Floats,
+    ItemNeighbours,
+    Knowledge,
+    LivePopularity,
+    Past,
+    Popularity,
+    Random,
+)
+from retrieval.evidence.metrics import target_places
+from retrieval.evidence.protocol import EvidenceError, Queries, last_after_cut
+from retrieval.evidence.rank import Progress, Scorer, rank_queries
+from retrieval.evidence.text_baselines import Bm25, TfIdf
+
+TUNED_AT = 100
+"""Settings are chosen by recall at this cut-off."""
+TUNING_QUERIES = 2000
+BLEND_QUERIES = 800
+BLEND_WEIGHTS = (0.0, 0.3, 1.0)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """A weighted sum of collaborative, text and popularity scores, each standardised per query over the catalogue."""
+
+    parts: tuple[Baseline, ...]
+    weights: tuple[float, ...] = (1.0, 1.0, 1.0)
+    knowledge: Knowledge = "frozen"
+
+    @property
+    def name(self) -> str:
+        live = self.knowledge == "live"
+        return "Blend, live: CF + TF-IDF + live pop." if live else "Blend: CF + TF-IDF + recency pop."
+
+    @property
+    def setting(self) -> str:
+        return " ".join(f"{part.name.split(',')[0]}*{weight:g}" for part, weight in zip(self.parts, self.weights))
+
+    def fit(self, past: Past) -> Scorer:
+        used = [(part.fit(past), weight) for part, weight in zip(self.parts, self.weights, strict=True) if weight]
+
+        def score(queries: Queries) -> Floats:
+            total = np.zeros((len(queries), len(past.dataset.items)), np.float32)
+            for scorer, weight in used:
+                total += weight * standardised(scorer(queries))
+            return total
+
+        return score
+
+
+def standardised(scores: Floats) -> Floats:
+    """Returns each row with mean 0 and deviation 1; a constant row becomes 0."""
+    centred = scores - scores.mean(axis=1, keepdims=True)
+    deviation = centred.std(axis=1, keepdims=True)
+    return np.asarray(centred / np.where(deviation > 0, deviation, 1), np.float32)
+
+
+def families(dataset: Dataset) -> list[list[Baseline]]:
+    """Returns the settings tried for each simple model; a profile query only where members have words."""
+    listed: list[list[Baseline]] = [
+        [Random()],
+        [Popularity()],
+        [Popularity(float(days)) for days in (3, 7, 14, 30, 90, 365)],
+        [LivePopularity(days) for days in (1, 3, 7, 14, 30)],
+        [ItemNeighbours(k, shrink, decay) for k, shrink, decay in product((100, 1000), (0.0, 50.0), (0.7, 0.9, 1.0))],
+        [Ease(penalty, decay) for penalty, decay in product((20.0, 200.0, 2000.0), (0.7, 0.9, 1.0))],
+        [TfIdf(decay) for decay in (0.5, 0.7, 0.9, 1.0)],
+        [Bm25(newest) for newest in (1, 5, 20)],
+    ]
+    if dataset.members.profile:
+        listed.append([TfIdf(decay, weight) for decay, weight in product((0.9, 1.0), (0.2, 1.0))])
+    return listed
+
+
+def validation_recall(baseline: Baseline, past: Past, queries: Queries, depth: int = TUNED_AT) -> float:
+    """Returns mean recall at `depth` on the validation queries."""
+    ranked = rank_queries(queries, baseline.fit(past), len(past.dataset.items), depth)
+    found = target_places(ranked.rows, queries.targets) >= 0
+    return float((np.bincount(queries.targets.rows, found, len(queries)) / queries.targets.lengths).mean())
+
+
+def tuned(tried: Sequence[Baseline], past: Past, queries: Queries) -> Baseline:
+    """Returns the first of the tried settings with the best validation recall."""
+    if len(tried) == 1:
+        return tried[0]
+    return max(tried, key=lambda baseline: validation_recall(baseline, past, queries))
+
+
+def choose_baselines(dataset: Dataset, progress: Progress | None = None) -> list[Baseline]:
+    """Returns one baseline per family and the two blends, all settings chosen on the validation window.
+
+    Where that window asks nothing, the first setting of each family is used (the blends weigh their parts equally).
+    """
+    listed = families(dataset)
+    past, queries = Past(dataset, "valid"), validation_queries(dataset)
+    chosen: list[Baseline] = []
+    for done, tried in enumerate(listed):
+        chosen.append(tried[0] if queries is None else tuned(tried, past, queries.sample(TUNING_QUERIES)))
+        if progress is not None:
+            progress(done + 1, len(listed) + 2)
+    for done, blend in enumerate(_blends(chosen, past, queries)):
+        chosen.append(blend if queries is None else _weighted(blend, past, queries.sample(BLEND_QUERIES)))
+        if progress is not None:
+            progress(len(listed) + done + 1, len(listed) + 2)
+    return chosen
+
+
+def validation_queries(dataset: Dataset) -> Queries | None:
+    """Returns the validation queries, or None if that window asks nothing."""
+    try:
+        return last_after_cut(dataset, "valid")
+    except EvidenceError:
+        return None
+
+
+def _blends(chosen: Sequence[Baseline], past: Past, queries: Queries | None) -> list[Blend]:
+    """The frozen and the live blend of the chosen baselines, not yet weighted."""
+    collaborative = [one for one in chosen if isinstance(one, (ItemNeighbours, Ease))]
+    best = collaborative[0] if queries is None else tuned(collaborative, past, queries.sample(TUNING_QUERIES))
+    text = next(one for one in chosen if isinstance(one, TfIdf))
+    recent = next(one for one in chosen if isinstance(one, Popularity) and one.half_life is not None)
+    live = next(one for one in chosen if isinstance(one, LivePopularity))
+    return [Blend((best, text, recent)), Blend((best, text, live), knowledge="live")]
+
+
+def _weighted(blend: Blend, past: Past, queries: Queries) -> Blend:
+    """The blend with the weights of the grid that do best; each part is scored once."""
+    parts = [standardised(part.fit(past)(queries)) for part in blend.parts]
+
+    def recall(weights: tuple[float, ...]) -> float:
+        scores = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+        return _recall_of(np.asarray(scores, np.float32), queries)
+
+    grid = [weights for weights in product(BLEND_WEIGHTS, repeat=len(parts)) if max(weights) == max(BLEND_WEIGHTS)]
+    return replace(blend, weights=max(grid, key=recall))
+
+
+def _recall_of(scores: Floats, queries: Queries) -> float:
+    """Mean recall of the given scores, equal ones counted as half better."""
+    scores[queries.excluded.rows, queries.excluded.values] = -np.inf
+    row = queries.targets.rows
+    target = scores[row, queries.targets.values][:, None]
+    place = (scores[row] > target).sum(axis=1) + (scores[row] == target).sum(axis=1) / 2
+    found = np.bincount(row, place <= TUNED_AT, len(queries))
+    return float((found / queries.targets.lengths).mean())

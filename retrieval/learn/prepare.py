@@ -1,0 +1,86 @@
+"""What is fitted before any weight moves: number boundaries and a tokenizer, from training data only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from index.errors import BrewlineError
+from retrieval.counts import NUMBERS, Counts
+from retrieval.data.schema import DAY, Dataset
+from retrieval.features import Kind, Quantizer
+from retrieval.learn.sessions import MADE_UP
+from retrieval.learn.timeline import Timeline
+from retrieval.prompts import MAX_FIELD_CHARS, special_tokens
+from retrieval.tokens import Tokens
+
+SAMPLE = 50_000
+"""Values per number field that boundaries are fitted on."""
+TEXTS = 200_000
+"""Texts of each kind that a new tokenizer learns from."""
+
+
+class NothingToLearn(BrewlineError):
+    """The data folder has nothing that this model could be trained on."""
+
+
+def fit_quantizer(dataset: Dataset, before: int, kind: Kind, seed: int) -> Quantizer:
+    """Boundaries of the as-of and static numbers, half from engaged items at the moment of engagement, half from the catalogue.
+
+    A percentile over the catalogue alone spends most buckets on items that nobody asks for, one over engagements alone cannot
+    tell the tail apart. Fields without two different known values are left out: they would cost a token and say nothing.
+    """
+    rng = np.random.default_rng([seed, 1])
+    values = {name: np.asarray(column, np.float64) for name, column in dataset.items.numbers.items()}
+    timeline = Timeline.of(dataset, before)
+    if len(timeline) and MADE_UP not in dataset.meta.extra:
+        engaged = rng.permutation(len(timeline))[: SAMPLE // 2]
+        other = rng.integers(0, len(dataset.items), len(engaged))
+        item = np.concatenate([timeline.item[engaged], other])
+        day = np.tile(timeline.day[engaged], 2)
+        asof = Counts.from_dataset(dataset, before).at(item, day)
+        values = {name: asof[name] for name in NUMBERS} | values
+    known = {name: column[np.isfinite(column)] for name, column in values.items()}
+    return Quantizer.fit({name: column for name, column in known.items() if len(np.unique(column)) > 1}, kind)
+
+
+def fit_tokens(dataset: Dataset, before: int, quantizer: Quantizer, vocabulary: int, extra: tuple[str, ...] = ()) -> Tokens:
+    """A tokenizer learned from the members and the items known before a time; `extra` words become single tokens.
+
+    Raises NothingToLearn if no item has any text.
+    """
+    specials = [*special_tokens(quantizer), *extra]
+    if not any(map(str.strip, dataset.items.title)) and not any(map(str.strip, dataset.items.text)):
+        raise NothingToLearn(f"{dataset.meta.name}: no item has a title or a text; a model that reads needs words")
+    return Tokens.train(_texts(dataset, before), vocabulary + len(specials), specials)
+
+
+def base_tokens(path: str, quantizer: Quantizer, extra: tuple[str, ...] = ()) -> Tokens:
+    """The tokenizer of a checkpoint with the field tokens added."""
+    tokens = Tokens.load(Path(path))
+    tokens.add([*special_tokens(quantizer), *extra])
+    return tokens
+
+
+def known_items(dataset: Dataset, before: int) -> npt.NDArray[np.int64]:
+    """Rows of items that had appeared before a time; all rows where the folder knows no time at all."""
+    age = Counts.from_dataset(dataset, before).as_of(before + DAY - 1)["age_days"] if len(dataset.events) else np.zeros(0)
+    rows = np.flatnonzero(np.isfinite(age))
+    return rows if len(rows) else np.arange(len(dataset.items))
+
+
+def _texts(dataset: Dataset, before: int) -> Iterator[str]:
+    items, rows = dataset.items, known_items(dataset, before)
+    for row in rows[:: max(1, len(rows) // TEXTS)].tolist():
+        for text in (items.title[row], items.category[row], items.creator[row], items.text[row]):
+            if text:
+                yield text[:MAX_FIELD_CHARS]
+    for name, column in dataset.members.profile.items():
+        for text in column[:: max(1, len(column) // TEXTS)]:
+            if text:
+                yield f"{name}: {text[:MAX_FIELD_CHARS]}"
+    if dataset.connections is not None:
+        yield from sorted(set(dataset.connections.kind))

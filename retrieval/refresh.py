@@ -1,0 +1,256 @@
+"""The night: items and the event log as of a time become a published snapshot, and members become records and vectors.
+
+    items + counts as of now -> text -> changed only -> vectors -> index, catalogue, ranker tokens -> gates -> members -> pointer
+
+Nothing is visible before the pointer moves, and it moves last: a night that fails leaves yesterday serving.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from index.build import build
+from index.check import require_gates, run_gates
+from index.manifest import SnapshotError
+from index.publish import current, publish
+from index.snapshot import Snapshot
+from index.writer import SnapshotWriter
+from retrieval.catalog import CATALOG_PART, TOKENS_PART, Catalog, CatalogError, write_catalog, write_tokens
+from retrieval.data.schema import Dataset, Item
+from retrieval.members import MemberStore
+from retrieval.moments import NightError
+from retrieval.records import ItemWords, MemberRecord, records_of, view_digest, view_of
+from retrieval.tonight import Tonight
+
+if TYPE_CHECKING:
+    from retrieval.encoder import Encoder
+
+MEMBER_BATCH = 256
+TOKEN_BATCH = 4_096
+GATE_QUERIES = 128
+
+Vectors = npt.NDArray[np.float32]
+Progress = Callable[[str, int, int], None]
+"""(what is being done, done so far, of how many)"""
+
+log = logging.getLogger(__name__)
+
+
+class ItemTokens(Protocol):
+    """What the night needs of a ranker: the token ids of an item, and whose they are."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The ranker's fingerprint."""
+
+    def item_tokens(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray]) -> list[list[int]]:
+        """The token ids of N items with as-of numbers name -> float [N]."""
+
+
+@dataclass(frozen=True)
+class NightReport:
+    """What a night did. `embedded` items were encoded, the other `items` kept yesterday's vector; durations in seconds."""
+
+    snapshot: str
+    published: bool
+    as_of: int
+    items: int
+    embedded: int
+    members: int
+    members_encoded: int
+    encoder: str
+    ranker: str
+    index: str
+    recall: float | None
+    recall_k: int
+    seconds: float
+    seconds_embed: float
+    seconds_index: float
+    seconds_members: float
+
+
+def nightly(
+    dataset: Dataset,
+    encoder: Encoder,
+    ranker: ItemTokens | None,
+    store_dir: Path,
+    as_of: int,
+    members: MemberStore | None = None,
+    progress: Progress | None = None,
+) -> NightReport:
+    """The items as of a time (seconds) are searchable and served, and the members' records and vectors are in the store.
+
+    Only items whose prompt changed since the published snapshot of the same encoder are encoded. Raises NightError, GateFailed
+    (nothing is published then), and what the parts raise.
+    """
+    clock = _Clock()
+    told = progress or _silent
+    if members is not None and members.fingerprint != encoder.fingerprint:
+        raise NightError(f"the member store is opened for encoder {members.fingerprint}, tonight's is {encoder.fingerprint}")
+    tonight = Tonight.of(dataset, as_of)
+    previous = _previous(store_dir)
+    with clock("embed"):
+        vectors, digests, embedded = embed_changed(tonight, encoder, previous, told)
+    queries = _member_queries(dataset, encoder, as_of)
+    with clock("index"):
+        snapshot = _write(tonight, vectors, digests, encoder, ranker, store_dir, previous, queries, told)
+        require_gates(run_gates(snapshot, previous, queries=queries))
+    loaded = (0, 0)
+    if members is not None:
+        with clock("members"):
+            loaded = load_members(dataset, encoder, members, as_of, told)
+    publish(store_dir, snapshot.name)
+    recall = snapshot.manifest.recall
+    return NightReport(
+        snapshot=snapshot.name,
+        published=previous is None or previous.name != snapshot.name,
+        as_of=as_of,
+        items=len(tonight.items),
+        embedded=embedded,
+        members=loaded[0],
+        members_encoded=loaded[1],
+        encoder=encoder.fingerprint,
+        ranker="" if ranker is None else ranker.fingerprint,
+        index=snapshot.manifest.recipe,
+        recall=None if recall is None else recall.mean,
+        recall_k=0 if recall is None else recall.k,
+        seconds=round(clock.total(), 3),
+        seconds_embed=round(clock.spent["embed"], 3),
+        seconds_index=round(clock.spent["index"], 3),
+        seconds_members=round(clock.spent["members"], 3),
+    )
+
+
+def embed_changed(
+    tonight: Tonight, encoder: Encoder, previous: Snapshot | None, told: Progress
+) -> tuple[Vectors, list[str], int]:
+    """Vectors float32 [N,D] and prompt digests of tonight's items, and how many of them had to be encoded."""
+    records = tonight.records()
+    digests = encoder.item_digests(records, tonight.numbers)
+    vectors = np.zeros((len(records), encoder.dims), np.float32)
+    changed = np.ones(len(records), bool)
+    if previous is not None and previous.manifest.fingerprint == encoder.fingerprint:
+        yesterday = Catalog.open(previous)
+        rows = yesterday.rows(tonight.items.item_id)
+        same = [row >= 0 and yesterday.digest(row) == digest for row, digest in zip(rows.tolist(), digests)]
+        changed = ~np.array(same, bool)
+        vectors[~changed] = previous.vectors[rows[~changed]]
+    new = np.flatnonzero(changed)
+    if len(new):
+        numbers = {name: column[new] for name, column in tonight.numbers.items()}
+        vectors[new] = encoder.items([records[row] for row in new], numbers, lambda done, of: told("items", done, of))
+    return vectors, digests, len(new)
+
+
+def _write(
+    tonight: Tonight,
+    vectors: Vectors,
+    digests: Sequence[str],
+    encoder: Encoder,
+    ranker: ItemTokens | None,
+    store_dir: Path,
+    previous: Snapshot | None,
+    queries: Vectors | None,
+    told: Progress,
+) -> Snapshot:
+    built = build(vectors, queries=queries, progress=lambda done, of: told("index", done, of))
+    with SnapshotWriter(
+        store_dir, fingerprint=encoder.fingerprint, as_of=tonight.as_of, parent=_parent(previous, tonight.as_of)
+    ) as writer:
+        writer.vectors(vectors)
+        writer.ids(tonight.items.item_id)
+        writer.index(built.index, recipe=str(built.recipe), facts=built.facts, recall=built.recall)
+        writer.part(CATALOG_PART, write_catalog(tonight.items, tonight.numbers, digests, tonight.as_of))
+        if ranker is not None:
+            writer.part(TOKENS_PART, write_tokens(_tokens(tonight, ranker, told), ranker.fingerprint))
+    return Snapshot.open(writer.path, verify=False)
+
+
+def _tokens(tonight: Tonight, ranker: ItemTokens, told: Progress) -> list[list[int]]:
+    records, found = tonight.records(), []
+    for start in range(0, len(records), TOKEN_BATCH):
+        some = slice(start, start + TOKEN_BATCH)
+        found += ranker.item_tokens(records[some], {name: column[some] for name, column in tonight.numbers.items()})
+        told("ranker tokens", len(found), len(records))
+    return found
+
+
+def load_members(dataset: Dataset, encoder: Encoder, members: MemberStore, as_of: int, told: Progress) -> tuple[int, int]:
+    """Every member's record and vector are in the store; returns how many there are and how many were encoded."""
+    words = ItemWords(dataset.items)
+    done = encoded = 0
+    for batch in _batches(records_of(dataset, as_of), MEMBER_BATCH):
+        views = [view_of(record, words) for record in batch]
+        digests = [view_digest(view) for view in views]
+        vectors = members.vectors(batch, digests)
+        new = [place for place, vector in enumerate(vectors) if vector is None]
+        if new:
+            for place, vector in zip(new, encoder.members([views[place] for place in new])):
+                vectors[place] = vector
+        members.put(batch)
+        members.put_vectors(batch, digests, np.stack([vector for vector in vectors if vector is not None]))
+        done, encoded = done + len(batch), encoded + len(new)
+        told("members", done, len(dataset.members))
+    return done, encoded
+
+
+def _member_queries(dataset: Dataset, encoder: Encoder, as_of: int) -> Vectors | None:
+    """Vectors of some members with a history, to measure the index with what it will be asked; None if there are none."""
+    words = ItemWords(dataset.items)
+    active = (record for record in records_of(dataset, as_of) if record.history)
+    views = [view_of(record, words) for record in islice(active, GATE_QUERIES)]
+    return encoder.members(views) if views else None
+
+
+def _previous(store_dir: Path) -> Snapshot | None:
+    """The published snapshot, or None: a damaged one is reported and then counts as none, so that a night can replace it."""
+    try:
+        path = current(store_dir)
+        return None if path is None else Snapshot.open(path)
+    except (SnapshotError, CatalogError) as error:
+        log.warning("the published snapshot cannot be read, everything is encoded anew: %s", error)
+        return None
+
+
+def _parent(previous: Snapshot | None, as_of: int) -> str:
+    """The night before; the same night run again has the same parent, and so the same name if it makes the same thing."""
+    if previous is None:
+        return ""
+    return previous.manifest.parent if previous.manifest.as_of == as_of else previous.name
+
+
+class _Clock:
+    """Seconds by stage, and since it was made."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {"embed": 0.0, "index": 0.0, "members": 0.0}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.spent[stage] += time.perf_counter() - start
+
+    def total(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def _batches(records: Iterable[MemberRecord], size: int) -> Iterator[list[MemberRecord]]:
+    rest = iter(records)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def _silent(stage: str, done: int, of: int) -> None:
+    del stage, done, of

@@ -1,0 +1,83 @@
+"""Records become the id rows that a trunk reads: one item, or one member with as much history as the budget holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from retrieval.data.schema import IMPRESSION, Engagement, Item, MemberView, action_kind
+from retrieval.features import Quantizer
+from retrieval.prompts import HISTORY, Part, Prompt, entry_prompt, item_prompt, member_prompt, number_words
+from retrieval.tokens import Tokens, keep_newest
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Tokens that one row may hold. `member` includes the profile; what it leaves goes to the newest history entries."""
+
+    item: int = 64
+    entry: int = 16
+    profile: int = 64
+    member: int = 224
+    connections: int = 4
+
+    def facts(self) -> dict[str, int]:
+        """The budgets as plain numbers, for the model folder."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes items and members with one tokenizer, one quantizer and one set of budgets.
+
+    `actions`: kinds of action that count as engagement; a member row shows these and nothing else of the history (empty: every
+    action but impressions).
+    """
+
+    tokens: Tokens
+    quantizer: Quantizer
+    budgets: Budgets
+    actions: tuple[str, ...] = ()
+
+    def items(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray]) -> list[list[int]]:
+        """Id rows of items. `numbers` name -> float [N]: as-of numbers; an item's own static numbers are added here."""
+        columns = dict(numbers)
+        for name in self.quantizer.names:
+            if name not in columns:
+                columns[name] = np.array([item.numbers.get(name, np.nan) for item in items], np.float64)
+        words = number_words(self.quantizer, columns, len(items))
+        prompts = [item_prompt(item, row) for item, row in zip(items, words)]
+        return [ids[: self.budgets.item] for ids in self.tokens.many(prompts)]
+
+    def entries(self, history: Sequence[Engagement]) -> list[list[int]]:
+        """Id rows of history entries: title and category, without the action (only positives are shown here)."""
+        prompts = [entry_prompt(engagement, with_action=False) for engagement in history]
+        return [ids[: self.budgets.entry] for ids in self.tokens.many(prompts)]
+
+    def profile(self, view: MemberView) -> list[int]:
+        """What opens the member's row: profile, connections, the history's opening token."""
+        newest = sorted(view.connections, key=lambda edge: edge.since or 0)[-self.budgets.connections :]
+        opening: Prompt = member_prompt(view.member, newest)
+        return self.tokens.ids(opening)[: self.budgets.profile - 1] + self.tokens.ids((Part(HISTORY, ""),))
+
+    def member(self, opening: Sequence[int], entries: Sequence[Sequence[int]]) -> list[int]:
+        """One member row: the opening, then the newest entries that fit, oldest first."""
+        row = list(opening)
+        for entry in keep_newest(entries, self.budgets.member - len(row)):
+            row += entry
+        return row
+
+    def members(self, views: Sequence[MemberView]) -> list[list[int]]:
+        """Id rows of members: engagements only, each item where it came first, as in training."""
+        return [self.member(self.profile(view), self.entries(self._shown(view.history))) for view in views]
+
+    def _shown(self, history: Sequence[Engagement]) -> list[Engagement]:
+        first: dict[str, Engagement] = {}
+        for engagement in history:
+            kind = action_kind(engagement.action)
+            if kind in self.actions if self.actions else kind != IMPRESSION:
+                first.setdefault(engagement.item.item_id, engagement)
+        # An entry has at least one token, so older ones can never fit.
+        return list(first.values())[-self.budgets.member :]
