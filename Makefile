@@ -11,7 +11,7 @@ MINUTES ?=
 ENCODER ?= $(OUT)/encoder
 RANKER  ?= $(OUT)/ranker
 STORE   ?= $(OUT)/store
-MEMBERS ?= sqlite:$(OUT)/members.db
+MEMBERS ?=
 AS_OF   ?=
 PORT    ?= 50051
 
@@ -60,11 +60,11 @@ proto: ## Regenerate the gRPC stubs in ranking/serving from proto/recommender.pr
 	  --python_out=. --pyi_out=. --grpc_python_out=. ranking/serving/recommender.proto
 
 nightly: $(STAMP) ## One night: counts, changed texts, vectors, index, gates, publish (DATA, ENCODER, RANKER, STORE, MEMBERS, AS_OF)
-	$(BREWLINE) nightly $(or $(DATA),$(OUT)/data) --encoder $(ENCODER) --ranker $(RANKER) --store $(STORE) --members $(MEMBERS) \
-	  $(if $(AS_OF),--as-of $(AS_OF))
+	$(BREWLINE) nightly $(or $(DATA),$(OUT)/data) --encoder $(ENCODER) --ranker $(RANKER) --store $(STORE) \
+	  $(if $(MEMBERS),--members $(MEMBERS)) $(if $(AS_OF),--as-of $(AS_OF))
 
 serve: $(STAMP) ## Serve what the night published (ENCODER, RANKER, STORE, MEMBERS, PORT)
-	$(BREWLINE) serve --store $(STORE) --encoder $(ENCODER) --ranker $(RANKER) --members $(MEMBERS) --port $(PORT)
+	$(BREWLINE) serve --store $(STORE) --encoder $(ENCODER) --ranker $(RANKER) $(if $(MEMBERS),--members $(MEMBERS)) --port $(PORT)
 
 bench: $(STAMP) ## Time the prefill engine on this machine; one JSON object on stdout
 	$(BREWLINE) bench prefill --json

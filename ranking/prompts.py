@@ -1,6 +1,6 @@
 """What the ranker reads: one prefix per member and task, one short row per candidate, packed as token ids.
 
-    prefix   <|task|>instruction question  <|wish|>own instruction  <|member|>profile, connections  <|history|>entries
+    prefix   <|task|>question instruction  <|wish|>own instruction  <|member|>profile, connections  <|history|>entries
     item     <|item|>numbers, title, category, creator, text  [<|relation|>follows the author]  <|answer|>
 
 The answer is read at <|answer|>. The question stands in the prefix, not behind each of thousands of candidates. History
@@ -41,7 +41,8 @@ WINDOW_STEP = 4
 """The oldest shown entry is always a multiple of this: fewer first entries means fewer lost prefixes."""
 SPARE_NEGATIVES = 2
 """How many more negative than positive entries a history may show."""
-CACHED_ENTRIES = 100_000
+KEPT_PARTS = 200_000
+"""Fields whose ids are kept in memory, about 100 MB at most for titles of ordinary length."""
 
 
 class LabelWordError(BrewlineError):
@@ -53,7 +54,7 @@ class RankBudgets:
     """Tokens that each part may take. `prefix` is the whole prefix; what the rest leaves goes to the newest history."""
 
     item: int = 64
-    entry: int = 16
+    entry: int = 20
     instruction: int = 32
     wish: int = 48
     profile: int = 48
@@ -72,8 +73,7 @@ class RankPrompts:
     def __init__(self, tokens: Tokens, quantizer: Quantizer, budgets: RankBudgets) -> None:
         self.tokens, self.quantizer, self.budgets = tokens, quantizer, budgets
         self._answer = tokens.id(ANSWER)
-        self._entries: dict[Prompt, list[int]] = {}
-        self._suffixes: dict[str, list[int]] = {}
+        self._known: dict[Part, list[int]] = {}
 
     def items(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray]) -> list[list[int]]:
         """Ids of N items. `numbers` name -> float [N]: as-of numbers; an item's own static numbers are added here."""
@@ -90,30 +90,38 @@ class RankPrompts:
     def with_numbers(self, bodies: Sequence[Sequence[int]], columns: Mapping[str, np.ndarray]) -> list[list[int]]:
         """The bodies of N items with their numbers (name -> float [N]) after the opening token, cut to the budget."""
         words = number_words(self.quantizer, columns, len(bodies))
-        numbers = self.tokens.many([tuple(Part(*word) for word in row) for row in words])
+        numbers = self._ids([tuple(Part(*word) for word in row) for row in words])
         return [[body[0], *row, *body[1:]][: self.budgets.item] for body, row in zip(bodies, numbers)]
 
     def suffix(self, relation: str = "") -> list[int]:
         """Ids that close an item: the member's relation to it, if any, then the answer token."""
-        if relation not in self._suffixes:
-            words = self.tokens.ids((Part(RELATION, neutralise(relation)),)) if relation else []
-            self._suffixes[relation] = [*words[: self.budgets.relation], self._answer]
-        return self._suffixes[relation]
+        if not relation:
+            return [self._answer]
+        (words,) = self._ids([(Part(RELATION, neutralise(relation)),)])
+        return [*words[: self.budgets.relation], self._answer]
 
     def prefix(self, view: MemberView, task: Task) -> list[int]:
         """Ids of all that is said before the first candidate."""
         shown = [view.history[row] for row in admitted(view.history)]
-        return self.assemble(self.opening(view, task), [self.entry(engagement) for engagement in shown])
+        return self.assemble(self.opening(view, task), self.entries(shown))
 
     def opening(self, view: MemberView, task: Task) -> list[int]:
         """Ids of the prefix up to the history: task, own wish, profile and newest connections."""
-        budgets, ids = self.budgets, self.tokens.ids
-        row = ids((Part(TASK, neutralise(f"{task.instruction} {task.question}")),))[: budgets.instruction]
-        if view.instruction.strip():
-            row += ids((Part(WISH, neutralise(view.instruction)),))[: budgets.wish]
+        budgets = self.budgets
+        asked = (Part(TASK, neutralise(f"{task.question} {task.instruction}")),)
+        wish = (Part(WISH, neutralise(view.instruction)),) if view.instruction.strip() else ()
         newest = sorted(view.connections, key=lambda edge: edge.since or 0)
-        row += ids(member_prompt(view.member, newest[max(0, len(newest) - budgets.connections) :]))[: budgets.profile]
-        return [*row, self.tokens.id(HISTORY)]
+        member = member_prompt(view.member, newest[max(0, len(newest) - budgets.connections) :])
+        rows = self._ids([asked, wish, member])
+        limits = (budgets.instruction, budgets.wish, budgets.profile)
+        return [*(token for row, limit in zip(rows, limits) for token in row[:limit]), self.tokens.id(HISTORY)]
+
+    def entries(self, history: Sequence[Engagement]) -> list[list[int]]:
+        """Ids of history entries, each with what was done, cut to the budget without losing that."""
+        prompts = [entry_prompt(engagement, with_action=True) for engagement in history]
+        words, done = self._ids([prompt[:-1] for prompt in prompts]), self._ids([prompt[-1:] for prompt in prompts])
+        most = self.budgets.entry
+        return [[*row[: max(1, most - len(end))], *end][:most] for row, end in zip(words, done)]
 
     def assemble(self, opening: Sequence[int], entries: Sequence[Sequence[int]]) -> list[int]:
         """The prefix of an opening and all admitted entries, oldest first: the newest that fit, in steps of WINDOW_STEP."""
@@ -122,16 +130,14 @@ class RankPrompts:
             row += entry
         return row
 
-    def entry(self, engagement: Engagement) -> list[int]:
-        """Ids of one history entry with what was done, cut to the budget without losing that. Kept by content."""
-        prompt = entry_prompt(engagement, with_action=True)
-        if prompt not in self._entries:
-            if len(self._entries) >= CACHED_ENTRIES:
-                self._entries.clear()
-            done = self.tokens.ids(prompt[-1:])
-            words = self.tokens.ids(prompt[:-1])[: max(1, self.budgets.entry - len(done))]
-            self._entries[prompt] = (words + done)[: self.budgets.entry]
-        return self._entries[prompt]
+    def _ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Ids of each prompt. Parts are kept by content: titles, actions and profile fields come again and again."""
+        missing = list({part: None for prompt in prompts for part in prompt if part not in self._known})
+        if len(self._known) + len(missing) > KEPT_PARTS:
+            self._known.clear()
+            missing = list({part: None for prompt in prompts for part in prompt})
+        self._known |= dict(zip(missing, self.tokens.many([(part,) for part in missing])))
+        return [[token for part in prompt for token in self._known[part]] for prompt in prompts]
 
 
 def admitted(history: Sequence[Engagement]) -> list[int]:

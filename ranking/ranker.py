@@ -57,11 +57,8 @@ class RankerFacts:
 class Ranker:
     """Probabilities of a task's positive answer for candidates before one member. Not safe for concurrent calls."""
 
-    def __init__(
-        self, model: LlamaForCausalLM, prompts: RankPrompts, facts: RankerFacts, fingerprint: str, engine: Engine
-    ) -> None:
-        self.model, self.prompts, self.facts = model.eval(), prompts, facts
-        self.fingerprint, self.engine = fingerprint, engine
+    def __init__(self, prompts: RankPrompts, facts: RankerFacts, fingerprint: str, engine: Engine) -> None:
+        self.prompts, self.facts, self.fingerprint, self.engine = prompts, facts, fingerprint, engine
 
     @classmethod
     def load(cls, folder: Path, *, device: str = "cpu", backend: str | None = None, max_tokens: int = 8192) -> Ranker:

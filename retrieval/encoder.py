@@ -62,7 +62,9 @@ class Encoder:
         """The encoder of a complete folder. Raises EncoderError, MissingPart, TokenizerError or CheckpointError."""
         facts = read_facts(folder)
         fingerprint = folder_fingerprint(folder, FINGERPRINTED)
-        writer = Writer(Tokens.load(folder), Quantizer.load(folder / QUANTIZER), Budgets(**facts["budgets"]), tuple(facts["actions"]))
+        writer = Writer(
+            Tokens.load(folder), Quantizer.load(folder / QUANTIZER), Budgets(**facts["budgets"]), tuple(facts["actions"])
+        )
         return cls(load_llama(folder, causal_lm=False).to(device), writer, fingerprint, facts)
 
     def items(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray], progress: Progress | None = None) -> Vectors:
@@ -131,6 +133,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
         if facts.get(name) != expected:
             raise EncoderError(f"{path}: {name} is {facts.get(name)!r}, this version reads {expected!r}; train the encoder again")
     return facts
+
+
+def stored_fingerprint(folder: Path) -> str:
+    """The fingerprint of an encoder folder, without loading the weights into a model."""
+    return folder_fingerprint(folder, FINGERPRINTED)
 
 
 def save_encoder(folder: Path, model: PreTrainedModel, writer: Writer, training: Mapping[str, Any]) -> str:

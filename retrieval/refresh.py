@@ -100,30 +100,35 @@ def nightly(
     tonight = Tonight.of(dataset, as_of)
     previous = _previous(store_dir)
     with clock("embed"):
-        vectors, digests, embedded = embed_changed(tonight, encoder, previous, told)
+        embedded = embed_changed(tonight, encoder, previous, told)
     queries = _member_queries(dataset, encoder, as_of)
     with clock("index"):
-        snapshot = _write(tonight, vectors, digests, encoder, ranker, store_dir, previous, queries, told)
+        snapshot = _write(tonight, embedded, encoder, ranker, store_dir, _parent(previous, as_of), queries, told)
         require_gates(run_gates(snapshot, previous, queries=queries))
     loaded = (0, 0)
     if members is not None:
         with clock("members"):
             loaded = load_members(dataset, encoder, members, as_of, told)
     publish(store_dir, snapshot.name)
-    recall = snapshot.manifest.recall
+    fresh = previous is None or previous.name != snapshot.name
+    return _report(snapshot, fresh, embedded.count, loaded, "" if ranker is None else ranker.fingerprint, clock)
+
+
+def _report(snapshot: Snapshot, fresh: bool, embedded: int, loaded: tuple[int, int], ranker: str, clock: _Clock) -> NightReport:
+    facts = snapshot.manifest
     return NightReport(
         snapshot=snapshot.name,
-        published=previous is None or previous.name != snapshot.name,
-        as_of=as_of,
-        items=len(tonight.items),
+        published=fresh,
+        as_of=facts.as_of,
+        items=facts.count,
         embedded=embedded,
         members=loaded[0],
         members_encoded=loaded[1],
-        encoder=encoder.fingerprint,
-        ranker="" if ranker is None else ranker.fingerprint,
-        index=snapshot.manifest.recipe,
-        recall=None if recall is None else recall.mean,
-        recall_k=0 if recall is None else recall.k,
+        encoder=facts.fingerprint,
+        ranker=ranker,
+        index=facts.recipe,
+        recall=None if facts.recall is None else facts.recall.mean,
+        recall_k=0 if facts.recall is None else facts.recall.k,
         seconds=round(clock.total(), 3),
         seconds_embed=round(clock.spent["embed"], 3),
         seconds_index=round(clock.spent["index"], 3),
@@ -131,10 +136,17 @@ def nightly(
     )
 
 
-def embed_changed(
-    tonight: Tonight, encoder: Encoder, previous: Snapshot | None, told: Progress
-) -> tuple[Vectors, list[str], int]:
-    """Vectors float32 [N,D] and prompt digests of tonight's items, and how many of them had to be encoded."""
+@dataclass(frozen=True)
+class Embedded:
+    """Vectors float32 [N,D] and prompt digests [N] of a night's items; `count` of them were encoded anew."""
+
+    vectors: Vectors
+    digests: Sequence[str]
+    count: int
+
+
+def embed_changed(tonight: Tonight, encoder: Encoder, previous: Snapshot | None, told: Progress) -> Embedded:
+    """Tonight's items as vectors: yesterday's where the same encoder read the same prompt, else encoded now."""
     records = tonight.records()
     digests = encoder.item_digests(records, tonight.numbers)
     vectors = np.zeros((len(records), encoder.dims), np.float32)
@@ -149,28 +161,25 @@ def embed_changed(
     if len(new):
         numbers = {name: column[new] for name, column in tonight.numbers.items()}
         vectors[new] = encoder.items([records[row] for row in new], numbers, lambda done, of: told("items", done, of))
-    return vectors, digests, len(new)
+    return Embedded(vectors, digests, len(new))
 
 
 def _write(
     tonight: Tonight,
-    vectors: Vectors,
-    digests: Sequence[str],
+    embedded: Embedded,
     encoder: Encoder,
     ranker: ItemTokens | None,
     store_dir: Path,
-    previous: Snapshot | None,
+    parent: str,
     queries: Vectors | None,
     told: Progress,
 ) -> Snapshot:
-    built = build(vectors, queries=queries, progress=lambda done, of: told("index", done, of))
-    with SnapshotWriter(
-        store_dir, fingerprint=encoder.fingerprint, as_of=tonight.as_of, parent=_parent(previous, tonight.as_of)
-    ) as writer:
-        writer.vectors(vectors)
+    built = build(embedded.vectors, queries=queries, progress=lambda done, of: told("index", done, of))
+    with SnapshotWriter(store_dir, fingerprint=encoder.fingerprint, as_of=tonight.as_of, parent=parent) as writer:
+        writer.vectors(embedded.vectors)
         writer.ids(tonight.items.item_id)
         writer.index(built.index, recipe=str(built.recipe), facts=built.facts, recall=built.recall)
-        writer.part(CATALOG_PART, write_catalog(tonight.items, tonight.numbers, digests, tonight.as_of))
+        writer.part(CATALOG_PART, write_catalog(tonight.items, tonight.numbers, embedded.digests, tonight.as_of))
         if ranker is not None:
             writer.part(TOKENS_PART, write_tokens(_tokens(tonight, ranker, told), ranker.fingerprint))
     return Snapshot.open(writer.path, verify=False)

@@ -100,7 +100,7 @@ class GroupWriter:
             rows = self._order[self._bounds[member] : self._bounds[member + 1]]
             history = [self._engagement(int(row)) for row in rows]
             kept = admitted(history)
-            entries = [self.prompts.entry(history[row]) for row in kept]
+            entries = self.prompts.entries([history[row] for row in kept])
             self._histories[member] = (self._log.timestamp[rows[kept]] if kept else np.zeros(0, np.int64), entries)
         return self._histories[member]
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,27 +82,38 @@ def make_server(stack: Stack, worker: Worker, settings: ServeSettings) -> grpc.a
     return server
 
 
-def listen(server: grpc.aio.Server, settings: ServeSettings) -> int:
-    """The server is bound; returns the port. Raises CannotListen."""
+def check_address(settings: ServeSettings) -> None:
+    """The address is allowed and free at this moment. Raises CannotListen."""
     if not is_loopback(settings.host) and not settings.insecure_public:
         raise CannotListen(
             f"--host {settings.host} can be reached from other machines, and this server has neither TLS nor credentials; "
             "use 127.0.0.1, or say --insecure-public if the network around it protects it"
         )
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        # gRPC would write its own words to stderr beside ours, so the question is put to the system first.
+        with socket.socket(family, socket.SOCK_STREAM) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((settings.host, settings.port))
+    except OSError as error:
+        raise _cannot(settings, error) from error
+
+
+def listen(server: grpc.aio.Server, settings: ServeSettings) -> int:
+    """The server is bound; returns the port. Raises CannotListen."""
+    check_address(settings)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
-        port = int(server.add_insecure_port(f"{host}:{settings.port}"))
+        return int(server.add_insecure_port(f"{host}:{settings.port}"))
     except RuntimeError as error:
-        raise CannotListen(_taken(settings)) from error
-    if port == 0:
-        raise CannotListen(_taken(settings))
-    return port
+        raise _cannot(settings, error) from error
 
 
-def _taken(settings: ServeSettings) -> str:
-    return (
-        f"cannot listen on {settings.host}:{settings.port}: the port is taken or the address is not this machine's; "
-        "choose another --port (0 takes a free one) or stop the other server"
+def _cannot(settings: ServeSettings, error: Exception) -> CannotListen:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return CannotListen(
+        f"cannot listen on {settings.host}:{settings.port} ({reason}); choose another --port (0 takes a free one), "
+        "or stop the server that has it"
     )
 
 

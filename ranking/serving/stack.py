@@ -73,32 +73,38 @@ def open_stack(store: Path, encoder: Path, ranker: Path | None, members: str | N
     values if the models are not the ones that the snapshot was made with, NotServable or the models' own errors if
     something is missing.
     """
-    for what, folder in (("--store", store), ("--encoder", encoder), ("--ranker", ranker)):
-        if folder is not None and not folder.is_dir():
-            raise NotServable(f"{what} {folder}: no such folder; expected one that brewline has written")
-    from retrieval.encoder import Encoder
-
-    loaded = Encoder.load(encoder)
+    _exists("--store", store)
     published = current(store)
     if published is None:
         raise NotServable(f"--store {store}: nothing was published; run `brewline nightly` first")
-    snapshot = Snapshot.open(published, fingerprint=loaded.fingerprint)
+    reader, judge = load_models(encoder, ranker)
+    snapshot = Snapshot.open(published, fingerprint=reader.fingerprint)
     catalog = Catalog.open(snapshot)
-    judge = _open_ranker(ranker, loaded, catalog)
-    kept = MemberStore(open_store(members or default_members(store)), loaded.fingerprint)
-    retriever = Retriever(loaded, Searcher.of(snapshot), catalog)
-    return Stack(snapshot, catalog, loaded, judge, kept, Recommender(retriever, judge))
+    if judge is not None:
+        catalog.require_ranker(judge.fingerprint)
+    kept = MemberStore(open_store(members or default_members(store)), reader.fingerprint)
+    retriever = Retriever(reader, Searcher.of(snapshot), catalog)
+    return Stack(snapshot, catalog, reader, judge, kept, Recommender(retriever, judge))
 
 
-def _open_ranker(folder: Path | None, encoder: Encoder, catalog: Catalog) -> Ranker | None:
-    if folder is None:
-        return None
+def load_models(encoder: Path, ranker: Path | None) -> tuple[Encoder, Ranker | None]:
+    """The two models of one night. Raises FingerprintMismatch if they do not go together, NotServable, the models' own errors."""
     from ranking.ranker import Ranker
+    from retrieval.encoder import Encoder
 
-    ranker = Ranker.load(folder)
-    require_pair(ranker, encoder)
-    catalog.require_ranker(ranker.fingerprint)
-    return ranker
+    _exists("--encoder", encoder)
+    _exists("--ranker", ranker)
+    reader = Encoder.load(encoder)
+    if ranker is None:
+        return reader, None
+    judge = Ranker.load(ranker)
+    require_pair(judge, reader)
+    return reader, judge
+
+
+def _exists(what: str, folder: Path | None) -> None:
+    if folder is not None and not folder.is_dir():
+        raise NotServable(f"{what} {folder}: no such folder; expected one that brewline has written")
 
 
 def require_pair(ranker: Ranker, encoder: Encoder) -> None:

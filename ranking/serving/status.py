@@ -5,8 +5,8 @@ from __future__ import annotations
 import grpc
 
 from index.errors import BrewlineError
-from index.manifest import SnapshotMismatch
 from index.keyvalue import StoreUnavailable
+from index.manifest import SnapshotMismatch
 from ranking.pipeline import BadScores, NoRanker
 from ranking.prefill.plan import EmptyItem, EmptyPrefix, ItemTooLong, PrefixTooLong
 from ranking.serving.messages import BadRequest

@@ -121,7 +121,8 @@ def _label_of_a_number(dataset: Dataset) -> list[Warned]:
         known = ~np.isnan(value)
         levels, code = np.unique(value[known], return_inverse=True)
         label = labelled.label[known]
-        if known.mean() < MOST_LEVELS or not 1 < len(levels) < MOST_LEVELS * known.sum():
+        # A number that is another one for each item is a name of the item, and proves nothing about labels.
+        if known.mean() < MOST_LEVELS or not 1 < len(levels) <= MOST_LEVELS * len(np.unique(labelled.item[known])):
             continue
         ones, total = np.bincount(code, label), np.bincount(code)
         if np.all((ones == 0) | (ones == total)) and 0 < ones.sum() < total.sum():

@@ -7,9 +7,10 @@ member itself is known to all of them up to the query (that is the protocol).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ class Past:
 
     dataset: Dataset
     window: Window
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def before(self) -> int:
@@ -59,6 +61,19 @@ class Past:
     def together(self) -> sp.csr_matrix:
         """Float32 [N, N]: how many members engaged with both items."""
         return (self.matrix.T @ self.matrix).tocsr()
+
+    def nearest(self, neighbours: int, shrink: float) -> sp.csr_matrix:
+        """Float32 [N, N]: item-kNN similarities; the latest are kept, so that a grid of decays fits once."""
+        return self._keep(("nearest", neighbours, shrink), lambda: _nearest(self.together, shrink, neighbours))
+
+    def ease(self, head: npt.NDArray[np.int64], penalty: float) -> Floats:
+        """Float32 [H, H]: EASE weights of the head items; the latest are kept."""
+        return self._keep(("ease", len(head), penalty), lambda: _ease_weights(self.together[head][:, head].toarray(), penalty))
+
+    def _keep(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        if self._kept.get("key") != key:
+            self._kept.update(key=key, value=make())
+        return self._kept["value"]
 
 
 class Baseline(Protocol):
@@ -90,7 +105,7 @@ def history_matrix(queries: Queries, items: int, decay: float = 1.0, newest: int
     return sp.csr_matrix((weight.astype(np.float32), (history.rows, item)), (len(queries), items))
 
 
-def same_for_all(scores: npt.NDArray[np.floating]) -> Scorer:
+def same_for_all(scores: npt.NDArray[np.float64]) -> Scorer:
     """Returns a scorer that gives every query the same scores [N]."""
     row = scores.astype(np.float32)
     return lambda queries: np.broadcast_to(row, (len(queries), len(row)))
@@ -98,7 +113,7 @@ def same_for_all(scores: npt.NDArray[np.floating]) -> Scorer:
 
 @dataclass(frozen=True)
 class Random:
-    """Chance: every item is as good as any other (one order per member, by a seed)."""
+    """Chance: one shuffled row of scores, rotated by a random step for each member."""
 
     seed: int = 0
     name: str = "Random"
@@ -111,11 +126,10 @@ class Random:
     def fit(self, past: Past) -> Scorer:
         items = len(past.dataset.items)
 
-        def score(queries: Queries) -> Floats:
-            draws = [np.random.default_rng((self.seed, int(member))) for member in queries.member]
-            return np.stack([rng.random(items, np.float32) for rng in draws])
-
-        return score
+        rng = np.random.default_rng(self.seed)
+        row = np.tile(rng.permutation(items).astype(np.float32), 2)
+        step = rng.integers(0, items, len(past.dataset.members))
+        return lambda queries: np.stack([row[begin : begin + items] for begin in step[queries.member].tolist()])
 
 
 @dataclass(frozen=True)
@@ -137,7 +151,7 @@ class Popularity:
         if self.half_life is None:
             return same_for_all(past.counts)
         weight = 0.5 ** ((past.before - past.events.timestamp) / DAY / self.half_life)
-        return same_for_all(np.bincount(past.events.item, weight, len(past.dataset.items)))
+        return same_for_all(np.bincount(past.events.item, weight, len(past.dataset.items)).astype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -181,7 +195,7 @@ class ItemNeighbours:
         return f"k={self.neighbours} shrink={self.shrink:g} decay={self.decay:g}"
 
     def fit(self, past: Past) -> Scorer:
-        nearest = _nearest(past.together, self.shrink, self.neighbours)
+        nearest = past.nearest(self.neighbours, self.shrink)
         return lambda queries: (history_matrix(queries, nearest.shape[0], self.decay) @ nearest).toarray()
 
 
@@ -216,7 +230,7 @@ class Ease:
     def fit(self, past: Past) -> Scorer:
         items = len(past.dataset.items)
         head = np.sort(np.argsort(-past.counts, kind="stable")[: min(self.head, int((past.counts > 0).sum()))])
-        weights = _ease_weights(past.together[head][:, head].toarray(), self.penalty)
+        weights = past.ease(head, self.penalty)
 
         def score(queries: Queries) -> Floats:
             scores = np.zeros((len(queries), items), np.float32)
@@ -255,5 +269,3 @@ class Oracle:
             return scores.astype(np.float32)
 
         return score
-
-

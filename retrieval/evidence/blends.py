@@ -20,9 +20,8 @@ from retrieval.evidence.baselines import (
     Popularity,
     Random,
 )
-from retrieval.evidence.metrics import target_places
 from retrieval.evidence.protocol import EvidenceError, Queries, last_after_cut
-from retrieval.evidence.rank import Progress, Scorer, rank_queries
+from retrieval.evidence.rank import Progress, Scorer, rank_targets
 from retrieval.evidence.text_baselines import Bm25, TfIdf
 
 TUNED_AT = 100
@@ -85,10 +84,13 @@ def families(dataset: Dataset) -> list[list[Baseline]]:
     return listed
 
 
-def validation_recall(baseline: Baseline, past: Past, queries: Queries, depth: int = TUNED_AT) -> float:
-    """Returns mean recall at `depth` on the validation queries."""
-    ranked = rank_queries(queries, baseline.fit(past), len(past.dataset.items), depth)
-    found = target_places(ranked.rows, queries.targets) >= 0
+def validation_recall(baseline: Baseline, past: Past, queries: Queries) -> float:
+    """Returns mean recall at `TUNED_AT` on the validation queries."""
+    return _recall(baseline.fit(past), queries, len(past.dataset.items))
+
+
+def _recall(score: Scorer, queries: Queries, items: int) -> float:
+    found = rank_targets(queries, score, items) < TUNED_AT
     return float((np.bincount(queries.targets.rows, found, len(queries)) / queries.targets.lengths).mean())
 
 
@@ -141,18 +143,13 @@ def _weighted(blend: Blend, past: Past, queries: Queries) -> Blend:
     parts = [standardised(part.fit(past)(queries)) for part in blend.parts]
 
     def recall(weights: tuple[float, ...]) -> float:
-        scores = sum(weight * part for weight, part in zip(weights, parts, strict=True))
-        return _recall_of(np.asarray(scores, np.float32), queries)
+        row_of = {member: row for row, member in enumerate(queries.member.tolist())}
+
+        def score(block: Queries) -> Floats:
+            rows = [row_of[member] for member in block.member.tolist()]
+            return np.asarray(sum(weight * part[rows] for weight, part in zip(weights, parts, strict=True)), np.float32)
+
+        return _recall(score, queries, len(past.dataset.items))
 
     grid = [weights for weights in product(BLEND_WEIGHTS, repeat=len(parts)) if max(weights) == max(BLEND_WEIGHTS)]
     return replace(blend, weights=max(grid, key=recall))
-
-
-def _recall_of(scores: Floats, queries: Queries) -> float:
-    """Mean recall of the given scores, equal ones counted as half better."""
-    scores[queries.excluded.rows, queries.excluded.values] = -np.inf
-    row = queries.targets.rows
-    target = scores[row, queries.targets.values][:, None]
-    place = (scores[row] > target).sum(axis=1) + (scores[row] == target).sum(axis=1) / 2
-    found = np.bincount(row, place <= TUNED_AT, len(queries))
-    return float((found / queries.targets.lengths).mean())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +42,8 @@ def top_rows(scores: Floats, depth: int, ties: npt.NDArray[np.int64] | None = No
     """Returns the best `depth` columns of each row, best first; a score of -inf is never listed.
 
     Equal scores are listed in the order of `ties` (default: ascending columns), also across the edge of the list, so the
-    result does not depend on the sorting algorithm. Raises EvidenceError on NaN.
+    result does not depend on the sorting algorithm.
     """
-    if np.isnan(scores).any():
-        raise EvidenceError(f"{int(np.isnan(scores).sum())} scores are NaN; a list cannot be ordered by them.")
     ordered = scores if ties is None else scores[:, ties]
     count = min(depth, scores.shape[1])
     columns = np.tile(np.arange(count), (len(scores), 1)) if count == scores.shape[1] else _largest(ordered, count)
@@ -72,18 +70,46 @@ def rank_queries(queries: Queries, score: Scorer, items: int, depth: int = DEPTH
     `score` is called with blocks of queries and returns [B, N]; the block shrinks as the catalogue grows.
     """
     ties = tie_order(queries, items)
-    step = max(1, BLOCK_SCORES // max(items, 1))
     parts = []
+    done = 0
+    for block, scores in scored_blocks(queries, score, items):
+        parts.append(top_rows(scores, depth, ties))
+        done += len(block)
+        if progress is not None:
+            progress(done, len(queries))
+    return Ranked(np.concatenate([part.rows for part in parts]), np.concatenate([part.scores for part in parts]))
+
+
+def rank_targets(queries: Queries, score: Scorer, items: int) -> npt.NDArray[np.int64]:
+    """Returns int64 [T]: the place (0 = best) of each target among all candidates of its query, without making the lists.
+
+    The same places as in the lists of `rank_queries`, at a fraction of the cost: what tuning needs.
+    """
+    ties = tie_order(queries, items)
+    order = np.empty(items, np.int32)
+    order[ties] = np.arange(items)
+    return np.concatenate([_places(block, scores, order) for block, scores in scored_blocks(queries, score, items)])
+
+
+def _places(block: Queries, scores: Floats, order: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    row, target = block.targets.rows, block.targets.values
+    others, own = scores[row], scores[row, target][:, None]
+    before = (others > own) | ((others == own) & (order < order[target][:, None]))
+    return before.sum(axis=1, dtype=np.int64)
+
+
+def scored_blocks(queries: Queries, score: Scorer, items: int) -> Iterator[tuple[Queries, Floats]]:
+    """Yields blocks of queries with their scores [B, N], history at -inf. Raises EvidenceError on a wrong shape or NaN."""
+    step = max(1, BLOCK_SCORES // max(items, 1))
     for begin in range(0, len(queries), step):
         block = queries.take(slice(begin, begin + step))
         scores = np.array(score(block), np.float32)
         if scores.shape != (len(block), items):
             raise EvidenceError(f"A scorer returned {scores.shape} for {len(block)} queries and {items} items.")
+        if np.isnan(scores).any():
+            raise EvidenceError(f"{int(np.isnan(scores).sum())} scores are NaN; a list cannot be ordered by them.")
         scores[block.excluded.rows, block.excluded.values] = -np.inf
-        parts.append(top_rows(scores, depth, ties))
-        if progress is not None:
-            progress(begin + len(block), len(queries))
-    return Ranked(np.concatenate([part.rows for part in parts]), np.concatenate([part.scores for part in parts]))
+        yield block, scores
 
 
 def write_ranked(path: Path, ranked: Ranked, queries: Queries, members: Members, items: Items) -> None:

@@ -97,7 +97,7 @@ def test_times_are_outside_the_hashes(make_snapshot) -> None:
 def test_another_encoder_is_refused_with_both_fingerprints(make_snapshot) -> None:
     path = make_snapshot(fingerprint="aaa").path
     assert Snapshot.open(path, fingerprint="aaa").name == path.name
-    with pytest.raises(SnapshotMismatch, match="aaa.*bbb"):
+    with pytest.raises(SnapshotMismatch, match=r"aaa.*bbb"):
         Snapshot.open(path, fingerprint="bbb")
 
 

@@ -18,6 +18,8 @@ import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 import index.sqlite_store
 from index.store import KeyValueStore, StoreError, StoreUnavailable, open_store
@@ -40,17 +42,11 @@ def redis_binary() -> str:
     return found
 
 
-@dataclass
-class Server:
-    url: str
-    socket: str
-
-
 def start(folder: Path, *options: str) -> tuple[subprocess.Popen[bytes], redis.Redis]:
     socket = str(folder / "s")
     command = [redis_binary(), "--unixsocket", socket, "--save", "", "--appendonly", "no", "--dir", str(folder), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    client = redis.Redis(unix_socket_path=socket)
+    client = redis.Redis(unix_socket_path=socket, retry=Retry(NoBackoff(), 0))
     for _ in range(200):
         try:
             client.ping()
@@ -94,8 +90,8 @@ def cluster_port() -> Iterator[int]:
         options = ("--port", str(port), "--cluster-enabled", "yes", "--bind", "127.0.0.1", "--cluster-announce-ip", "127.0.0.1")
         process, client = start(Path(path), *options, "--cluster-require-full-coverage", "no")
         client.execute_command("CLUSTER ADDSLOTS", *range(16_384))
-        for _ in range(200):
-            if b"cluster_state:ok" in client.execute_command("CLUSTER INFO", NEVER_DECODE=True):
+        for _ in range(1_000):
+            if client.execute_command("CLUSTER INFO")["cluster_state"] == "ok":
                 break
             time.sleep(0.02)
         yield port

@@ -23,7 +23,7 @@ from retrieval.data.sources.lines import Progress, clean, clean_list, parsed
 
 LIKED = 4
 PATTERNS = ("*.json", "*.jsonl", "*.json.gz", "*.jsonl.gz")
-_PRICE = re.compile(r"^\$?(\d{1,3}(?:,\d{3})+|\d{1,7})(\.\d{1,2})?$")
+_PRICE = re.compile(r"^\$?(\d{1,3}(?:,\d{3})+|\d{1,7})(\.\d{1,2})?$", re.ASCII)
 
 
 def import_amazon(source: Path, progress: Progress | None = None) -> Imported:
@@ -89,7 +89,8 @@ def _add_review(log: LogBuilder, row: int, review: Mapping[str, object], refusal
     member = clean(review.get("user_id", review.get("reviewerID")))
     item = clean(review.get("parent_asin", review.get("asin")))
     rating = _number(review.get("rating", review.get("overall")))
-    time = _number(review.get("unixReviewTime")) or _number(review.get("timestamp")) / 1000
+    old, new = _number(review.get("unixReviewTime")), _number(review.get("timestamp")) / 1000
+    time = new if math.isnan(old) else old
     if not member or not item:
         refusals.one(log.file, row, "review without a member or a product")
     elif not 1 <= rating <= 5:

@@ -6,8 +6,8 @@ import re
 from datetime import UTC, datetime
 
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-_WRITTEN = re.compile(r"^(?P<month>[A-Z][a-z]{2,8})\.? (?P<day>\d{1,2}),? (?P<year>\d{4})$")
-_AMERICAN = re.compile(r"^(\d{1,2})/(\d{1,2})/(\d{4}) (1[0-2]|0?\d):([0-5]\d):([0-5]\d) (AM|PM)$")
+_WRITTEN = re.compile(r"^(?P<month>[A-Z][a-z]{2,8})\.? (?P<day>\d{1,2}),? (?P<year>\d{4})$", re.ASCII)
+_AMERICAN = re.compile(r"^(\d{1,2})/(\d{1,2})/(\d{4}) (1[0-2]|0?\d):([0-5]\d):([0-5]\d) (AM|PM)$", re.ASCII)
 _MILLISECONDS_FROM = 100_000_000_000
 
 
@@ -32,7 +32,7 @@ def iso_time(text: str) -> int | None:
 def any_time(text: str) -> int | None:
     """Seconds, milliseconds (numbers from 10^11 up), or an ISO date or time -> seconds; None for anything else."""
     word = text.strip()
-    if re.fullmatch(r"-?\d{1,16}(\.0+)?", word):
+    if re.fullmatch(r"-?\d{1,16}(\.0+)?", word, re.ASCII):
         number = int(word.partition(".")[0])
         return number // 1000 if number >= _MILLISECONDS_FROM else number
     return iso_time(word)

@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]
 Parsed = TypeVar("Parsed")
 _TAG = re.compile(r"<[^<>]{0,500}>")
 _SPACE = re.compile(r"\s+")
-_YEAR = re.compile(r"^(?P<title>.*\S)\s*\((?P<year>\d{4})\)\s*$", re.DOTALL)
+_YEAR = re.compile(r"^(?P<title>.*\S)\s*\((?P<year>\d{4})\)\s*$", re.DOTALL | re.ASCII)
 
 
 def find(source: Path, *patterns: str) -> Path:

@@ -12,7 +12,6 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 from retrieval.data.columns import LONGEST_TEXT
 from retrieval.data.refusals import Refusals
@@ -37,8 +36,8 @@ class Table:
     def rows(self, refusals: Refusals, progress: Progress | None = None) -> Iterator[tuple[int, dict[str, str]]]:
         """(row from 0, without the header; column -> text). Ragged rows and fields over LONGEST_TEXT are refused."""
         total, told = self.path.stat().st_size, 0
-        with self.path.open("rb") as raw:
-            reader = _reader(raw, self.encoding, self.delimiter)
+        with _opened(self.path, self.encoding) as text:
+            reader = _reader(text, self.delimiter)
             next(reader)
             for row, fields in enumerate(self._parsed(reader)):
                 if not fields:
@@ -50,8 +49,8 @@ class Table:
                     refusals.one(self.path.name, row, f"a field is longer than {LONGEST_TEXT:,} characters")
                 else:
                     yield row, dict(zip(self.columns, fields, strict=True))
-                if progress is not None and raw.tell() >= told + PROGRESS_EVERY:
-                    told = raw.tell()
+                if progress is not None and text.buffer.tell() >= told + PROGRESS_EVERY:
+                    told = text.buffer.tell()
                     progress(told, total)
         if progress is not None:
             progress(total, total)
@@ -112,9 +111,9 @@ def _layout(path: Path, encoding: str) -> tuple[str, list[str]]:
 
 def _sample(path: Path, encoding: str, delimiter: str) -> list[list[str]]:
     rows: list[list[str]] = []
-    with path.open("rb") as raw:
+    with _opened(path, encoding) as text:
         try:
-            for fields in _reader(raw, encoding, delimiter):
+            for fields in _reader(text, delimiter):
                 if fields:
                     rows.append(fields)
                 if len(rows) > SAMPLED_ROWS:
@@ -124,8 +123,11 @@ def _sample(path: Path, encoding: str, delimiter: str) -> list[list[str]]:
     return rows
 
 
-def _reader(raw: BinaryIO, encoding: str, delimiter: str) -> Iterator[list[str]]:
+def _opened(path: Path, encoding: str) -> io.TextIOWrapper:
+    return path.open(encoding=encoding, errors="strict", newline="")
+
+
+def _reader(text: io.TextIOWrapper, delimiter: str) -> Iterator[list[str]]:
     # A quote that is never closed swallows the rest of the file into one field; the limit makes that an error.
     csv.field_size_limit(8 * LONGEST_TEXT)
-    text = io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline="")
     return csv.reader(text, delimiter=delimiter)

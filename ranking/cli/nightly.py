@@ -1,0 +1,92 @@
+"""`brewline nightly`: yesterday's log and today's items become the snapshot that is served."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from ranking.cli.output import Report, emit, progress_bar
+
+if TYPE_CHECKING:
+    from retrieval.refresh import NightReport, Progress
+
+
+def nightly(
+    data: Annotated[Path, typer.Argument(help="A data folder (see `brewline data check`).", metavar="DATA")],
+    encoder: Annotated[Path, typer.Option(help="The encoder folder.", metavar="DIR")],
+    store: Annotated[Path, typer.Option(help="Where snapshots are kept; made if missing.", metavar="DIR")],
+    ranker: Annotated[
+        Path | None, typer.Option(help="The ranker folder; without it only retrieval is served.", metavar="DIR")
+    ] = None,
+    members: Annotated[
+        str | None,
+        typer.Option(help="The member store: sqlite:PATH or redis://HOST. Default: in the --store folder.", metavar="URL"),
+    ] = None,
+    as_of: Annotated[
+        str, typer.Option(help="now, end (of the data), seconds, or an ISO time: what is known then.", metavar="TIME")
+    ] = "now",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Encode what changed, build and check the index, load the members, and publish. Nothing is served before the end.
+
+    Counts, histories and items are those known at --as-of; a historical data set is served as of its end.
+
+        brewline nightly data/ --encoder encoder/ --ranker ranker/ --store store/
+        brewline nightly movietweets/ --encoder encoder/ --store store/ --as-of end
+        brewline nightly data/ --encoder encoder/ --store store/ --members redis://localhost/0 --as-of 2026-01-31
+    """
+    from index.store import open_store
+    from ranking.serving.stack import default_members, load_models
+    from retrieval.data.read import read_dataset
+    from retrieval.members import MemberStore
+    from retrieval.moments import read_as_of
+    from retrieval.refresh import nightly as run
+
+    dataset = read_dataset(data)
+    moment = read_as_of(as_of, dataset, time.time())
+    reader, judge = load_models(encoder, ranker)
+    store.mkdir(parents=True, exist_ok=True)
+    kept = MemberStore(open_store(members or default_members(store)), reader.fingerprint)
+    with _bars() as told:
+        report = run(dataset, reader, judge, store, moment, kept, told)
+    emit(vars(report), as_json=as_json, table=lambda: _table(report))
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    """One bar for each stage, the one before finished when the next begins."""
+    with ExitStack() as open_bar:
+        now: dict[str, Report] = {}
+
+        def told(stage: str, done: int, total: int) -> None:
+            if stage not in now:
+                open_bar.close()
+                now.clear()
+                now[stage] = open_bar.enter_context(progress_bar(stage))
+            now[stage](done, total)
+
+        yield told
+
+
+def _table(report: NightReport) -> Table:
+    from retrieval.moments import moment_words
+
+    table = Table("night", "", title=f"Snapshot {report.snapshot}", title_justify="left", show_header=False)
+    table.add_row("served", "now" if report.published else "already was: the same night makes the same snapshot")
+    table.add_row("as of", moment_words(report.as_of))
+    table.add_row("items", f"{report.items:,}, of which {report.embedded:,} were encoded in {report.seconds_embed:.1f} s")
+    table.add_row(
+        "members", f"{report.members:,}, of which {report.members_encoded:,} were encoded in {report.seconds_members:.1f} s"
+    )
+    recall = "not measured" if report.recall is None else f"recall@{report.recall_k} {report.recall:.4f} against exact search"
+    table.add_row("index", f"{report.index}, {recall}")
+    table.add_row("encoder", report.encoder)
+    table.add_row("ranker", report.ranker or "none: only retrieval can be served")
+    table.add_row("took", f"{report.seconds:.1f} s")
+    return table

@@ -1,0 +1,92 @@
+"""`brewline ranker`: train the model that scores all candidates of a member in one pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ranking.learn.train import TrainReport
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="The ranker: a LLaMA that reads a member and scores every candidate in one prefill.",
+    epilog="Start with `brewline ranker train DATA --out RANKER --minutes 5`.",
+)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `train` a subcommand while it is the only one."""
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="The data folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The ranker folder to write; it must not hold a ranker yet.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option(help="A LLaMA checkpoint to start from (a folder, or a hub name).", show_default="from scratch")
+    ] = None,
+    encoder: Annotated[
+        Path | None,
+        typer.Option(help="An encoder folder: its tokenizer, numbers and word vectors are the start.", show_default=False),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="How long to train; the steps reached are recorded.", show_default="5")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="How many steps instead: the same seed gives the same weights.")] = None,
+    lora: Annotated[int | None, typer.Option(help="With --base: train a LoRA of this rank instead of all weights.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides every random choice.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
+) -> None:
+    """Train a ranker on labels and impressions, or on engagements alone, and leave a complete folder.
+
+    The length is judged and the probabilities are calibrated on the validation window; then the model is fitted again on
+    everything before the test cut. A killed run goes on from its last checkpoint when started again.
+
+    Example: `brewline ranker train my-data --out my-ranker --encoder my-encoder --minutes 20`
+    """
+    from ranking.cli.output import emit, plain, progress_bar
+    from ranking.learn.loop import TrainingError
+    from ranking.learn.start import RankerPlan
+    from ranking.learn.train import train_ranker
+    from retrieval.data.read import read_dataset
+
+    if minutes is not None and steps is not None:
+        raise TrainingError("--minutes and --steps both say how long; give one of them")
+    if lora is not None and base is None:
+        raise TrainingError("--lora needs --base: there is nothing to adapt in a model that starts from scratch")
+    plan = RankerPlan(
+        steps=steps,
+        minutes=None if steps is not None else (5.0 if minutes is None else minutes),
+        seed=seed,
+        base=base,
+        lora_rank=lora,
+        encoder=None if encoder is None else str(encoder),
+    )
+    dataset = read_dataset(data)
+    with progress_bar("training steps (trial run, then refit)") as progress:
+        report = train_ranker(dataset, out, plan, lambda _stage, done, total: progress(done, total))
+    found = plain(report)
+    assert isinstance(found, dict)
+    emit(found, as_json=as_json, table=lambda: _table(report))
+
+
+def _table(report: TrainReport) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"Ranker {report.fingerprint}", title_justify="left", show_header=False)
+    table.add_row("folder", report.folder)
+    table.add_row("steps", f"{report.steps:,} in {report.seconds:,.0f} s, {report.tokens_per_second:,.0f} tokens/s")
+    table.add_row("parameters", f"{report.parameters:,}")
+    for name, measures in report.validation.items():
+        words = f"AUC {measures['auc']:.4f}, calibration error {measures['calibration_error']:.4f}"
+        table.add_row(f"validation: {name}", f"{words}, {measures['candidates']:,.0f} candidates")
+    if report.note:
+        table.add_row("note", report.note)
+    return table

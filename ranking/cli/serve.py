@@ -1,0 +1,73 @@
+"""`brewline serve`: the published snapshot and its models behind one gRPC port."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ranking.cli.output import emit
+
+if TYPE_CHECKING:
+    from ranking.serving.stack import Stack
+
+
+def serve(
+    store: Annotated[Path, typer.Option(help="The snapshot store that `brewline nightly` wrote.", metavar="DIR")],
+    encoder: Annotated[Path, typer.Option(help="The encoder that made the snapshot.", metavar="DIR")],
+    ranker: Annotated[
+        Path | None, typer.Option(help="The ranker of the snapshot; without it only Retrieve answers.", metavar="DIR")
+    ] = None,
+    members: Annotated[
+        str | None,
+        typer.Option(help="The member store: sqlite:PATH or redis://HOST. Default: in the --store folder.", metavar="URL"),
+    ] = None,
+    port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 50051,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    insecure_public: Annotated[
+        bool, typer.Option("--insecure-public", help="Listen beyond this machine although there is no TLS and no token.")
+    ] = False,
+    most_waiting: Annotated[int, typer.Option(help="Requests that may wait; the next is refused at once.", min=1)] = 64,
+    drain_seconds: Annotated[float, typer.Option(help="How long running requests may take after SIGTERM.", min=0)] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout as soon as it answers.")] = False,
+) -> None:
+    """Serve recommendations over gRPC until SIGTERM or Ctrl-C. Models that did not make the snapshot are refused.
+
+        brewline serve --store store/ --encoder encoder/ --ranker ranker/ --port 50051
+        brewline serve --store store/ --encoder encoder/ --members redis://localhost/0 --port 0 --json
+
+    Ask it with `brewline ask recommend --member ID`, or with grpcurl: reflection and the health service are on.
+    """
+    from ranking.serving.server import ServeSettings, check_address, serve_until_signal
+    from ranking.serving.stack import open_stack
+
+    settings = ServeSettings(host, port, insecure_public, most_waiting, drain_seconds)
+    check_address(settings)  # a taken port is said at once, not after the models are loaded
+    stack = open_stack(store, encoder, ranker, members)
+
+    def ready(bound: int) -> None:
+        sys.stderr.write(_ready_line(stack, host, bound) + "\n")
+        sys.stderr.flush()
+        if as_json:
+            emit(_ready_facts(stack, host, bound), as_json=True, table=lambda: None)
+
+    serve_until_signal(stack, settings, ready)
+
+
+def _ready_line(stack: Stack, host: str, port: int) -> str:
+    stages = "retrieval and ranking" if stack.ranker is not None else "retrieval only"
+    return f"ready: {stages} over {len(stack.catalog):,} items of snapshot {stack.snapshot.name} on {host}:{port}"
+
+
+def _ready_facts(stack: Stack, host: str, port: int) -> dict[str, object]:
+    return {
+        "ready": True,
+        "host": host,
+        "port": port,
+        "snapshot": stack.snapshot.name,
+        "items": len(stack.catalog),
+        "encoder": stack.encoder.fingerprint,
+        "ranker": "" if stack.ranker is None else stack.ranker.fingerprint,
+    }
