@@ -156,17 +156,17 @@ def write_catalog(items: Items, numbers: Mapping[str, npt.NDArray[np.float64]], 
     columns |= {f"{STATIC}{name}": pa.array(column, pa.float64()) for name, column in items.numbers.items()}
     columns |= {f"{AS_OF}{name}": pa.array(column, pa.float64()) for name, column in numbers.items()}
     columns["digest"] = pa.array(digests, pa.large_string())
-    return _ipc(pa.record_batch(columns), {"format": FORMAT, "as_of": as_of})
+    return _ipc(pa.record_batch(columns), {"part": CATALOG_PART, "as_of": as_of})
 
 
 def write_tokens(tokens: Sequence[Sequence[int]], ranker: str) -> bytes:
     """The bytes of `tokens.arrow`: one list of token ids per row, under the ranker's fingerprint."""
     column = pa.array(tokens, pa.large_list(pa.int32()))
-    return _ipc(pa.record_batch({"tokens": column}), {"format": FORMAT, "ranker": ranker})
+    return _ipc(pa.record_batch({"tokens": column}), {"part": TOKENS_PART, "ranker": ranker})
 
 
 def _ipc(batch: pa.RecordBatch, facts: Mapping[str, object]) -> bytes:
-    schema = batch.schema.with_metadata({"brewline": json.dumps(facts, sort_keys=True)})
+    schema = batch.schema.with_metadata({"brewline": json.dumps({"format": FORMAT, **facts}, sort_keys=True)})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(batch.replace_schema_metadata(schema.metadata))
@@ -185,6 +185,7 @@ def _map(path: Path) -> pa.RecordBatch:
 
 def _facts(batch: pa.RecordBatch, part: str) -> dict[str, object]:
     found = json.loads((batch.schema.metadata or {}).get(b"brewline", b"{}"))
-    if found.get("format") != FORMAT:
-        raise CatalogError(f"{part} is of format {found.get('format')}, this version reads {FORMAT}; publish a new night")
+    kind = (found.get("part"), found.get("format"))
+    if kind != (part, FORMAT):
+        raise CatalogError(f"{part} says it is {kind[0]} of format {kind[1]}, expected format {FORMAT}; publish a new night")
     return dict(found)

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,17 +31,18 @@ from retrieval.writer import Budgets, Writer
 ROOT = Path(__file__).parent.parent
 PROMISED = """
 data world, data check, data import movietweets, data import movielens, data import goodbooks, data import mind,
-data import amazon, data import steam, data import csv, encoder train, ranker train, nightly, serve, ask recommend, ask retrieve, ask rank, ask info,
+data import amazon, data import steam, data import csv,
+encoder train, ranker train, nightly, serve, ask recommend, ask retrieve, ask rank, ask info,
 prompt show, index list, index rollback, evaluate, bench prefill, demo
 """
 JSON_TOO = ("data world", "data check", "encoder train", "ranker train", "nightly", "serve", "ask recommend", "prompt show")
 
 
 @cache
-def commands() -> dict[tuple[str, ...], typer.main.TyperCommand | typer.main.TyperGroup]:
+def commands() -> dict[tuple[str, ...], Any]:
     """Every group and command by its words, the root as ()."""
-    found = {}
-    waiting = [((), typer.main.get_command(cli.app))]
+    found: dict[tuple[str, ...], Any] = {}
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), typer.main.get_command(cli.app))]
     while waiting:
         path, command = waiting.pop()
         found[path] = command
@@ -65,7 +67,7 @@ def test_every_command_teaches_its_use(path: tuple[str, ...]) -> None:
     assert len((commands()[path].help or "").split()) >= 4, "no help text"
     for parameter in commands()[path].params:
         if parameter.param_type_name == "option" and parameter.name != "help":
-            assert len((parameter.help or "").split()) >= 2, f"{parameter.opts} has no help"  # type: ignore[attr-defined]
+            assert len((parameter.help or "").split()) >= 2, f"{parameter.opts} has no help"
 
 
 @pytest.mark.parametrize("promised", [" ".join(name.split()) for name in PROMISED.split(",")])

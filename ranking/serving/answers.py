@@ -45,7 +45,7 @@ class Call:
 
     def times(self) -> pb.StageTimes:
         """The stage times so far, with the total until now."""
-        micros = self.watch.micros
+        micros = dict(self.watch.micros)  # the worker may still be writing
         total = round((time.monotonic() - self.arrived) * 1e6)
         queue = round((self.started - self.arrived) * 1e6)
         return pb.StageTimes(

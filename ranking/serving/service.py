@@ -103,6 +103,7 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
         except TimeoutError:
             if call.early is None:
                 raise Late("the deadline passed before the answer was ready; give more time or a smaller fanout") from None
+            call.early.times.CopyFrom(call.times())
             return cast(Response, call.early)
         finally:
             call.abandoned = True

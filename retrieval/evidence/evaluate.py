@@ -138,13 +138,18 @@ def run_baselines(
     """Returns the result of each baseline, fitted on everything before the window's cut."""
     past = Past(dataset, queries.window)
     runs = []
+    total = len(baselines) * len(queries)
     for done, baseline in enumerate(baselines):
-        ranked = rank_queries(queries, baseline.fit(past), len(dataset.items))
+        tell = _part_of(progress, done * len(queries), total)
+        ranked = rank_queries(queries, baseline.fit(past), len(dataset.items), progress=tell)
         quality = judge(ranked, queries, len(dataset.items))
         runs.append(Run(baseline.name, baseline.knowledge, baseline.setting, quality))
-        if progress is not None:
-            progress(done + 1, len(baselines))
     return runs
+
+
+def _part_of(progress: Progress | None, begin: int, total: int) -> Progress | None:
+    """Progress of one stretch of queries within all lists to make."""
+    return None if progress is None else lambda done, _total: progress(begin + done, total)
 
 
 def evaluate_retrieval(
@@ -162,10 +167,12 @@ def evaluate_retrieval(
     """
     queries = last_after_cut(dataset, window)
     asked = [*baselines, *([] if truth is None else [Oracle(truth)])]
-    runs = run_baselines(dataset, queries, asked)
+    total = (len(asked) + (model is not None)) * len(queries)
+    runs = run_baselines(dataset, queries, asked, _part_of(progress, 0, total))
     ours = ranked = None
     if model is not None:
-        ranked = rank_with_vectors(dataset, queries, model, counts, progress=progress)
+        tell = _part_of(progress, len(asked) * len(queries), total)
+        ranked = rank_with_vectors(dataset, queries, model, counts, progress=tell)
         ours = Run(model.name, counts, f"{counts} counts", judge(ranked, queries, len(dataset.items)))
     return RetrievalReport(
         dataset=dataset.meta.name,

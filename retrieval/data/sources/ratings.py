@@ -42,27 +42,13 @@ def read_numbers(
     `layout` "csv" has a header; "::" has none, and its fields are the named columns in order.
     """
     dotted = layout == "::"
-    # "1::2::3" cut at single colons has an empty field between each two.
-    names = [part for name in columns for part in (name, f"_{name}")][:-1] if dotted else None
     ragged: list[int] = []
-
-    def skip(row: pacsv.InvalidRow) -> str:
-        ragged.append(row.number - (1 if dotted else 2))
-        return "skip"
-
-    kinds = {name: pa.binary() for name in (names or columns)}
+    options = _options(columns, dotted, ragged)
     parts: list[dict[str, npt.NDArray[np.float64]]] = []
     good: list[npt.NDArray[np.bool_]] = []
     total = path.stat().st_size
     try:
-        with pacsv.open_csv(
-            path,
-            read_options=pacsv.ReadOptions(use_threads=False, block_size=BLOCK, column_names=names),
-            parse_options=pacsv.ParseOptions(
-                delimiter=":" if dotted else ",", invalid_row_handler=skip, ignore_empty_lines=False
-            ),
-            convert_options=pacsv.ConvertOptions(column_types=kinds, include_columns=names or list(columns)),
-        ) as reader:
+        with pacsv.open_csv(path, *options) as reader:
             for block, batch in enumerate(reader):
                 taken = [_numbers(batch.column(name)) for name in columns]
                 good.append(np.logical_and.reduce([fits for _, fits in taken]))
@@ -72,6 +58,26 @@ def read_numbers(
     except (pa.ArrowException, OSError, KeyError) as error:
         raise DataError(f"{path}: not in the original layout ({error}); expected {', '.join(columns)}") from error
     return _joined(path, columns, parts, good, ragged, refusals)
+
+
+def _options(
+    columns: Sequence[str], dotted: bool, ragged: list[int]
+) -> tuple[pacsv.ReadOptions, pacsv.ParseOptions, pacsv.ConvertOptions]:
+    """How Arrow reads the layout; the numbers of the rows that it skips are appended to `ragged`."""
+    # "1::2::3" cut at single colons has an empty field between each two.
+    names = [part for name in columns for part in (name, f"_{name}")][:-1] if dotted else None
+
+    def skip(row: pacsv.InvalidRow) -> str:
+        ragged.append(row.number - (1 if dotted else 2))
+        return "skip"
+
+    kinds = {name: pa.binary() for name in (names or columns)}
+    return (
+        # Threads would hide the row numbers.
+        pacsv.ReadOptions(use_threads=False, block_size=BLOCK, column_names=names),
+        pacsv.ParseOptions(delimiter=":" if dotted else ",", invalid_row_handler=skip, ignore_empty_lines=False),
+        pacsv.ConvertOptions(column_types=kinds, include_columns=names or list(columns)),
+    )
 
 
 def _joined(

@@ -12,6 +12,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from retrieval.data.columns import LONGEST_TEXT
 from retrieval.data.refusals import Refusals
@@ -36,7 +37,7 @@ class Table:
     def rows(self, refusals: Refusals, progress: Progress | None = None) -> Iterator[tuple[int, dict[str, str]]]:
         """(row from 0, without the header; column -> text). Ragged rows and fields over LONGEST_TEXT are refused."""
         total, told = self.path.stat().st_size, 0
-        with _opened(self.path, self.encoding) as text:
+        with self.path.open("rb") as raw, _text(raw, self.encoding) as text:
             reader = _reader(text, self.delimiter)
             next(reader)
             for row, fields in enumerate(self._parsed(reader)):
@@ -49,8 +50,8 @@ class Table:
                     refusals.one(self.path.name, row, f"a field is longer than {LONGEST_TEXT:,} characters")
                 else:
                     yield row, dict(zip(self.columns, fields, strict=True))
-                if progress is not None and text.buffer.tell() >= told + PROGRESS_EVERY:
-                    told = text.buffer.tell()
+                if progress is not None and raw.tell() >= told + PROGRESS_EVERY:
+                    told = raw.tell()
                     progress(told, total)
         if progress is not None:
             progress(total, total)
@@ -111,7 +112,7 @@ def _layout(path: Path, encoding: str) -> tuple[str, list[str]]:
 
 def _sample(path: Path, encoding: str, delimiter: str) -> list[list[str]]:
     rows: list[list[str]] = []
-    with _opened(path, encoding) as text:
+    with path.open("rb") as raw, _text(raw, encoding) as text:
         try:
             for fields in _reader(text, delimiter):
                 if fields:
@@ -123,8 +124,8 @@ def _sample(path: Path, encoding: str, delimiter: str) -> list[list[str]]:
     return rows
 
 
-def _opened(path: Path, encoding: str) -> io.TextIOWrapper:
-    return path.open(encoding=encoding, errors="strict", newline="")
+def _text(raw: BinaryIO, encoding: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline="")
 
 
 def _reader(text: io.TextIOWrapper, delimiter: str) -> Iterator[list[str]]:

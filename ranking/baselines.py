@@ -1,0 +1,132 @@
+"""The simple models of a label that a ranker has to beat: rates, logistic regression, gradient boosting, and the oracle.
+
+"frozen": what is said of a test event stops at the test cut. "live": it stops at the start of the event's day. Classifiers are
+fitted on the latest labelled events before the cut, each with features as of its own day.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from index.errors import BrewlineError
+from ranking.evaluate import Rows
+from ranking.features import FeatureTable
+from retrieval.data.schema import DAY, Dataset
+from retrieval.evidence.baselines import Knowledge
+
+Floats = npt.NDArray[np.float64]
+FITTED_ON = 30_000
+"""Labelled events that a classifier is fitted on at most."""
+
+
+class ExtraMissing(BrewlineError):
+    """A part of the evaluation needs a library of the extra `evaluate`."""
+
+
+class LabelTruth(Protocol):
+    """A world that knows the true probability of each impression's label."""
+
+    @property
+    def event(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def p_label(self) -> Floats: ...
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One baseline's probabilities float64 [E] for the rows to judge."""
+
+    name: str
+    knowledge: Knowledge
+    probability: Floats
+
+
+def simple_rankers(
+    dataset: Dataset, rows: Rows, truth: LabelTruth | None = None, progress: Callable[[int, int], None] | None = None
+) -> list[Scored]:
+    """Returns every baseline's probabilities, frozen and live, and the oracle's where the truth is known.
+
+    Raises ExtraMissing without scikit-learn.
+    """
+    table = FeatureTable(dataset)
+    base = np.full(len(rows), table.base_rate)
+    found = [Scored("Base rate", "frozen", base)]
+    train = _latest_labelled(table)
+    models = _fitted(table, train)
+    kinds: tuple[Knowledge, Knowledge] = ("frozen", "live")
+    for done, knowledge in enumerate(kinds):
+        found += _of_knowledge(table, rows, models, knowledge)
+        if progress is not None:
+            progress(done + 1, len(kinds))
+    if truth is not None:
+        found.append(Scored("Oracle", "live", oracle(rows, truth)))
+    return found
+
+
+def as_of_days(dataset: Dataset, rows: Rows, knowledge: Knowledge) -> npt.NDArray[np.int64]:
+    """Int64 [E]: the day at whose start a baseline's knowledge of each row ends."""
+    if knowledge == "live":
+        return dataset.events.timestamp[rows.event] // DAY
+    return np.full(len(rows), dataset.meta.cut_test // DAY)
+
+
+def _of_knowledge(table: FeatureTable, rows: Rows, models: Sequence[tuple[str, Any]], knowledge: Knowledge) -> list[Scored]:
+    day = as_of_days(table.dataset, rows, knowledge)
+    found = [
+        Scored("Item rate", knowledge, table.rate("item", rows.item, day)[0]),
+        Scored("Member rate", knowledge, table.rate("member", rows.member, day)[0]),
+    ]
+    if not models:
+        return found
+    features = table.features(rows.event, day)
+    return found + [Scored(name, knowledge, model.predict_proba(features)[:, 1].astype(np.float64)) for name, model in models]
+
+
+def _latest_labelled(table: FeatureTable) -> npt.NDArray[np.int64]:
+    """Positions of the labelled events that classifiers are fitted on, in time order."""
+    moment = table.dataset.events.timestamp[table.labelled]
+    return table.labelled[moment < table.dataset.meta.cut_test][-FITTED_ON:]
+
+
+def _fitted(table: FeatureTable, train: npt.NDArray[np.int64]) -> list[tuple[str, Any]]:
+    """The classifiers, fitted; none if the training events know one label only."""
+    label = table.dataset.events.label[train]
+    if not len(train) or label.min() == label.max():
+        return []
+    features = table.features(train, table.dataset.events.timestamp[train] // DAY)
+    return [(name, model.fit(features, label)) for name, model in _classifiers()]
+
+
+def _classifiers() -> list[tuple[str, Any]]:
+    try:
+        from sklearn.ensemble import HistGradientBoostingClassifier
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ExtraMissing(
+            "The ranking baselines need scikit-learn, which is not installed: pip install 'brewline[evaluate]'."
+        ) from error
+    boosting = HistGradientBoostingClassifier(
+        max_iter=200, learning_rate=0.06, max_leaf_nodes=31, min_samples_leaf=40, l2_regularization=1.0, random_state=0
+    )
+    return [
+        ("Logistic regression", make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))),
+        ("Gradient boosting", boosting),
+    ]
+
+
+def oracle(rows: Rows, truth: LabelTruth) -> Floats:
+    """Returns the true probability of each row's label; rows that the truth does not know raise BrewlineError."""
+    order = np.argsort(truth.event)
+    known = truth.event[order]
+    at = np.minimum(np.searchsorted(known, rows.event_id), max(len(known) - 1, 0))
+    missing = len(rows) if not len(known) else int((known[at] != rows.event_id).sum())
+    if missing:
+        raise BrewlineError(f"The truth of this world does not know {missing} of {len(rows)} labelled events; make it anew.")
+    return np.asarray(truth.p_label[order][at], np.float64)

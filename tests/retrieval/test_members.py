@@ -1,0 +1,119 @@
+"""A member comes back as they were put, knows only the past, and never lends a vector to a changed record or another encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from index.store import KeyValueStore, open_store
+from retrieval.data.schema import Connection, Dataset, Member, action_kind
+from retrieval.members import RECORD, VECTOR, MemberStore, UnknownMember
+from retrieval.records import (
+    NEWEST,
+    Entry,
+    ItemWords,
+    MemberRecord,
+    MemberRecordError,
+    decode_record,
+    encode_record,
+    records_of,
+    view_digest,
+    view_of,
+)
+
+WEIRD = MemberRecord(
+    Member("m:{1}\n🦆", {"role": "<|item|> \x00", "b": "é", "a": ""}, {"age": 3.5}),
+    (Entry("i1", 5, "like", 1), Entry("i2", 6, "rating:3", 0), Entry("gone", 7, "", None)),
+    (Connection("author 1", "works with", None), Connection("x", "follows", 9)),
+    11,
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[KeyValueStore]:
+    found = open_store(f"sqlite:{tmp_path / 'members.sqlite'}")
+    yield found
+    found.close()
+
+
+def vectors(n: int) -> np.ndarray:
+    return np.random.default_rng(n).normal(size=(n, 4)).astype(np.float32)
+
+
+def test_a_record_comes_back_whole_and_in_order(store: KeyValueStore) -> None:
+    MemberStore(store, "f").put([WEIRD])
+    found = MemberStore(store, "other encoder").get("m:{1}\n🦆")
+    assert found.record == WEIRD
+    assert list(found.record.member.profile) == ["role", "b", "a"]
+    assert found.record.seen == ["i1", "i2", "gone"]
+    assert found.vector is None
+
+
+def test_an_unknown_member_is_an_error_that_helps(store: KeyValueStore) -> None:
+    with pytest.raises(UnknownMember, match=r"'nobody'.*describe the member"):
+        MemberStore(store, "f").get("nobody")
+
+
+def test_a_vector_belongs_to_one_encoder_and_one_record(store: KeyValueStore) -> None:
+    members = MemberStore(store, "f")
+    (vector,) = vectors(1)
+    members.put([WEIRD])
+    members.put_vectors([WEIRD], [b"v" * 16], vector[None])
+    np.testing.assert_array_equal(members.get(WEIRD.member.member_id).vector, vector)
+    assert MemberStore(store, "g").get(WEIRD.member.member_id).vector is None
+    changed = replace(WEIRD, history=(*WEIRD.history, Entry("i9", 12, "like", 1)))
+    members.put([changed])
+    assert members.get(WEIRD.member.member_id).vector is None
+    assert members.vectors([changed], [b"v" * 16])[0] is not None
+    assert members.vectors([changed], [b"w" * 16]) == [None]
+
+
+@pytest.mark.parametrize("stored", [b"", b"{", b"[]", b'{"format":99}', b'{"format":1}', b"\x80\x04K\x01."])
+def test_damaged_records_are_named(store: KeyValueStore, stored: bytes) -> None:
+    store.put_many(RECORD, {"m1": stored})
+    with pytest.raises(MemberRecordError, match="'m1'"):
+        MemberStore(store, "f").get("m1")
+
+
+def test_a_damaged_vector_is_named(store: KeyValueStore) -> None:
+    members = MemberStore(store, "f")
+    members.put([WEIRD])
+    store.put_many(VECTOR, {WEIRD.member.member_id: b"BLV1short"}, "f")
+    with pytest.raises(MemberRecordError, match="vector"):
+        members.get(WEIRD.member.member_id)
+
+
+def test_records_know_engagements_strictly_before_the_moment(tiny_dataset: Dataset) -> None:
+    moment = int(tiny_dataset.engagements.timestamp[len(tiny_dataset.engagements) // 2])
+    records = list(records_of(tiny_dataset, moment))
+    assert [record.member.member_id for record in records] == tiny_dataset.members.member_id
+    entries = [entry for record in records for entry in record.history]
+    assert len(entries) == int((tiny_dataset.engagements.timestamp < moment).sum()) > 0
+    assert {action_kind(entry.action) for entry in entries} == {"like"}
+    for record in records:
+        times = [entry.timestamp for entry in record.history]
+        assert times == sorted(times) and max(times, default=0) < moment
+
+
+def test_a_view_shows_the_newest_known_items_in_order(tiny_dataset: Dataset) -> None:
+    words = ItemWords(tiny_dataset.items)
+    long = tuple(Entry(f"i{n % 60}", n, "like", 1) for n in range(NEWEST + 10))
+    view = view_of(MemberRecord(Member("m"), (*long, Entry("withdrawn", 10**6, "like", 1))), words, "a wish")
+    assert [done.timestamp for done in view.history] == list(range(11, NEWEST + 10))
+    assert view.history[0].item == tiny_dataset.items[11 % 60]
+    assert view.instruction == "a wish"
+
+
+def test_a_view_digest_changes_with_every_word(tiny_dataset: Dataset) -> None:
+    words = ItemWords(tiny_dataset.items)
+    record = next(record for record in records_of(tiny_dataset, 1 << 40) if record.history)
+    before = view_digest(view_of(record, words))
+    assert before == view_digest(view_of(decode_record(encode_record(record), record.member.member_id), words))
+    titles = [f"{title}!" for title in tiny_dataset.items.title]
+    assert before != view_digest(view_of(record, ItemWords(replace(tiny_dataset.items, title=titles))))
+    assert before != view_digest(view_of(replace(record, history=record.history[1:]), words))
+    assert before != view_digest(view_of(replace(record, connections=()), words))

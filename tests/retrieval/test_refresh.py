@@ -1,0 +1,180 @@
+"""The night publishes what is known at its moment, encodes only what changed, and leaves yesterday serving when it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from index.check import GateFailed
+from index.publish import current
+from index.snapshot import Snapshot
+from index.store import open_store
+from retrieval.catalog import Catalog
+from retrieval.counts import Counts
+from retrieval.data.schema import DAY, Dataset, Item
+from retrieval.encoder import Encoder, save_encoder
+from retrieval.features import Quantizer
+from retrieval.llama import Size, new_llama
+from retrieval.members import MemberStore
+from retrieval.moments import NightError, end_of, read_as_of
+from retrieval.records import view_of
+from retrieval.refresh import NightReport, nightly
+from retrieval.tokens import Tokens
+from retrieval.writer import Budgets, Writer
+
+
+class WordCounter:
+    """Stands for a ranker: the night only needs its fingerprint and token rows."""
+
+    fingerprint = "a" * 20
+
+    def item_tokens(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray]) -> list[list[int]]:
+        return [[len(item.title), int(total)] for item, total in zip(items, numbers["n_total"])]
+
+
+def make_encoder(folder: Path, quantizer: Quantizer, tokens: Tokens, seed: int) -> Encoder:
+    torch.manual_seed(seed)
+    size = Size(hidden=32, layers=1, heads=2, kv_heads=1, mlp=48)
+    writer = Writer(tokens, quantizer, Budgets(item=32, member=96), ("like",))
+    save_encoder(folder, new_llama(size, len(tokens), causal_lm=False), writer, {"seed": seed})
+    return Encoder.load(folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory, tiny_quantizer: Quantizer, tiny_tokens: Tokens) -> Encoder:
+    return make_encoder(tmp_path_factory.mktemp("encoder"), tiny_quantizer, tiny_tokens, 3)
+
+
+def members_of(folder: Path, encoder: Encoder) -> MemberStore:
+    return MemberStore(open_store(f"sqlite:{folder / 'members.sqlite'}"), encoder.fingerprint)
+
+
+def served(store: Path) -> tuple[Snapshot, Catalog]:
+    path = current(store)
+    assert path is not None
+    snapshot = Snapshot.open(path)
+    return snapshot, Catalog.open(snapshot)
+
+
+def test_a_night_publishes_vectors_words_numbers_tokens_and_members(
+    tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder
+) -> None:
+    members = members_of(tmp_path, encoder)
+    moment = end_of(tiny_dataset)
+    told: list[str] = []
+    report = nightly(
+        tiny_dataset, encoder, WordCounter(), tmp_path / "store", moment, members, lambda stage, _done, _of: told.append(stage)
+    )
+    assert (report.items, report.embedded, report.members, report.members_encoded) == (60, 60, 40, 40)
+    assert (report.published, report.recall, report.ranker) == (True, 1.0, "a" * 20)
+    assert set(told) == {"items", "index", "ranker tokens", "members"}
+    snapshot, catalog = served(tmp_path / "store")
+    assert (snapshot.name, catalog.as_of, snapshot.manifest.fingerprint) == (report.snapshot, moment, encoder.fingerprint)
+    counts = Counts.from_dataset(tiny_dataset).as_of(moment)
+    for row in range(60):
+        assert catalog.item(row) == tiny_dataset.items[row]
+        np.testing.assert_array_equal(catalog.numbers(row)["n_total"], counts["n_total"][row])
+        assert catalog.tokens([row])[0].tolist() == [len(tiny_dataset.items.title[row]), int(counts["n_total"][row])]
+    np.testing.assert_allclose(snapshot.vectors, encoder.items([tiny_dataset.items[row] for row in range(60)], counts), atol=1e-6)
+
+
+def test_a_stored_vector_is_what_the_service_would_encode(tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder) -> None:
+    members = members_of(tmp_path, encoder)
+    nightly(tiny_dataset, encoder, None, tmp_path / "store", end_of(tiny_dataset), members)
+    catalog = served(tmp_path / "store")[1]
+    for member_id in ("m0", "m7", "m39"):
+        known = members.get(member_id)
+        assert known.vector is not None
+        np.testing.assert_allclose(known.vector, encoder.members([view_of(known.record, catalog)])[0], atol=1e-5)
+
+
+def test_the_same_night_again_does_nothing_twice(tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder) -> None:
+    members = members_of(tmp_path, encoder)
+    moment = end_of(tiny_dataset)
+    first = nightly(tiny_dataset, encoder, None, tmp_path / "store", moment, members)
+    again = nightly(tiny_dataset, encoder, None, tmp_path / "store", moment, members)
+    assert (again.snapshot, again.published, again.embedded, again.members_encoded) == (first.snapshot, False, 0, 0)
+
+
+def test_only_what_reads_differently_is_encoded_again(tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder) -> None:
+    store, members = tmp_path / "store", members_of(tmp_path, encoder)
+    moment = end_of(tiny_dataset)
+    nightly(tiny_dataset, encoder, None, store, moment, members)
+    items = tiny_dataset.items
+    title = ["a new title", *items.title[1:]]
+    changed = replace(tiny_dataset, items=replace(items, title=title, item_id=[*items.item_id[:-1], "newcomer"]))
+    report = nightly(changed, encoder, None, store, moment + 3600, members)
+    assert report.embedded == 2
+    liked = {
+        int(member) for member, item in zip(tiny_dataset.engagements.member, tiny_dataset.engagements.item) if item in (0, 59)
+    }
+    assert report.members_encoded == len(liked) > 0
+    snapshot, catalog = served(store)
+    fresh = nightly(changed, encoder, None, tmp_path / "fresh", moment + 3600)
+    assert fresh.embedded == 60
+    np.testing.assert_allclose(snapshot.vectors, served(tmp_path / "fresh")[0].vectors, atol=1e-6)
+    assert catalog.item(0).title == "a new title"
+
+
+def test_another_encoder_starts_from_nothing(
+    tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder, tiny_quantizer: Quantizer, tiny_tokens: Tokens
+) -> None:
+    other = make_encoder(tmp_path / "other", tiny_quantizer, tiny_tokens, 4)
+    nightly(tiny_dataset, encoder, None, tmp_path / "store", end_of(tiny_dataset))
+    report = nightly(tiny_dataset, other, None, tmp_path / "store", end_of(tiny_dataset))
+    assert report.embedded == 60
+    assert served(tmp_path / "store")[0].manifest.fingerprint == other.fingerprint
+    with pytest.raises(NightError, match=encoder.fingerprint):
+        nightly(tiny_dataset, other, None, tmp_path / "store", 1, members_of(tmp_path, encoder))
+
+
+def test_a_night_knows_nothing_of_its_future(tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder) -> None:
+    members = members_of(tmp_path, encoder)
+    moment = tiny_dataset.meta.cut_valid
+    report = nightly(tiny_dataset, encoder, WordCounter(), tmp_path / "store", moment, members)
+    assert 0 < report.items < 60
+    past = replace(tiny_dataset, events=tiny_dataset.events.before(moment))
+    alone = nightly(past, encoder, WordCounter(), tmp_path / "alone", moment)
+    assert alone.snapshot == report.snapshot, "what happens after the moment must not change a byte"
+    assert max(entry.timestamp for entry in members.get("m1").record.history) < moment
+    with pytest.raises(NightError, match="--as-of end"):
+        nightly(tiny_dataset, encoder, None, tmp_path / "store", 0)
+
+
+def test_a_failed_gate_leaves_yesterday_serving(tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder) -> None:
+    store, members = tmp_path / "store", members_of(tmp_path, encoder)
+    moment = end_of(tiny_dataset)
+    first = nightly(tiny_dataset, encoder, None, store, moment, members)
+    few = replace(tiny_dataset, items=replace(tiny_dataset.items, created_at=np.full(60, moment + DAY)))
+    few = replace(few, events=few.events.take(few.events.item < 3))
+    with pytest.raises(GateFailed, match="count"):
+        nightly(few, encoder, None, store, moment, members)
+    assert served(store)[0].name == first.snapshot
+
+
+def test_a_damaged_snapshot_is_replaced(
+    tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = tmp_path / "store"
+    first = nightly(tiny_dataset, encoder, None, store, end_of(tiny_dataset))
+    broken = store / "snapshots" / first.snapshot / "vectors.npy"
+    broken.write_bytes(broken.read_bytes()[:-4])
+    report: NightReport = nightly(tiny_dataset, encoder, None, store, end_of(tiny_dataset) + DAY)
+    assert report.embedded == 60 and report.snapshot != first.snapshot
+    assert "cannot be read" in caplog.text
+
+
+def test_moments_as_people_write_them(tiny_dataset: Dataset) -> None:
+    assert read_as_of("now", tiny_dataset, 12.9) == 12
+    assert read_as_of("1700000000", tiny_dataset, 0) == 1_700_000_000
+    assert read_as_of("2024-01-02", tiny_dataset, 0) == 1_704_153_600
+    assert read_as_of("2024-01-02T01:00+01:00", tiny_dataset, 0) == 1_704_153_600
+    last = int(tiny_dataset.events.timestamp.max())
+    assert last < read_as_of("end", tiny_dataset, 0) <= last + DAY
+    with pytest.raises(NightError, match="tomorrow-ish"):
+        read_as_of("tomorrow-ish", tiny_dataset, 0)
