@@ -5,12 +5,12 @@ VENV        ?= .venv
 GPU         ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-OUT     ?= demo
+WORK    ?= demo
 DATA    ?=
 MINUTES ?=
-ENCODER ?= $(OUT)/encoder
-RANKER  ?= $(OUT)/ranker
-STORE   ?= $(OUT)/store
+ENCODER ?= $(WORK)/encoder
+RANKER  ?= $(WORK)/ranker
+STORE   ?= $(WORK)/store
 MEMBERS ?=
 AS_OF   ?=
 PORT    ?= 50051
@@ -31,8 +31,8 @@ help: ## Print this list
 
 setup: $(STAMP) ## Make the environment in .venv (CPU torch; GPU=1 takes the CUDA builds; PYTHON, TORCH_INDEX)
 
-demo: $(STAMP) ## World, training, snapshot, server, questions over gRPC, a report (DATA=folder for your own data, MINUTES, OUT)
-	$(BREWLINE) demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(if $(MINUTES),--minutes $(MINUTES))
+demo: $(STAMP) ## World, training, snapshot, server, questions over gRPC, a report (DATA=folder for your own data, MINUTES, WORK)
+	$(BREWLINE) demo --work $(WORK) $(if $(DATA),--data $(DATA)) $(if $(MINUTES),--minutes $(MINUTES))
 
 check: $(STAMP) ## Lint, formatting, types, import contracts, and the size of each room
 	$(BIN)/ruff check .
@@ -60,7 +60,7 @@ proto: ## Regenerate the gRPC stubs in ranking/serving from proto/recommender.pr
 	  --python_out=. --pyi_out=. --grpc_python_out=. ranking/serving/recommender.proto
 
 nightly: $(STAMP) ## One night: counts, changed texts, vectors, index, gates, publish (DATA, ENCODER, RANKER, STORE, MEMBERS, AS_OF)
-	$(BREWLINE) nightly $(or $(DATA),$(OUT)/data) --encoder $(ENCODER) --ranker $(RANKER) --store $(STORE) \
+	$(BREWLINE) nightly $(or $(DATA),$(WORK)/world) --encoder $(ENCODER) --ranker $(RANKER) --store $(STORE) \
 	  $(if $(MEMBERS),--members $(MEMBERS)) $(if $(AS_OF),--as-of $(AS_OF))
 
 serve: $(STAMP) ## Serve what the night published (ENCODER, RANKER, STORE, MEMBERS, PORT)

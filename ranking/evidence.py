@@ -18,10 +18,16 @@ from ranking.evaluate import Judged, Rows, auc_difference, judge_scores
 from retrieval.data.schema import Dataset
 from retrieval.evidence.baselines import Knowledge
 from retrieval.evidence.intervals import Estimate
-from retrieval.evidence.report import METRICS_FILE, verdict, without_nan
+from retrieval.evidence.report import METRICS_FILE, PLAIN, short, verdict, without_nan
 
 SCORES_FILE = "scores.parquet"
-SHOWN = ("member_auc", "gauc", "log_loss", "normalized_entropy", "calibration_error", "request_ndcg@10")
+SHOWN = {
+    "member_auc": "per member",
+    "log_loss": "log loss",
+    "normalized_entropy": "NE",
+    "calibration_error": "ECE",
+    "request_ndcg@10": "NDCG@10",
+}
 NOT_SIMPLE = ("Base rate", "Oracle")
 
 
@@ -109,28 +115,22 @@ def ranking_table(report: RankingReport) -> Group:
     """Returns one row per system, ± the bootstrap error over members, and the model's lead with its paired interval."""
     facts = report.facts
     title = f"{report.dataset}: {facts['events']:,} labelled test events, {facts['positive_share']:.1%} positive"
-    table = Table(title=title, title_justify="left")
-    for column in ("system", "counts"):
-        table.add_column(column)
+    table = Table(title=title, **PLAIN)
     runs = [*([] if report.model is None else [report.model]), *report.baselines]
-    shown = [name for name in SHOWN if not math.isnan(runs[0].judged.metrics[name])]
-    for column in ("auc", *shown, "auc, cold members", "auc, cold items"):
-        table.add_column(column.replace("_", " "), justify="right")
+    shown = {metric: words for metric, words in SHOWN.items() if not math.isnan(runs[0].judged.metrics[metric])}
+    for column in ("system", "AUC", *shown.values()):
+        table.add_column(column, justify="left" if column == "system" else "right", no_wrap=column != "system")
     for run in runs:
+        best = "*" if run.label == report.best else ""
+        cells = [f"{best}{short(run.judged.auc.value)} ±{short(run.judged.auc.error)}"]
+        cells += [short(run.judged.metrics[metric]) for metric in shown]
         ours = run is report.model
-        table.add_row(*_cells(run, shown, run.label == report.best), style="bold" if ours else None, end_section=ours)
+        table.add_row(run.label, *cells, style="bold" if ours else None, end_section=ours)
     return Group(table, *([] if report.model is None else [_lead_table(report)]))
 
 
-def _cells(run: RankingRun, shown: Sequence[str], best: bool) -> list[str]:
-    auc = f"{'*' if best else ''}{run.judged.auc.value:.4f} ± {run.judged.auc.error:.4f}"
-    numbers = [f"{run.judged.metrics[name]:.4f}" for name in shown]
-    slices = [f"{run.judged.slices[name].get('auc', math.nan):.4f}" for name in ("cold members", "cold items")]
-    return [run.name, run.knowledge, auc, *numbers, *slices]
-
-
 def _lead_table(report: RankingReport) -> Table:
-    table = Table(title="Model's AUC minus the baseline's (paired bootstrap over members, 95 %)", title_justify="left")
+    table = Table(title="Model's AUC minus the baseline's (paired bootstrap over members, 95 %)", **PLAIN)
     for column in ("baseline", "difference", "interval", "verdict"):
         table.add_column(column)
     for label, lead in report.differences.items():

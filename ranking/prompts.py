@@ -1,7 +1,7 @@
 """What the ranker reads: one prefix per member and task, one short row per candidate, packed as token ids.
 
     prefix   <|task|>question instruction  <|wish|>own instruction  <|member|>profile, connections  <|history|>entries
-    item     <|item|>numbers, title, category, creator, text  [<|relation|>follows the author]  <|answer|>
+    item     <|item|>numbers, title, category, creator, text  [<|relation|>follows]  <|answer|>
 
 The answer is read at <|answer|>. The question stands in the prefix, not behind each of thousands of candidates. History
 entries say what was done, oldest first; which ones are shown is decided when they happen and never revised, and the window
@@ -174,9 +174,9 @@ def first_shown(lengths: Sequence[int], budget: int) -> int:
 
 
 def relations_of(connections: Sequence[Connection], creators: Sequence[str]) -> list[str]:
-    """Return for each creator the member's relation in words ("follows the author"), "" where there is none."""
+    """Return for each creator what the member's connection to them is called ("follows"), "" where there is none."""
     kind = {edge.other_id: edge.kind for edge in reversed(connections)}
-    return [f"{kind[creator]} the author" if creator in kind else "" for creator in creators]
+    return [kind.get(creator, "") for creator in creators]
 
 
 def label_id(tokens: Tokens, word: str) -> int:

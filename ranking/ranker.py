@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 
 from index.errors import BrewlineError
@@ -78,7 +79,10 @@ class Ranker:
                     f"{folder}: the tokenizer reads the answers of task {task.name!r} as {found}, {FACTS} says "
                     f"{facts.labels[task.name]}; the two files are of different rankers"
                 )
-        model = load_llama(folder, causal_lm=True)
+        try:
+            model = load_llama(folder, causal_lm=True)
+        except SafetensorError as error:
+            raise RankerError(f"{folder}: model.safetensors cannot be read as weights ({error}); copy it again") from error
         rows = len(model.get_input_embeddings().weight)
         if rows < len(tokens):
             raise RankerError(f"{folder}: {len(tokens)} tokens but {rows} embeddings; the parts are of different rankers")
@@ -122,7 +126,7 @@ class Ranker:
     ) -> Floats:
         """Calibrated probabilities float32 [C] of the task's positive answer, in the order of the C candidates.
 
-        `item_tokens` as `item_tokens` made them; `relations` the member's relation to each in words ("follows the author"),
+        `item_tokens` as `item_tokens` made them; `relations` the member's connection to each one's creator ("follows", ""),
         see `ranking.prompts.relations_of`. Raises TaskError and the errors of `ranking.prefill.plan`.
         """
         asked = task_named(self.tasks, task)

@@ -40,8 +40,8 @@ def test_target_can_be_made(target: str) -> None:
 
 
 def test_variables_reach_the_commands() -> None:
-    said = make("-n", "demo", "DATA=some/data", "MINUTES=2", "OUT=elsewhere")
-    assert "demo --out elsewhere --data some/data --minutes 2" in said
+    said = make("-n", "demo", "DATA=some/data", "MINUTES=2", "WORK=elsewhere")
+    assert "demo --work elsewhere --data some/data --minutes 2" in said
     said = make("-n", "serve", "STORE=s", "ENCODER=e", "RANKER=r", "PORT=7", "MEMBERS=redis://localhost")
     assert "serve --store s --encoder e --ranker r --members redis://localhost --port 7" in said
 

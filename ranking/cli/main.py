@@ -64,3 +64,7 @@ def main() -> None:
     except BrewlineError as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         sys.exit(BAD_REQUEST)
+
+
+if __name__ == "__main__":
+    main()

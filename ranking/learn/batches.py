@@ -84,7 +84,7 @@ class GroupWriter:
         if edges is None:
             edges = {}
             for edge in reversed(self.dataset.connections_of(member)):
-                edges[edge.other_id] = (f"{edge.kind} the author", MISSING_TIME if edge.since is None else edge.since)
+                edges[edge.other_id] = (edge.kind, MISSING_TIME if edge.since is None else edge.since)
             self._edges[member] = edges
         if not edges:
             return [""] * len(item)

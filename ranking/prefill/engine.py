@@ -46,6 +46,7 @@ class Engine:
         _check_labels(label_ids, rows)
         device = model.get_input_embeddings().weight.device
         chosen = choose(backend, device.type)
+        self.model = model.eval()
         self.backend = chosen.name
         self.label_ids = tuple(label_ids)
         self.limits = limits or Limits(max_positions=model.config.max_position_embeddings)

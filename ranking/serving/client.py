@@ -201,7 +201,14 @@ class Client:
         try:
             return method(request, timeout=seconds)
         except grpc.RpcError as error:
-            raise ServiceError(self.address, error.code().name, error.details() or "no details") from error
+            raise ServiceError(self.address, error.code().name, _reason(error)) from error
+
+
+def _reason(error: grpc.RpcError) -> str:
+    details = error.details() or "no details"
+    if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in details:
+        return f"nobody answers ({details.rpartition(': ')[2]}); is `brewline serve` running there?"
+    return details
 
 
 def _wish(member: str | MemberView, instruction: str) -> str:

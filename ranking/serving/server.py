@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from index.errors import BrewlineError
 from ranking.serving import recommender_pb2, recommender_pb2_grpc
 from ranking.serving.health import HealthService
+from ranking.serving.intake import Intake
 from ranking.serving.service import RecommenderService
 from ranking.serving.stack import Stack
 from ranking.serving.worker import Worker
@@ -68,7 +69,8 @@ def make_server(stack: Stack, worker: Worker, settings: ServeSettings) -> grpc.a
             ("grpc.so_reuseport", 0),  # else a second server would share the port silently instead of failing
             ("grpc.max_receive_message_length", settings.most_request_bytes),
             ("grpc.max_send_message_length", -1),
-        ]
+        ],
+        interceptors=[Intake()],
     )
     service = RecommenderService(stack, worker)
     recommender_pb2_grpc.add_RecommenderServicer_to_server(service, server)

@@ -141,7 +141,7 @@ class Popularity:
 
     @property
     def name(self) -> str:
-        return "Popularity" if self.half_life is None else "Popularity, recency-weighted"
+        return "Popularity" if self.half_life is None else "Popularity, recent"
 
     @property
     def setting(self) -> str:
@@ -187,7 +187,7 @@ class ItemNeighbours:
     neighbours: int = 1000
     shrink: float = 50.0
     decay: float = 0.7
-    name: str = "Item-kNN (cosine)"
+    name: str = "Item-kNN"
     knowledge: Knowledge = "frozen"
 
     @property

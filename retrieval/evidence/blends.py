@@ -41,12 +41,11 @@ class Blend:
 
     @property
     def name(self) -> str:
-        live = self.knowledge == "live"
-        return "Blend, live: CF + TF-IDF + live pop." if live else "Blend: CF + TF-IDF + recency pop."
+        return "Blend, live" if self.knowledge == "live" else "Blend"
 
     @property
     def setting(self) -> str:
-        return " ".join(f"{part.name.split(',')[0]}*{weight:g}" for part, weight in zip(self.parts, self.weights))
+        return " + ".join(f"{part.name}*{weight:g}" for part, weight in zip(self.parts, self.weights))
 
     def fit(self, past: Past) -> Scorer:
         used = [(part.fit(past), weight) for part, weight in zip(self.parts, self.weights, strict=True) if weight]

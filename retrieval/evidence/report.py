@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, TypedDict
 
-from rich.console import Group
+from rich.box import SIMPLE_HEAD, Box
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from retrieval.data.schema import Dataset
-from retrieval.evidence.evaluate import RetrievalReport, Run
+from retrieval.evidence.evaluate import RetrievalReport
 from retrieval.evidence.intervals import Estimate
 from retrieval.evidence.rank import write_ranked
 
+
+class TableStyle(TypedDict):
+    """How every table of an evaluation looks."""
+
+    box: Box
+    title_justify: Literal["left"]
+    title_style: str
+    pad_edge: bool
+
+
 METRICS_FILE = "metrics.json"
 RANKED_FILE = "ranked.parquet"
-SHOWN = ("recall@10", "recall@100", "recall@1000", "recall@2000", "ndcg@10", "mrr")
+SHOWN = ("recall@10", "recall@100", "recall@2000", "ndcg@10")
 SLICE_SHOWN = ("recall@10", "recall@100", "recall@2000")
+PLAIN: TableStyle = {"box": SIMPLE_HEAD, "title_justify": "left", "title_style": "bold", "pad_edge": False}
 
 
 def write_report(report: RetrievalReport, dataset: Dataset, folder: Path) -> None:
@@ -40,40 +54,51 @@ def without_nan(value: object) -> object:
 
 
 def report_table(report: RetrievalReport) -> Group:
-    """Returns what a terminal shows: all systems, the model's lead with its interval, the model's slices."""
-    parts = [systems_table(report)]
+    """Returns what a terminal of 80 columns shows: all systems, the settings, the model's lead, the model's slices."""
+    parts: list[RenderableType] = [systems_table(report), settings_line(report)]
     if report.model is not None:
-        parts += [lead_table(report), slices_table([report.model, *_best_runs(report)])]
+        parts += [lead_table(report), slices_table(report)]
     return Group(*parts)
 
 
 def systems_table(report: RetrievalReport) -> Table:
     """Returns one row per system; ± is the standard error over members, * marks the best simple baseline of a column."""
     facts = report.facts
-    title = f"{report.dataset}, last after the cut ({facts['window']}): {facts['members']:,} members, "
-    title += f"{facts['candidates']:,} candidates, {facts['cold_target_share']:.1%} of the targets cold"
-    table = Table(title=title, title_justify="left")
-    for column in ("system", "counts", "setting"):
-        table.add_column(column, overflow="fold")
+    title = f"{report.dataset} ({facts['window']} window): {facts['members']:,} members, {facts['candidates']:,} candidates, "
+    table = Table(title=f"{title}{facts['cold_target_share']:.1%} of the targets cold", **PLAIN)
     runs = [*([] if report.model is None else [report.model]), *report.baselines]
     shown = [name for name in SHOWN if name in runs[0].quality.metrics]
+    table.add_column("system", overflow="fold")
     for name in shown:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name.replace("recall", "R").replace("ndcg", "NDCG"), justify="right", no_wrap=True)
     for run in runs:
-        style = "bold" if run is report.model else None
-        cells = [_with_error(run.quality.metrics[name], report.best.get(name) == run.name) for name in shown]
-        table.add_row(run.name, run.knowledge, run.setting, *cells, style=style, end_section=run is report.model)
+        ours = run is report.model
+        name = f"{run.name} ({run.knowledge})" if ours else run.name
+        cells = [_with_error(run.quality.metrics[metric], report.best.get(metric) == run.name) for metric in shown]
+        table.add_row(name, *cells, style="bold" if ours else None, end_section=ours)
     return table
 
 
 def _with_error(estimate: Estimate, best: bool) -> str:
-    error = "" if math.isnan(estimate.error) else f" ± {estimate.error:.4f}"
-    return f"{'*' if best else ''}{estimate.value:.4f}{error}"
+    error = "" if math.isnan(estimate.error) else f" ±{short(estimate.error)}"
+    return f"{'*' if best else ''}{short(estimate.value)}{error}"
+
+
+def short(value: float) -> str:
+    """Returns a number with four decimals and without a leading zero."""
+    text = f"{value:.4f}"
+    return text[1:] if text.startswith("0.") else text
+
+
+def settings_line(report: RetrievalReport) -> Text:
+    """Returns the settings that the validation window chose, and what is frozen or live."""
+    told = [f"{run.name} [{run.knowledge}] {run.setting}" for run in report.baselines]
+    return Text("Settings: " + "; ".join(told) + ". * best simple baseline.\n", style="dim")
 
 
 def lead_table(report: RetrievalReport) -> Table:
     """Returns the model minus the best simple baseline of each metric, with the paired 95 % interval."""
-    table = Table(title="Model minus the best simple baseline (paired bootstrap over members, 95 %)", title_justify="left")
+    table = Table(title="Model minus best simple baseline (paired bootstrap over members, 95 %)", **PLAIN)
     for column in ("metric", "best simple baseline", "difference", "interval", "verdict"):
         table.add_column(column, justify="right" if column in ("difference", "interval") else "left")
     for metric, baseline in report.best.items():
@@ -89,22 +114,19 @@ def verdict(difference: Estimate) -> str:
     return "worse" if difference.high < 0 else "undecided"
 
 
-def slices_table(runs: Iterable[Run]) -> Table:
-    """Returns recall by slice; "n" counts members, for cold targets it counts targets."""
-    table = Table(title="Slices: Recall@10 / @100 / @2000", title_justify="left")
-    table.add_column("system", overflow="fold")
-    rows = list(runs)
-    for name, values in rows[0].quality.slices.items():
-        table.add_column(f"{name} (n={int(values['n']):,})", justify="right")
-    for run in rows:
-        table.add_row(run.name, *(_slice_cell(values) for values in run.quality.slices.values()))
+def slices_table(report: RetrievalReport) -> Table:
+    """Returns recall by slice of the model and of the baseline to beat; "n" counts members, for cold targets targets."""
+    rival = next((run for run in report.baselines if run.name == report.best.get("recall@100")), None)
+    runs = [run for run in (report.model, rival) if run is not None]
+    table = Table(title="Slices: R@10 / R@100 / R@2000", **PLAIN)
+    for column in ("slice", "n"):
+        table.add_column(column)
+    for run in runs:
+        table.add_column(run.name, justify="right")
+    for name, values in runs[0].quality.slices.items():
+        table.add_row(name, f"{int(values['n']):,}", *(_slice_cell(run.quality.slices[name]) for run in runs))
     return table
 
 
 def _slice_cell(values: Mapping[str, float]) -> str:
-    return " / ".join(f"{values[name]:.3f}" if name in values else "-" for name in SLICE_SHOWN)
-
-
-def _best_runs(report: RetrievalReport) -> list[Run]:
-    names = dict.fromkeys(report.best.values())
-    return [run for run in report.baselines if run.name in names]
+    return " / ".join(short(values[name]) if name in values else "-" for name in SLICE_SHOWN)

@@ -95,7 +95,7 @@ class TfIdf:
 
     @property
     def name(self) -> str:
-        return "TF-IDF, history + profile as query" if self.profile else "TF-IDF, history as query"
+        return "TF-IDF, profile" if self.profile else "TF-IDF"
 
     @property
     def setting(self) -> str:
@@ -128,7 +128,7 @@ class Bm25:
     """BM25 with the words of the newest `newest` history items as the query."""
 
     newest: int = 5
-    name: str = "BM25, history as query"
+    name: str = "BM25"
     knowledge: Knowledge = "frozen"
 
     @property

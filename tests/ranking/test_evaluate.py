@@ -1,0 +1,168 @@
+"""Ranking metrics against scikit-learn and by hand; baselines that cannot see the future; files of the report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ranking.baselines import as_of_days, oracle, simple_rankers
+from ranking.evaluate import (
+    RankingEvidenceError,
+    auc,
+    auc_difference,
+    auc_samples,
+    calibration_error,
+    judge_scores,
+    labelled_test_rows,
+    log_loss,
+    member_aucs,
+    normalized_entropy,
+    request_ndcg,
+)
+from ranking.evidence import evaluate_ranking, write_ranking_report
+from ranking.features import FeatureTable
+from retrieval.data.schema import DAY, TEST, Dataset
+
+sklearn_metrics = pytest.importorskip("sklearn.metrics")
+
+
+def noisy(seed: int, size: int = 500) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 2, size).astype(float)
+    score = np.round(np.clip(0.3 * label + 0.7 * rng.random(size), 0.01, 0.99), 1)
+    return label, score, rng.integers(0, 40, size)
+
+
+def test_auc_and_log_loss_equal_scikit_learn_also_with_ties() -> None:
+    label, score, member = noisy(0)
+    assert auc(label, score) == pytest.approx(sklearn_metrics.roc_auc_score(label, score))
+    assert log_loss(label, score) == pytest.approx(sklearn_metrics.log_loss(label, score))
+    within, weight = member_aucs(label, score, member)
+    expected = [sklearn_metrics.roc_auc_score(label[member == who], score[member == who]) for who in np.unique(member)]
+    np.testing.assert_allclose(within, expected)
+    assert weight.sum() == len(label)
+
+
+def test_members_with_one_label_have_no_auc() -> None:
+    within, weight = member_aucs(np.array([1.0, 1, 0, 1]), np.array([0.1, 0.2, 0.3, 0.4]), np.array([7, 7, 9, 9]))
+    assert within.tolist() == [1.0]
+    assert weight.tolist() == [2.0]
+    assert np.isnan(auc(np.ones(3), np.zeros(3)))
+
+
+def test_calibration_and_entropy_by_hand() -> None:
+    label = np.array([0.0, 1, 1, 1])
+    assert calibration_error(label, np.array([0.2, 0.8, 0.8, 0.8]), bins=2) == pytest.approx(0.5 * 0 + 0.5 * 0.2)
+    assert normalized_entropy(label, np.full(4, 0.75)) == pytest.approx(1)
+    assert normalized_entropy(label, np.array([0.1, 0.9, 0.9, 0.9])) < 1
+
+
+def test_bootstrap_weights_equal_recomputing_the_auc_on_the_drawn_rows(tiny_dataset: Dataset) -> None:
+    rows = labelled_test_rows(tiny_dataset)
+    score = np.random.default_rng(3).integers(0, 5, len(rows)) / 5
+    samples = auc_samples(rows, score, seed=4, resamples=3)
+    members, code = np.unique(rows.member, return_inverse=True)
+    rng = np.random.default_rng(4)
+    draws = rng.integers(0, len(members), (3, len(members)))
+    for sample, drawn in zip(samples, draws, strict=True):
+        taken = np.concatenate([np.flatnonzero(code == who) for who in drawn])
+        assert sample == pytest.approx(auc(rows.label[taken], score[taken]))
+
+
+def test_a_paired_difference_sees_a_small_steady_lead(tiny_dataset: Dataset) -> None:
+    rows = labelled_test_rows(tiny_dataset)
+    rng = np.random.default_rng(0)
+    noise = rng.random(len(rows))
+    worse = judge_scores(rows, 0.4 * noise + 0.3 * rows.label * (rng.random(len(rows)) < 0.7))
+    better = judge_scores(rows, 0.4 * noise + 0.3 * rows.label)
+    lead = auc_difference(better, worse)
+    assert lead.low > 0
+    assert auc_difference(better, better).high == 0
+
+
+def test_request_ndcg_by_hand_and_ties_do_not_leak_the_position(tiny_dataset: Dataset) -> None:
+    rows = labelled_test_rows(tiny_dataset)
+    assert request_ndcg(rows, rows.label) == 1
+    three = replace(
+        rows,
+        label=np.array([0.0, 1, 0]),
+        request=np.array([5, 5, -1], np.int32),
+        **{name: getattr(rows, name)[:3] for name in ("event", "event_id", "member", "item", "cold_member", "cold_item")},
+    )
+    assert request_ndcg(three, np.array([0.9, 0.1, 0.5])) == pytest.approx(1 / np.log2(3))
+    assert np.isnan(request_ndcg(replace(three, request=np.full(3, -1, np.int32)), np.zeros(3)))
+
+
+def test_scores_that_are_no_probabilities_are_refused(tiny_dataset: Dataset) -> None:
+    rows = labelled_test_rows(tiny_dataset)
+    for wrong in (np.full(len(rows), 1.5), np.full(len(rows), np.nan), np.zeros(3)):
+        with pytest.raises(RankingEvidenceError, match="probabilities"):
+            judge_scores(rows, wrong)
+    silent = replace(tiny_dataset, events=replace(tiny_dataset.events, label=np.full(len(tiny_dataset.events), -1, np.int8)))
+    with pytest.raises(RankingEvidenceError, match="0 labelled test events"):
+        labelled_test_rows(silent)
+
+
+def test_features_of_a_day_do_not_change_with_what_happens_on_it_or_later(tiny_dataset: Dataset) -> None:
+    log = tiny_dataset.events
+    event = np.flatnonzero(log.split == TEST)[:200]
+    day = np.full(len(event), tiny_dataset.meta.cut_test // DAY)
+    early = log.timestamp < tiny_dataset.meta.cut_test
+    flipped = replace(log, label=np.where(early, log.label, 1 - log.label).astype(np.int8))
+    before = FeatureTable(tiny_dataset).features(event, day)
+    after = FeatureTable(replace(tiny_dataset, events=flipped)).features(event, day)
+    np.testing.assert_array_equal(before, after)
+    assert np.isfinite(before).all()
+
+
+def test_rates_by_hand(tiny_dataset: Dataset) -> None:
+    log = tiny_dataset.events
+    day = tiny_dataset.meta.cut_test // DAY
+    table = FeatureTable(tiny_dataset)
+    rate, count = table.rate("item", np.array([3]), np.array([day]))
+    own = log.label[(log.item == 3) & (log.label >= 0) & (log.timestamp < day * DAY)]
+    assert count[0] == len(own)
+    assert rate[0] == pytest.approx((own.sum() + 5 * table.base_rate) / (len(own) + 5))
+
+
+def test_classifiers_find_the_own_topic_and_the_oracle_is_aligned_by_event(tiny_dataset: Dataset) -> None:
+    rows = labelled_test_rows(tiny_dataset)
+
+    class Truth:
+        event = rows.event_id[::-1].copy()
+        p_label = rows.label[::-1] * 0.98 + 0.01
+
+    scored = {(one.name, one.knowledge): one.probability for one in simple_rankers(tiny_dataset, rows, Truth())}
+    assert auc(rows.label, scored["Oracle", "live"]) == 1
+    assert auc(rows.label, scored["Logistic regression", "live"]) > 0.9 > 0.7 > auc(rows.label, scored["Item rate", "live"])
+    report = evaluate_ranking(tiny_dataset, rows, [], "live", scored["Gradient boosting", "live"])
+    assert report.best == ""
+
+    class Stranger:
+        event = rows.event_id[1:]
+        p_label = rows.label[1:]
+
+    with pytest.raises(Exception, match="does not know 1 of"):
+        oracle(rows, Stranger())
+
+
+def test_frozen_knowledge_ends_at_the_cut_and_live_at_the_start_of_the_day(tiny_dataset: Dataset) -> None:
+    rows = labelled_test_rows(tiny_dataset)
+    assert set(as_of_days(tiny_dataset, rows, "frozen")) == {tiny_dataset.meta.cut_test // DAY}
+    np.testing.assert_array_equal(as_of_days(tiny_dataset, rows, "live"), tiny_dataset.events.day[rows.event])
+
+
+def test_scores_parquet_has_every_labelled_event(tiny_dataset: Dataset, tmp_path: Path) -> None:
+    rows = labelled_test_rows(tiny_dataset)
+    probability = np.linspace(0.1, 0.9, len(rows))
+    report = evaluate_ranking(tiny_dataset, rows, [], "live", probability)
+    write_ranking_report(report, rows, probability, tmp_path)
+    table = pq.read_table(tmp_path / "scores.parquet")
+    assert table.column_names == ["event_id", "score", "score_text"]
+    log = tiny_dataset.events
+    assert table["event_id"].to_pylist() == log.event_id[(log.split == TEST) & (log.label >= 0)].tolist()
+    assert (tmp_path / "metrics.json").stat().st_size > 100
