@@ -122,7 +122,7 @@ def ranking_table(report: RankingReport) -> Group:
         table.add_column(column, justify="left" if column == "system" else "right", no_wrap=column != "system")
     for run in runs:
         best = "*" if run.label == report.best else ""
-        cells = [f"{best}{short(run.judged.auc.value)} ±{short(run.judged.auc.error)}"]
+        cells = [f"{best}{short(run.judged.auc.value)}±{short(run.judged.auc.error)}"]
         cells += [short(run.judged.metrics[metric]) for metric in shown]
         ours = run is report.model
         table.add_row(run.label, *cells, style="bold" if ours else None, end_section=ours)

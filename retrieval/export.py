@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -65,6 +65,10 @@ class OnnxQuery:
 
     def __init__(self, path: Path, encoder: Encoder, threads: int = 0) -> None:
         """Raises ExportError if the file was exported from another encoder."""
+        # Read when onnxruntime is first imported: without it, it writes a device id and calls home from native code.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from index.errors import BrewlineError
 from retrieval.features import MISSING, Quantizer, bucket_token
@@ -62,6 +63,7 @@ def new_llama(size: Size, vocabulary: int, *, causal_lm: bool) -> LlamaModel | L
 
 def load_llama(path: str | Path, *, causal_lm: bool, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The checkpoint of a local folder (or, where the machine may, a hub name). Raises CheckpointError."""
+    hf_logging.disable_progress_bar()  # a bar per loaded file would stand between our own
     auto = AutoModelForCausalLM if causal_lm else AutoModel
     try:
         config = AutoConfig.from_pretrained(path)

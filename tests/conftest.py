@@ -11,6 +11,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
+    ORT_DISABLE_TELEMETRY="1",  # onnxruntime would write a device id and call home from native code, past the guard below
     NO_COLOR="1",
 )
 

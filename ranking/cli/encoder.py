@@ -48,12 +48,14 @@ def train(
 
     Example: `brewline encoder train WORLD --out models/encoder --minutes 3 --seed 1`
     """
+    from ranking.cli.memory import keep_freed_memory
     from ranking.cli.output import emit, progress_bar
     from ranking.cli.train_report import stages, training_table
     from retrieval.data.read import read_dataset
     from retrieval.learn.fit import EncoderPlan, TrainingError, train_encoder
     from retrieval.llama import Size
 
+    keep_freed_memory()
     if steps is not None and minutes is not None:
         raise TrainingError("both --steps and --minutes were given; choose one")
     wanted = None if steps is not None else (minutes or 5.0)

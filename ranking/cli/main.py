@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -14,6 +15,8 @@ from ranking.cli.output import one_line
 
 BAD_REQUEST = 2
 """Exit status of an error that the person at the command line can mend; a bug ends with 1 and its traceback."""
+CALL_HOME = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
+"""Switches of libraries that report to their makers unless told not to; they read them when they are first loaded."""
 
 app = typer.Typer(
     name="brewline",
@@ -59,6 +62,8 @@ def _begin(
 
 def main() -> None:
     """Runs the command line of this process. Exit status: 0 done, 2 a mendable error, 130 interrupted, 1 a bug."""
+    for name in CALL_HOME:
+        os.environ.setdefault(name, "1")
     try:
         app()
     except BrewlineError as error:

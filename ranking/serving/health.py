@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 
 import grpc
-import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ranking.serving import recommender_pb2
@@ -20,6 +20,8 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
+log = logging.getLogger(__name__)
+
 
 class HealthService(health_pb2_grpc.HealthServicer):
     """SERVING while a probe that runs where requests run succeeds within `patience_s`; a result holds for `fresh_s`."""
@@ -27,7 +29,6 @@ class HealthService(health_pb2_grpc.HealthServicer):
     def __init__(self, service: RecommenderService, worker: Worker, *, patience_s: float = 10.0, fresh_s: float = 1.0) -> None:
         self._service, self._worker = service, worker
         self._patience_s, self._fresh_s = patience_s, fresh_s
-        self._log = structlog.get_logger("brewline.health")
         self._asking = asyncio.Lock()
         self._known: tuple[float, int] | None = None
 
@@ -70,6 +71,6 @@ class HealthService(health_pb2_grpc.HealthServicer):
         except Draining:
             return int(NOT_SERVING)
         except Exception as error:
-            self._log.error("unhealthy", error=type(error).__name__, exc_info=error)
+            log.error("unhealthy", exc_info=error)
             return int(NOT_SERVING)
         return int(SERVING)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
-import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -22,6 +22,8 @@ from ranking.serving.intake import Intake
 from ranking.serving.service import RecommenderService
 from ranking.serving.stack import Stack
 from ranking.serving.worker import Worker
+
+log = logging.getLogger(__name__)
 
 
 class CannotListen(BrewlineError):
@@ -48,7 +50,6 @@ async def run_server(stack: Stack, settings: ServeSettings, ready: Callable[[int
     worker = Worker(settings.most_waiting)
     server = make_server(stack, worker, settings)
     port = listen(server, settings)
-    log = structlog.get_logger("brewline.serving")
     try:
         await worker.submit(stack.warm)
         await server.start()
@@ -56,7 +57,7 @@ async def run_server(stack: Stack, settings: ServeSettings, ready: Callable[[int
         await stop.wait()
     finally:
         worker.draining = True
-        log.info("draining", seconds=settings.drain_s)
+        log.info("draining", extra={"seconds": settings.drain_s})
         await server.stop(settings.drain_s)
         await asyncio.to_thread(worker.close)
         log.info("stopped")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import re
 import time
@@ -11,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol, TypeVar, cast
 
 import grpc
-import structlog
 
 from ranking.serving import answers, recommender_pb2_grpc
 from ranking.serving import recommender_pb2 as pb
@@ -23,6 +23,8 @@ from ranking.serving.worker import Worker
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 REPLY_S = 0.005
 """Seconds before the deadline at which an answer without ranking is sent if ranking still runs."""
+
+log = logging.getLogger(__name__)
 
 Request = TypeVar("Request", contravariant=True)
 Response = TypeVar("Response", covariant=True)
@@ -40,7 +42,6 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
     def __init__(self, stack: Stack, worker: Worker) -> None:
         self.stack = stack
         self._worker = worker
-        self._log = structlog.get_logger("brewline.serving")
         self._since = time.monotonic()
         self._requests = 0
 
@@ -84,7 +85,8 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
             response = await self._in_time(work, request, call)
         except Exception as error:
             await context.abort(self._refused(method, call, error), message_of(error, call.request_id))
-        self._log.info("answered", method=method, request_id=call.request_id, **call.watch.micros)
+        times = {f"{stage}_us": micros for stage, micros in call.watch.micros.items()}
+        log.info("answered", extra={"method": method, "request_id": call.request_id, **times})
         return response
 
     async def _in_time(self, work: Work[Request, Response], request: Request, call: Call) -> Response:
@@ -108,13 +110,14 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
         finally:
             call.abandoned = True
 
-    def _refused(self, method: str, call: Call, error: Exception) -> grpc.StatusCode:
+    @staticmethod
+    def _refused(method: str, call: Call, error: Exception) -> grpc.StatusCode:
         code = status_of(error)
-        told = {"method": method, "request_id": call.request_id, "code": code.name}
+        told = {"method": method, "request_id": call.request_id, "code": code.name, "error": type(error).__name__}
         if code is grpc.StatusCode.INTERNAL:
-            self._log.error("failed", **told, exc_info=error)
+            log.error("request %s failed", call.request_id, extra=told, exc_info=error)
         else:
-            self._log.info("refused", **told, error=type(error).__name__)
+            log.info("refused", extra=told)
         return code
 
 

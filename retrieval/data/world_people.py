@@ -36,6 +36,10 @@ class WorldSettings:
     item_words: int = 420
     member_words: int = 400
     filler_words: int = 420
+    item_meanings: tuple[float, ...] = (1.0, 0.6, 0.35)
+    member_meanings: tuple[float, ...] = (1.0, 0.35, 0.2)
+    ease: float = 0.2
+    taste: float = 0.55
 
     @property
     def end(self) -> int:
@@ -85,23 +89,23 @@ def make_people(settings: WorldSettings, rng: np.random.Generator) -> People:
     joins = rng.random(count) < settings.new_members
     joined = np.sort(np.where(joins, settings.start + new, settings.start - 360 * DAY + old))
     common = (1.0 + np.arange(topics)) ** -0.35
-    order = np.argsort(np.log(1.0 - rng.random((count, topics))) / common, axis=1, kind="stable")[:, ::-1][:, :5]
-    number = rng.integers(2, 5, count)
-    weight = 0.35 - np.log(1.0 - rng.random((count, 4)))
-    weight *= np.arange(4) < number[:, None]
+    order = np.argsort(np.log(1.0 - rng.random((count, topics))) / common, axis=1, kind="stable")[:, ::-1][:, :6]
+    number = rng.integers(2, 6, count)
+    weight = 0.35 - np.log(1.0 - rng.random((count, 5)))
+    weight *= np.arange(5) < number[:, None]
     weight /= weight.sum(axis=1, keepdims=True)
     first, last = np.zeros((count, topics)), np.zeros((count, topics))
     row = np.arange(count)
-    for place in range(4):
+    for place in range(5):
         first[row, order[:, place]] += weight[:, place]
-        last[row, order[:, 4 if place == 0 else place]] += weight[:, place]
+        last[row, order[:, 5 if place == 0 else place]] += weight[:, place]
     habits = rng.standard_normal((3, count))
     return People(
         joined=joined,
         theta_first=first,
         theta_last=last,
-        taste=0.55 * rng.standard_normal((count, len(FORMATS))),
-        ease=0.3 * habits[0],
+        taste=settings.taste * rng.standard_normal((count, len(FORMATS))),
+        ease=settings.ease * habits[0],
         rate=settings.requests_per_day * np.exp(0.8 * habits[1] - 0.32),
     )
 
@@ -181,8 +185,8 @@ def make_tongue(settings: WorldSettings, rng: np.random.Generator) -> Tongue:
     cuts = np.cumsum(sizes).tolist()
     item, member = words[: cuts[0]], words[cuts[0] : cuts[1]]
     return Tongue(
-        item=make_speech(rng, item, settings.topics, settings.registers),
-        member=make_speech(rng, member, settings.topics, 1),
+        item=make_speech(rng, item, settings.topics, settings.registers, settings.item_meanings),
+        member=make_speech(rng, member, settings.topics, 1, settings.member_meanings),
         filler=words[cuts[1] : cuts[2]],
         places=words[cuts[2] :],
     )
@@ -213,7 +217,7 @@ def write_posts(settings: WorldSettings, people: People, posts: Posts, tongue: T
 
 
 def write_profiles(settings: WorldSettings, people: People, tongue: Tongue, rng: np.random.Generator) -> Members:
-    """Ten topic words per member from the members' vocabulary: headline 3, industry 1, skills 6; fillers; a place."""
+    """Twelve topic words per member from the members' vocabulary: headline 3, industry 1, skills 8; fillers; a place."""
     count = settings.members
     cumulative, row = np.cumsum(people.theta_first, axis=1), np.arange(count)
 
@@ -228,7 +232,7 @@ def write_profiles(settings: WorldSettings, people: People, tongue: Tongue, rng:
         profile={
             "headline": said(3, 2),
             "industry": said(1, 0),
-            "skills": said(6, 0),
+            "skills": said(8, 0),
             "location": [tongue.places[p] for p in rng.integers(0, len(tongue.places), count).tolist()],
         },
     )

@@ -16,8 +16,6 @@ F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 _ONSETS = ("b", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "kl", "st", "tr")
 _VOWELS = ("a", "e", "i", "o", "u")
-_MEANINGS = (1.0, 0.6, 0.35)
-"""Weights of a word's first, second and third topic; every other word has no third."""
 
 
 def draw(cumulative: F64, row: npt.NDArray[np.integer], u: F64) -> I64:
@@ -48,13 +46,16 @@ class Speech:
         return draw(self.cumulative, group, rng.random(len(group))).reshape(topic.shape)
 
 
-def make_speech(rng: np.random.Generator, words: list[str], topics: int, registers: int) -> Speech:
-    """Deal each word to two or three (topic, register) groups of different topics, evenly over the groups."""
+def make_speech(rng: np.random.Generator, words: list[str], topics: int, registers: int, meanings: tuple[float, ...]) -> Speech:
+    """Deal each word to two or three (topic, register) groups of different topics, the first of them evenly.
+
+    `meanings`: weights of a word's first, second and third topic; every other round of words has no third.
+    """
     groups, count = topics * registers, len(words)
     weight = np.zeros((groups, count))
     deal = np.argsort(rng.random(count), kind="stable")
     first = np.arange(count) % groups
-    for place, strength in enumerate(_MEANINGS):
+    for place, strength in enumerate(meanings):
         far = rng.integers(1, topics, count) if place else np.zeros(count, np.int64)
         register = rng.integers(0, registers, count) if place else first % registers
         group = (first // registers + far) % topics * registers + register

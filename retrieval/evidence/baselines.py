@@ -215,7 +215,7 @@ def _nearest(together: sp.csr_matrix, shrink: float, neighbours: int) -> sp.csr_
 
 @dataclass(frozen=True)
 class Ease:
-    """EASE^R (Steck 2019), the closed-form linear autoencoder, over the `head` most engaged items; the rest score 0."""
+    """EASE^R (Steck 2019), the closed-form linear autoencoder, over the `head` most engaged items; the rest come last."""
 
     penalty: float = 2000.0
     decay: float = 0.9
@@ -233,8 +233,10 @@ class Ease:
         weights = past.ease(head, self.penalty)
 
         def score(queries: Queries) -> Floats:
-            scores = np.zeros((len(queries), items), np.float32)
-            scores[:, head] = history_matrix(queries, items, self.decay)[:, head] @ weights
+            known = history_matrix(queries, items, self.decay)[:, head] @ weights
+            # Scores may be negative: what the model does not know must not stand above what it advises against.
+            scores = np.tile(known.min(axis=1, keepdims=True), items)
+            scores[:, head] = known
             return scores
 
         return score

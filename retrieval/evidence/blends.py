@@ -26,8 +26,8 @@ from retrieval.evidence.text_baselines import Bm25, TfIdf
 
 TUNED_AT = 100
 """Settings are chosen by recall at this cut-off."""
-TUNING_QUERIES = 2000
-BLEND_QUERIES = 800
+TUNING_QUERIES = 5000
+BLEND_QUERIES = 2000
 BLEND_WEIGHTS = (0.0, 0.3, 1.0)
 
 

@@ -86,7 +86,9 @@ def train_encoder(dataset: Dataset, out: Path, plan: EncoderPlan, progress: Prog
     trainer.run(decision["steps"], lambda done, total: report("train", done, total), checkpoint)
     if plan.lora_rank:
         merge_lora(trainer.model)
-    facts = {"plan": asdict(plan), "steps": trainer.done, "data": dataset.meta.name, "cut": cut, "note": note}
+    # How the length was asked for is no fact about the model: --minutes and --steps that end at one length are one model.
+    settings = {name: value for name, value in asdict(plan).items() if name not in ("steps", "minutes", "base")}
+    facts = {"settings": settings, "steps": trainer.done, "data": dataset.meta.name, "cut": cut, "note": note}
     with (work / "curve.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(point) + "\n" for point in trainer.curve)
     fingerprint = save_encoder(out, trainer.model, trainer.sampler.writer, facts)

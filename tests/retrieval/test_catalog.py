@@ -123,7 +123,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path, items: Items) -> None
     ):
         with pytest.raises(CatalogError, match=words):
             Catalog.open(snapshot_of(tmp_path / name, items, {CATALOG_PART: content}))
-    with pytest.raises(CatalogError, match="60 vectors but tokens.arrow holds 1 rows"):
+    with pytest.raises(CatalogError, match=r"60 vectors but tokens\.arrow holds 1 rows"):
         Catalog.open(snapshot_of(tmp_path / "short", items, {CATALOG_PART: good, TOKENS_PART: write_tokens([[1]], "r")}))
 
 

@@ -87,7 +87,7 @@ def test_a_search_that_ignores_exclusions_gives_no_answer(retriever: Retriever, 
         def __init__(self) -> None:
             pass
 
-        def search(self, queries: np.ndarray, k: int, exclude: object = None, *, nprobe: int | None = None) -> Hits:
+        def search(self, queries: np.ndarray, k: int, *_exclude: object) -> Hits:
             return retriever.searcher.search(queries, k)
 
     deaf = Retriever(retriever.encoder, Deaf(), retriever.catalog)
