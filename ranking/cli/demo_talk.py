@@ -120,9 +120,7 @@ def _number(value: float | None) -> str:
 
 def latencies(spent: Mapping[str, Mapping[str, float]]) -> Table:
     """Milliseconds of each stage over the timed requests."""
-    table = Table(
-        title=f"Where the time of a request goes (ms, {FANOUT} candidates, one at a time)", title_justify="left"
-    )
+    table = Table(title=f"Where the time of a request goes (ms, {FANOUT} candidates, one at a time)", title_justify="left")
     for name in ("stage", "median", "slowest"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for stage, times in spent.items():
