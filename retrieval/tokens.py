@@ -77,6 +77,12 @@ class Tokens:
         return self._id[token]
 
     @property
+    def special(self) -> list[str]:
+        """Every special token, in order of id."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return [added[number].content for number in sorted(added) if added[number].special]
+
+    @property
     def pad(self) -> int:
         """The id that fills the end of shorter rows."""
         return self.id(PAD)

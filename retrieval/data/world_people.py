@@ -90,7 +90,7 @@ def make_people(settings: WorldSettings, rng: np.random.Generator) -> People:
     joined = np.sort(np.where(joins, settings.start + new, settings.start - 360 * DAY + old))
     common = (1.0 + np.arange(topics)) ** -0.35
     order = np.argsort(np.log(1.0 - rng.random((count, topics))) / common, axis=1, kind="stable")[:, ::-1][:, :6]
-    number = rng.integers(2, 6, count)
+    number = rng.integers(2, 5, count)
     weight = 0.35 - np.log(1.0 - rng.random((count, 5)))
     weight *= np.arange(5) < number[:, None]
     weight /= weight.sum(axis=1, keepdims=True)

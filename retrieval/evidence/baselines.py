@@ -159,8 +159,11 @@ class LivePopularity:
     """Engagements of everybody in the last whole days before the day of the query."""
 
     days: int = 7
-    name: str = "Popularity, live"
     knowledge: Knowledge = "live"
+
+    @property
+    def name(self) -> str:
+        return f"Popularity, live {self.days} d"
 
     @property
     def setting(self) -> str:

@@ -67,11 +67,15 @@ def standardised(scores: Floats) -> Floats:
 
 
 def families(dataset: Dataset) -> list[list[Baseline]]:
-    """Returns the settings tried for each simple model; a profile query only where members have words."""
+    """Returns the settings tried for each simple model; a profile query only where members have words.
+
+    Live popularity of the last week always stands in the table, whatever window validation prefers.
+    """
     listed: list[list[Baseline]] = [
         [Random()],
         [Popularity()],
         [Popularity(float(days)) for days in (3, 7, 14, 30, 90, 365)],
+        [LivePopularity()],
         [LivePopularity(days) for days in (1, 3, 7, 14, 30)],
         [ItemNeighbours(k, shrink, decay) for k, shrink, decay in product((100, 1000), (0.0, 50.0), (0.7, 0.9, 1.0))],
         [Ease(penalty, decay) for penalty, decay in product((20.0, 200.0, 2000.0), (0.7, 0.9, 1.0))],
@@ -109,11 +113,12 @@ def choose_baselines(dataset: Dataset, progress: Progress | None = None) -> list
     past, queries = Past(dataset, "valid"), validation_queries(dataset)
     chosen: list[Baseline] = []
     for done, tried in enumerate(listed):
-        chosen.append(tried[0] if queries is None else tuned(tried, past, queries.sample(TUNING_QUERIES)))
+        one = tried[0] if queries is None else tuned(tried, past, queries.sample(TUNING_QUERIES))
+        chosen += [] if one in chosen else [one]
         if progress is not None:
             progress(done + 1, len(listed) + 2)
-    for done, blend in enumerate(_blends(chosen, past, queries)):
-        chosen.append(blend if queries is None else _weighted(blend, past, queries.sample(BLEND_QUERIES)))
+    for done, tried_blends in enumerate(_blends(chosen, past, queries)):
+        chosen.append(tried_blends[0] if queries is None else _weighted(tried_blends, past, queries.sample(BLEND_QUERIES)))
         if progress is not None:
             progress(len(listed) + done + 1, len(listed) + 2)
     return chosen
@@ -127,28 +132,31 @@ def validation_queries(dataset: Dataset) -> Queries | None:
         return None
 
 
-def _blends(chosen: Sequence[Baseline], past: Past, queries: Queries | None) -> list[Blend]:
-    """The frozen and the live blend of the chosen baselines, not yet weighted."""
+def _blends(chosen: Sequence[Baseline], past: Past, queries: Queries | None) -> list[list[Blend]]:
+    """The frozen blend of the chosen baselines and the live one with either popularity window, not yet weighted."""
     collaborative = [one for one in chosen if isinstance(one, (ItemNeighbours, Ease))]
     best = collaborative[0] if queries is None else tuned(collaborative, past, queries.sample(TUNING_QUERIES))
     text = next(one for one in chosen if isinstance(one, TfIdf))
     recent = next(one for one in chosen if isinstance(one, Popularity) and one.half_life is not None)
-    live = next(one for one in chosen if isinstance(one, LivePopularity))
-    return [Blend((best, text, recent)), Blend((best, text, live), knowledge="live")]
+    live = [one for one in chosen if isinstance(one, LivePopularity)]
+    return [[Blend((best, text, recent))], [Blend((best, text, one), knowledge="live") for one in live]]
 
 
-def _weighted(blend: Blend, past: Past, queries: Queries) -> Blend:
-    """The blend with the weights of the grid that do best; each part is scored once."""
-    parts = [standardised(part.fit(past)(queries)) for part in blend.parts]
+def _weighted(tried: Sequence[Blend], past: Past, queries: Queries) -> Blend:
+    """The blend and the weights of the grid that do best; each part is scored once."""
+    row_of = {member: row for row, member in enumerate(queries.member.tolist())}
+    parts = {part: standardised(part.fit(past)(queries)) for blend in tried for part in blend.parts}
 
-    def recall(weights: tuple[float, ...]) -> float:
-        row_of = {member: row for row, member in enumerate(queries.member.tolist())}
-
+    def recall(blend: Blend) -> float:
         def score(block: Queries) -> Floats:
             rows = [row_of[member] for member in block.member.tolist()]
-            return np.asarray(sum(weight * part[rows] for weight, part in zip(weights, parts, strict=True)), np.float32)
+            total = np.zeros((len(block), len(past.dataset.items)), np.float32)
+            for part, weight in zip(blend.parts, blend.weights, strict=True):
+                if weight:
+                    total += weight * parts[part][rows]
+            return total
 
         return _recall(score, queries, len(past.dataset.items))
 
-    grid = [weights for weights in product(BLEND_WEIGHTS, repeat=len(parts)) if max(weights) == max(BLEND_WEIGHTS)]
-    return replace(blend, weights=max(grid, key=recall))
+    grid = [weights for weights in product(BLEND_WEIGHTS, repeat=3) if max(weights) == max(BLEND_WEIGHTS)]
+    return max((replace(blend, weights=weights) for blend in tried for weights in grid), key=recall)

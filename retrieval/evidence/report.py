@@ -92,8 +92,8 @@ def short(value: float) -> str:
 
 def settings_line(report: RetrievalReport) -> Text:
     """Returns the settings that the validation window chose, and what is frozen or live."""
-    told = [f"{run.name} [{run.knowledge}] {run.setting}" for run in report.baselines]
-    return Text("Settings: " + "; ".join(told) + ". * best simple baseline.\n", style="dim")
+    told = [f"{run.name} ({run.knowledge}): {run.setting}" for run in report.baselines]
+    return Text("Settings: " + "; ".join(told) + ". * marks the best simple baseline.\n", style="dim")
 
 
 def lead_table(report: RetrievalReport) -> Table:

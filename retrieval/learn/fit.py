@@ -23,6 +23,7 @@ from retrieval.learn.batches import BatchSettings, Sampler
 from retrieval.learn.prepare import NothingToLearn, base_tokens, fit_quantizer, fit_tokens
 from retrieval.learn.sessions import with_sessions
 from retrieval.learn.train import LoopSettings, Trainer, TrainingError
+from retrieval.learn.warm import start_from_words
 from retrieval.llama import Size, add_lora, fit_vocabulary, load_llama, merge_lora, new_llama, smooth_buckets
 from retrieval.writer import Budgets, Writer
 
@@ -107,6 +108,7 @@ def start(dataset: Dataset, before: int, plan: EncoderPlan, steps: int) -> Train
     if plan.base is None:
         tokens = fit_tokens(dataset, before, quantizer, plan.size.vocabulary)
         model: PreTrainedModel = new_llama(plan.size, len(tokens), causal_lm=False)
+        start_from_words(model, tokens, dataset, before, plan.seed)
     else:
         tokens = base_tokens(plan.base, quantizer)
         model = load_llama(plan.base, causal_lm=False)
