@@ -20,6 +20,7 @@ from retrieval.encoder import FINGERPRINTED, QUANTIZER, read_facts
 from retrieval.features import Kind, Quantizer
 from retrieval.fingerprint import folder_fingerprint
 from retrieval.learn.prepare import base_tokens, fit_quantizer, fit_tokens
+from retrieval.learn.warm import start_from_words
 from retrieval.llama import Size, add_lora, fit_vocabulary, load_llama, new_llama, smooth_buckets
 from retrieval.tokens import Tokens
 
@@ -85,6 +86,7 @@ def _parts(
     if plan.base is None:
         tokens = fit_tokens(dataset, before, quantizer, plan.size.vocabulary, tuple(map(label_token, words)))
         model = _causal(new_llama(plan.size, len(tokens), causal_lm=True), "a new model")
+        start_from_words(model, tokens, dataset, before, plan.seed)
     else:
         tokens = base_tokens(plan.base, quantizer)
         tokens.add(_missing(tokens, words))

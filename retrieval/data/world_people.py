@@ -32,14 +32,15 @@ class WorldSettings:
     requests_per_day: float = 0.5
     new_members: float = 0.25
     evergreen: float = 0.05
-    registers: int = 2
-    item_words: int = 420
-    member_words: int = 400
-    filler_words: int = 420
-    item_meanings: tuple[float, ...] = (1.0, 0.6, 0.35)
+    registers: int = 3
+    item_words: int = 580
+    member_words: int = 340
+    filler_words: int = 270
+    item_meanings: tuple[float, ...] = (1.0, 0.5, 0.25)
     member_meanings: tuple[float, ...] = (1.0, 0.35, 0.2)
     ease: float = 0.2
-    taste: float = 0.55
+    text_topical: int = 5
+    taste: float = 0.45
 
     @property
     def end(self) -> int:
@@ -209,7 +210,7 @@ def write_posts(settings: WorldSettings, people: People, posts: Posts, tongue: T
     return Items(
         item_id=[f"p{n:06d}" for n in range(count)],
         title=said(2, 4),
-        text=said(5, 7),
+        text=said(settings.text_topical, 12 - settings.text_topical),
         category=[FORMATS[f] for f in posts.format.tolist()],
         creator=[member_id(a) for a in posts.author.tolist()],
         created_at=posts.created,

@@ -35,23 +35,23 @@ class Law:
     attention: tuple[float, ...] = (1.0, 0.95, 0.9, 0.86, 0.82, 0.78, 0.74, 0.7)
     half_affinity: float = 0.12
     drift: float = 0.35
-    show_affinity: float = 2.4
-    show_quality: float = 0.45
-    show_trend: float = 0.35
-    show_connected: float = 1.2
-    want_affinity: float = 4.2
-    want_quality: float = 0.35
-    want_connected: float = 0.6
-    base: tuple[float, ...] = (-4.3, -6.4, -6.6, -5.0)
+    show_affinity: float = 2.0
+    show_quality: float = 0.35
+    show_trend: float = 0.3
+    show_connected: float = 1.0
+    want_affinity: float = 4.7
+    want_quality: float = 0.25
+    want_connected: float = 0.4
+    base: tuple[float, ...] = (-4.75, -6.95, -7.15, -5.45)
     slope: tuple[float, ...] = (1.0, 1.1, 1.05, 1.1)
     connected_extra: tuple[float, ...] = (0.2, 0.7, 0.0, -0.1)
     format_extra: tuple[tuple[float, ...], ...] = (
-        (0.0, 0.1, 0.4, -0.1, -0.2),
-        (0.1, 0.0, -0.1, -0.2, 0.7),
-        (0.2, 0.3, -0.1, 0.4, -0.5),
-        (0.2, 0.6, -0.8, 0.3, -1.0),
+        (0.0, 0.05, 0.2, -0.05, -0.1),
+        (0.05, 0.0, -0.05, -0.1, 0.5),
+        (0.1, 0.15, -0.05, 0.2, -0.3),
+        (0.1, 0.4, -0.5, 0.2, -0.5),
     )
-    ramp: float = 0.35
+    ramp: float = 0.5
     fade: float = 2.0
     evergreen_fade: float = 30.0
     life: float = 8.0

@@ -1,4 +1,4 @@
-"""The simple models that a learnt one has to beat: popularity in three forms, neighbours, EASE, chance and the oracle.
+"""The simple models that a learnt one has to beat: what they share, neighbours, EASE, chance and the oracle.
 
 Every baseline is a small frozen record of its settings; `fit(past)` returns a scorer of query blocks. "frozen" baselines know
 other members' events before the cut only, "live" ones up to the end of the day before the query. The history of the queried
@@ -17,9 +17,10 @@ import numpy.typing as npt
 import scipy.linalg
 import scipy.sparse as sp
 
-from retrieval.data.schema import DAY, Dataset, Events
+from retrieval.data.schema import Dataset, Events
 from retrieval.evidence.protocol import EvidenceError, Queries, Window
 from retrieval.evidence.rank import Scorer
+from retrieval.evidence.terms import Terms
 
 Knowledge = Literal["frozen", "live"]
 Floats = npt.NDArray[np.float32]
@@ -61,6 +62,11 @@ class Past:
     def together(self) -> sp.csr_matrix:
         """Float32 [N, N]: how many members engaged with both items."""
         return (self.matrix.T @ self.matrix).tocsr()
+
+    @cached_property
+    def terms(self) -> Terms:
+        """The words of the catalogue."""
+        return Terms.of_items(self.dataset.items)
 
     def nearest(self, neighbours: int, shrink: float) -> sp.csr_matrix:
         """Float32 [N, N]: item-kNN similarities; the latest are kept, so that a grid of decays fits once."""
@@ -105,12 +111,6 @@ def history_matrix(queries: Queries, items: int, decay: float = 1.0, newest: int
     return sp.csr_matrix((weight.astype(np.float32), (history.rows, item)), (len(queries), items))
 
 
-def same_for_all(scores: npt.NDArray[np.float64]) -> Scorer:
-    """Returns a scorer that gives every query the same scores [N]."""
-    row = scores.astype(np.float32)
-    return lambda queries: np.broadcast_to(row, (len(queries), len(row)))
-
-
 @dataclass(frozen=True)
 class Random:
     """Chance: one shuffled row of scores, rotated by a random step for each member."""
@@ -130,57 +130,6 @@ class Random:
         row = np.tile(rng.permutation(items).astype(np.float32), 2)
         step = rng.integers(0, items, len(past.dataset.members))
         return lambda queries: np.stack([row[begin : begin + items] for begin in step[queries.member].tolist()])
-
-
-@dataclass(frozen=True)
-class Popularity:
-    """Engagements before the cut; with a half-life (days) those of long ago count less."""
-
-    half_life: float | None = None
-    knowledge: Knowledge = "frozen"
-
-    @property
-    def name(self) -> str:
-        return "Popularity" if self.half_life is None else "Popularity, recent"
-
-    @property
-    def setting(self) -> str:
-        return "all" if self.half_life is None else f"half-life {self.half_life:g} d"
-
-    def fit(self, past: Past) -> Scorer:
-        if self.half_life is None:
-            return same_for_all(past.counts)
-        weight = 0.5 ** ((past.before - past.events.timestamp) / DAY / self.half_life)
-        return same_for_all(np.bincount(past.events.item, weight, len(past.dataset.items)).astype(np.float64))
-
-
-@dataclass(frozen=True)
-class LivePopularity:
-    """Engagements of everybody in the last whole days before the day of the query."""
-
-    days: int = 7
-    knowledge: Knowledge = "live"
-
-    @property
-    def name(self) -> str:
-        return f"Popularity, live {self.days} d"
-
-    @property
-    def setting(self) -> str:
-        return f"{self.days} d"
-
-    def fit(self, past: Past) -> Scorer:
-        items = len(past.dataset.items)
-
-        def score(queries: Queries) -> Floats:
-            days, which = np.unique(queries.day, return_inverse=True)
-            return np.stack([self._window(queries.events, int(day), items) for day in days])[which]
-
-        return score
-
-    def _window(self, log: Events, day: int, items: int) -> Floats:
-        begin, end = np.searchsorted(log.timestamp, [(day - self.days) * DAY, day * DAY])
-        return np.bincount(log.item[begin:end], minlength=items).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -218,7 +167,7 @@ def _nearest(together: sp.csr_matrix, shrink: float, neighbours: int) -> sp.csr_
 
 @dataclass(frozen=True)
 class Ease:
-    """EASE^R (Steck 2019), the closed-form linear autoencoder, over the `head` most engaged items; the rest come last."""
+    """EASE^R (Steck 2019), the closed-form linear autoencoder, over the `head` most engaged items; the rest score 0."""
 
     penalty: float = 2000.0
     decay: float = 0.9
@@ -236,10 +185,9 @@ class Ease:
         weights = past.ease(head, self.penalty)
 
         def score(queries: Queries) -> Floats:
-            known = history_matrix(queries, items, self.decay)[:, head] @ weights
-            # Scores may be negative: what the model does not know must not stand above what it advises against.
-            scores = np.tile(known.min(axis=1, keepdims=True), items)
-            scores[:, head] = known
+            # Below zero the weights are noise: there popularity, which breaks ties, is the better guess.
+            scores = np.zeros((len(queries), items), np.float32)
+            scores[:, head] = np.maximum(history_matrix(queries, items, self.decay)[:, head] @ weights, 0)
             return scores
 
         return score

@@ -1,4 +1,4 @@
-"""The tuned sum of three simple models, and the choice of every baseline's settings on the validation window."""
+"""The tuned sum of simple models, and the choice of every baseline's settings on the validation window."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from itertools import product
 
 import numpy as np
 
-from retrieval.data.schema import Dataset
+from retrieval.data.schema import MISSING_TIME, Dataset
 from retrieval.evidence.baselines import (
     Baseline,
     Ease,
     Floats,
     ItemNeighbours,
     Knowledge,
-    LivePopularity,
     Past,
-    Popularity,
     Random,
 )
+from retrieval.evidence.popularity import Freshness, LivePopularity, Popularity
 from retrieval.evidence.protocol import EvidenceError, Queries, last_after_cut
 from retrieval.evidence.rank import Progress, Scorer, rank_targets
 from retrieval.evidence.text_baselines import Bm25, TfIdf
@@ -27,17 +26,17 @@ from retrieval.evidence.text_baselines import Bm25, TfIdf
 TUNED_AT = 100
 """Settings are chosen by recall at this cut-off."""
 TUNING_QUERIES = 5000
-BLEND_QUERIES = 2000
+BLEND_QUERIES = 1000
 BLEND_WEIGHTS = (0.0, 0.3, 1.0)
 
 
 @dataclass(frozen=True)
 class Blend:
-    """A weighted sum of collaborative, text and popularity scores, each standardised per query over the catalogue."""
+    """A weighted sum of collaborative, text, popularity and freshness scores, each standardised per query."""
 
     parts: tuple[Baseline, ...]
-    weights: tuple[float, ...] = (1.0, 1.0, 1.0)
-    knowledge: Knowledge = "frozen"
+    weights: tuple[float, ...]
+    knowledge: Knowledge
 
     @property
     def name(self) -> str:
@@ -82,6 +81,8 @@ def families(dataset: Dataset) -> list[list[Baseline]]:
         [TfIdf(decay) for decay in (0.5, 0.7, 0.9, 1.0)],
         [Bm25(newest) for newest in (1, 5, 20)],
     ]
+    if (dataset.items.created_at != MISSING_TIME).any():
+        listed.append([Freshness()])
     if dataset.members.profile:
         listed.append([TfIdf(decay, weight) for decay, weight in product((0.9, 1.0), (0.2, 1.0))])
     return listed
@@ -139,7 +140,12 @@ def _blends(chosen: Sequence[Baseline], past: Past, queries: Queries | None) -> 
     text = next(one for one in chosen if isinstance(one, TfIdf))
     recent = next(one for one in chosen if isinstance(one, Popularity) and one.half_life is not None)
     live = [one for one in chosen if isinstance(one, LivePopularity)]
-    return [[Blend((best, text, recent))], [Blend((best, text, one), knowledge="live") for one in live]]
+    age = [one for one in chosen if isinstance(one, Freshness)]
+    return [[_equal((best, text, recent), "frozen")], [_equal((best, text, one, *age), "live") for one in live]]
+
+
+def _equal(parts: tuple[Baseline, ...], knowledge: Knowledge) -> Blend:
+    return Blend(parts, (1.0,) * len(parts), knowledge)
 
 
 def _weighted(tried: Sequence[Blend], past: Past, queries: Queries) -> Blend:
@@ -158,5 +164,9 @@ def _weighted(tried: Sequence[Blend], past: Past, queries: Queries) -> Blend:
 
         return _recall(score, queries, len(past.dataset.items))
 
-    grid = [weights for weights in product(BLEND_WEIGHTS, repeat=3) if max(weights) == max(BLEND_WEIGHTS)]
-    return max((replace(blend, weights=weights) for blend in tried for weights in grid), key=recall)
+    return max((replace(blend, weights=weights) for blend in tried for weights in weight_grid(len(blend.parts))), key=recall)
+
+
+def weight_grid(parts: int) -> list[tuple[float, ...]]:
+    """Returns all weights that differ in more than their scale: the largest is 1."""
+    return [weights for weights in product(BLEND_WEIGHTS, repeat=parts) if max(weights) == max(BLEND_WEIGHTS)]

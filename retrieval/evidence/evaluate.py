@@ -15,7 +15,7 @@ import numpy as np
 
 from retrieval.data.schema import DAY, Dataset, MemberView
 from retrieval.evidence.baselines import Baseline, Knowledge, Oracle, Past, Random, Truth
-from retrieval.evidence.intervals import Estimate, paired_difference
+from retrieval.evidence.intervals import Estimate, paired_differences
 from retrieval.evidence.metrics import Quality, judge
 from retrieval.evidence.protocol import EvidenceError, Queries, Window, cold_items, last_after_cut, member_views
 from retrieval.evidence.rank import DEPTH, Floats, Progress, Ranked, Scorer, rank_queries
@@ -214,5 +214,4 @@ def best_baselines(runs: Sequence[Run], counts: Knowledge) -> dict[str, str]:
 
 def differences(ours: Run, theirs: Run) -> dict[str, Estimate]:
     """Returns metric -> our mean minus theirs with its paired interval over members."""
-    mine, other = ours.quality.per_query, theirs.quality.per_query
-    return {metric: paired_difference(mine[metric], other[metric]) for metric in mine}
+    return paired_differences(ours.quality.per_query, theirs.quality.per_query)

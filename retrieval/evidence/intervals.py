@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -29,17 +30,28 @@ class Estimate:
 
 def estimate(values: Values, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
     """Returns the mean of one number per member with its uncertainty over members."""
-    if not len(values):
-        return Estimate(np.nan, np.nan, np.nan, np.nan)
-    low, high = interval(resampled_means(values[:, None], seed, resamples)[:, 0])
-    return Estimate(float(values.mean()), standard_error(values), low, high)
+    return estimates({"": values}, seed, resamples)[""]
 
 
-def paired_difference(ours: Values, theirs: Values, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """Returns mean(ours - theirs) with its uncertainty; both runs answer for the same member in each resample."""
-    if ours.shape != theirs.shape:
-        raise ValueError(f"Paired runs need the same members: {ours.shape} and {theirs.shape}.")
-    return estimate(ours - theirs, seed, resamples)
+def estimates(columns: Mapping[str, Values], seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Estimate]:
+    """Returns the mean of each column [Q] with its uncertainty; the same members are drawn for all columns."""
+    if not columns or not len(next(iter(columns.values()))):
+        return {name: Estimate(np.nan, np.nan, np.nan, np.nan) for name in columns}
+    means = resampled_means(np.column_stack(list(columns.values())), seed, resamples)
+    found = {}
+    for column, (name, values) in enumerate(columns.items()):
+        found[name] = Estimate(float(values.mean()), standard_error(values), *interval(means[:, column]))
+    return found
+
+
+def paired_differences(
+    ours: Mapping[str, Values], theirs: Mapping[str, Values], seed: int = 0, resamples: int = RESAMPLES
+) -> dict[str, Estimate]:
+    """Returns mean(ours - theirs) of each metric with its uncertainty; both runs answer for the same member in each resample."""
+    for name, values in ours.items():
+        if values.shape != theirs[name].shape:
+            raise ValueError(f"Paired runs need the same members: {values.shape} and {theirs[name].shape}.")
+    return estimates({name: values - theirs[name] for name, values in ours.items()}, seed, resamples)
 
 
 def standard_error(values: Values) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.evidence.intervals import Estimate, estimate
+from retrieval.evidence.intervals import Estimate, estimates
 from retrieval.evidence.protocol import Queries, cold_items, cold_members, popularity_before_cut
 from retrieval.evidence.ragged import Ragged
 from retrieval.evidence.rank import Ranked
@@ -79,7 +79,7 @@ def judge(ranked: Ranked, queries: Queries, items: int, seed: int = 0) -> Qualit
     cutoffs = tuple(cutoff for cutoff in CUTOFFS if cutoff <= depth or depth >= items)
     places = target_places(ranked.rows, queries.targets)
     per_query = per_query_values(places, queries.targets, cutoffs)
-    metrics = {name: estimate(values, seed) for name, values in per_query.items()}
+    metrics = estimates(per_query, seed)
     slices = member_slices(per_query, queries)
     slices["cold targets"] = cold_slice(places, queries, items, cutoffs)
     return Quality(per_query, metrics, list_facts(ranked, queries, items), slices)

@@ -68,7 +68,7 @@ def systems_table(report: RetrievalReport) -> Table:
     table = Table(title=f"{title}{facts['cold_target_share']:.1%} of the targets cold", **PLAIN)
     runs = [*([] if report.model is None else [report.model]), *report.baselines]
     shown = [name for name in SHOWN if name in runs[0].quality.metrics]
-    table.add_column("system", overflow="fold", min_width=18)
+    table.add_column("system", overflow="fold", min_width=19)
     for name in shown:
         table.add_column(name.replace("recall", "R").replace("ndcg", "NDCG"), justify="right", no_wrap=True)
     for run in runs:

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from retrieval.data.schema import DAY, Dataset
-from retrieval.evidence.baselines import Baseline, Ease, ItemNeighbours, LivePopularity, Oracle, Past, Popularity, Random
+from retrieval.evidence.baselines import Baseline, Ease, ItemNeighbours, Oracle, Past, Random
 from retrieval.evidence.blends import Blend, choose_baselines, families, standardised
 from retrieval.evidence.metrics import judge
+from retrieval.evidence.popularity import Freshness, LivePopularity, Popularity
 from retrieval.evidence.protocol import EvidenceError, Queries, last_after_cut
 from retrieval.evidence.rank import rank_queries
-from retrieval.evidence.text_baselines import Bm25, Terms, TfIdf
+from retrieval.evidence.terms import Terms
+from retrieval.evidence.text_baselines import Bm25, TfIdf
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,22 @@ def test_a_half_life_halves(asked: tuple[Past, Queries]) -> None:
     weight = np.power(0.5, (past.before - log.timestamp) / (3 * DAY))
     expected = np.bincount(log.item, weight, 60)
     np.testing.assert_allclose(Popularity(3).fit(past)(queries)[0], expected, rtol=1e-5)
+
+
+def test_freshness_learns_the_rate_by_age_and_puts_the_unborn_last(tiny_dataset: Dataset) -> None:
+    """Items of 3 days draw events in a log where every event falls on the third day of an item's life."""
+    created = np.repeat(np.arange(20), 3)[:60] * DAY + tiny_dataset.meta.cut_test - 18 * DAY
+    log = tiny_dataset.events
+    age = (log.timestamp - created[log.item]) // DAY
+    kept = log.take(age == 3)
+    dataset = replace(tiny_dataset, events=kept, items=replace(tiny_dataset.items, created_at=created.astype(np.int64)))
+    queries = last_after_cut(tiny_dataset)
+    scores = Freshness().fit(Past(dataset, "test"))(queries)
+    for row in range(len(queries)):
+        ages = queries.day[row] - created // DAY
+        assert set(np.flatnonzero(scores[row] == scores[row].max())) == set(np.flatnonzero(ages == 3))
+        unborn = ages < 0
+        assert not unborn.any() or scores[row][unborn].max() < scores[row][~unborn].min()
 
 
 def test_fitting_never_looks_past_the_cut(tiny_dataset: Dataset) -> None:

@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from retrieval.data.schema import DAY, Dataset, MemberView
-from retrieval.evidence.baselines import ItemNeighbours, Popularity, Random
+from retrieval.evidence.baselines import ItemNeighbours, Random
 from retrieval.evidence.evaluate import evaluate_retrieval
+from retrieval.evidence.popularity import LivePopularity, Popularity
 from retrieval.evidence.protocol import EvidenceError, last_after_cut
 from retrieval.evidence.report import report_table, write_report
 
@@ -89,8 +90,6 @@ def test_vectors_of_the_wrong_catalogue_are_refused(tiny_dataset: Dataset) -> No
 
 
 def test_a_live_baseline_is_no_rival_of_a_frozen_model(tiny_dataset: Dataset) -> None:
-    from retrieval.evidence.baselines import LivePopularity
-
     report = evaluate_retrieval(tiny_dataset, TopicModel(), "frozen", [Popularity(), LivePopularity()])
     assert set(report.best.values()) == {"Popularity"}
     progressed: list[tuple[int, int]] = []

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrieval.data.schema import Dataset
-from retrieval.evidence.intervals import estimate, paired_difference
+from retrieval.evidence.intervals import estimate, paired_differences
 from retrieval.evidence.metrics import judge, per_query_values, target_places
 from retrieval.evidence.protocol import EvidenceError, last_after_cut
 from retrieval.evidence.ragged import Ragged
@@ -116,10 +116,10 @@ def test_intervals_are_seeded_cover_the_mean_and_are_tighter_when_paired() -> No
     found = estimate(base)
     assert found.low < base.mean() < found.high
     np.testing.assert_allclose((found.high - found.low) / (2 * 1.96), found.error, rtol=0.1)
-    lead = paired_difference(better, base)
+    lead = paired_differences({"x": better}, {"x": base})["x"]
     assert 0 < lead.low < 0.02 < lead.high < found.high - found.low
     with pytest.raises(ValueError, match="same members"):
-        paired_difference(base, base[1:])
+        paired_differences({"x": base}, {"x": base[1:]})
 
 
 def test_ranked_parquet_holds_the_lists_best_first(tiny_dataset: Dataset, tmp_path: Path) -> None:
