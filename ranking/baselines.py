@@ -7,6 +7,7 @@ fitted on the latest labelled events before the cut, each with features as of it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,7 +85,16 @@ def _of_knowledge(table: FeatureTable, rows: Rows, models: Sequence[tuple[str, A
     if not models:
         return found
     features = table.features(rows.event, day)
-    return found + [Scored(name, knowledge, model.predict_proba(features)[:, 1].astype(np.float64)) for name, model in models]
+    with _one_thread():
+        return found + [Scored(name, knowledge, model.predict_proba(features)[:, 1].astype(np.float64)) for name, model in models]
+
+
+def _one_thread() -> AbstractContextManager[object]:
+    """Small trees on a busy machine: OpenMP threads that wait for each other made a fit of 4 s take 100 s."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
+
+    limits: AbstractContextManager[object] = threadpool_limits(1)
+    return limits
 
 
 def _latest_labelled(table: FeatureTable) -> npt.NDArray[np.int64]:
@@ -99,7 +109,9 @@ def _fitted(table: FeatureTable, train: npt.NDArray[np.int64]) -> list[tuple[str
     if not len(train) or label.min() == label.max():
         return []
     features = table.features(train, table.dataset.events.timestamp[train] // DAY)
-    return [(name, model.fit(features, label)) for name, model in _classifiers()]
+    models = _classifiers()
+    with _one_thread():
+        return [(name, model.fit(features, label)) for name, model in models]
 
 
 def _classifiers() -> list[tuple[str, Any]]:

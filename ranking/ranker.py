@@ -26,7 +26,7 @@ from ranking.tasks import Task, task_named
 from retrieval.data.schema import Item, MemberView
 from retrieval.features import Quantizer
 from retrieval.fingerprint import folder_fingerprint
-from retrieval.llama import load_llama
+from retrieval.llama import load_llama, save_llama
 from retrieval.prompts import TEMPLATE_VERSION
 from retrieval.tokens import Tokens
 
@@ -186,7 +186,7 @@ def read_facts(folder: Path) -> RankerFacts:
 def save_ranker(folder: Path, model: LlamaForCausalLM, prompts: RankPrompts, facts: RankerFacts) -> str:
     """Write a complete ranker folder, readable by stock transformers, and return its fingerprint."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    save_llama(model, folder)
     prompts.tokens.save(folder)
     prompts.quantizer.save(folder / QUANTIZER)
     content = {

@@ -23,7 +23,7 @@ from index.errors import BrewlineError
 from retrieval.data.schema import Item, MemberView
 from retrieval.features import Quantizer
 from retrieval.fingerprint import folder_fingerprint
-from retrieval.llama import load_llama, pad_rows
+from retrieval.llama import load_llama, pad_rows, save_llama
 from retrieval.prompts import PAD, TEMPLATE_VERSION
 from retrieval.tokens import Tokens
 from retrieval.writer import Budgets, Writer
@@ -143,7 +143,7 @@ def stored_fingerprint(folder: Path) -> str:
 def save_encoder(folder: Path, model: PreTrainedModel, writer: Writer, training: Mapping[str, Any]) -> str:
     """Writes a complete encoder folder, readable by sentence-transformers too, and returns its fingerprint."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    save_llama(model, folder)
     writer.tokens.save(folder)
     PreTrainedTokenizerFast(tokenizer_object=writer.tokens.tokenizer, pad_token=PAD, padding_side="right").save_pretrained(folder)
     # The wrapper re-serialises the tokenizer; ours is the one that counts and must be byte-stable.

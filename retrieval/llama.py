@@ -74,6 +74,12 @@ def load_llama(path: str | Path, *, causal_lm: bool, dtype: torch.dtype = torch.
         raise CheckpointError(f"{path}: no usable LLaMA checkpoint ({str(error).splitlines()[0]})") from error
 
 
+def save_llama(model: PreTrainedModel, folder: Path) -> None:
+    """Writes config.json and model.safetensors, without a progress bar of the library's own."""
+    hf_logging.disable_progress_bar()
+    model.save_pretrained(folder)
+
+
 def fit_vocabulary(model: PreTrainedModel, tokens: Tokens) -> None:
     """Makes room in the embedding for every token; new rows start at the mean of the old ones."""
     if len(tokens) > model.get_input_embeddings().num_embeddings:

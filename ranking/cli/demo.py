@@ -50,7 +50,7 @@ def demo(
     steps.run("The dual encoder learns", _train("encoder", folder, encoder, length[0], seed))
     steps.run("The ranker learns", [*_train("ranker", folder, ranker, length[1], seed), "--encoder", str(encoder)])
     models = ["--encoder", str(encoder), "--ranker", str(ranker)]
-    quality = judge(steps, folder, models) if checked["events"] else {}
+    quality = judge(steps, folder, models) if checked["sizes"]["events"] else {}
     steps.run("A night: embed, build, check, publish", ["nightly", str(folder), *models, "--store", str(store), "--as-of", "end"])
     from ranking.cli.demo_talk import talk
 

@@ -1,7 +1,7 @@
 """A synthetic professional feed whose every probability is known: the demo's data set and the yardstick of the models.
 
 `make_world` draws members, connections, posts and a month of impressions and actions; `World.truth` is the oracle. The
-laws are in `docs/world.md`. Defaults are frozen (a test pins the hash of what they make): they are not changed to flatter a model.
+laws are in `docs/world.md`. The defaults are frozen (a test pins the hash of what they make) and not changed to flatter a model.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ from retrieval.data.world_people import (
     make_posts,
     make_tongue,
     make_trend,
+    member_id,
     write_posts,
     write_profiles,
 )
 from retrieval.data.world_truth import ACTIONS, Law, Truth, read_truth, write_truth
 from retrieval.data.write import write_dataset
+
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
 
 __all__ = ["Law", "Truth", "World", "WorldSettings", "make_world", "read_truth", "write_world"]
 
@@ -49,7 +53,7 @@ def make_world(settings: WorldSettings, progress: Callable[[int, int], None] | N
     connections = make_connections(settings, people, streams[1])
     posts = make_posts(settings, people, streams[2])
     tongue = make_tongue(settings, streams[3])
-    items = write_posts(settings, people, posts, tongue, streams[4])
+    items = write_posts(settings, posts, tongue, streams[4])
     members = write_profiles(settings, people, tongue, streams[5])
     truth = _truth(settings, people, posts, connections, make_trend(settings, streams[6]))
     feed = show(settings, people, truth, streams[7], progress)
@@ -84,7 +88,7 @@ def write_world(world: World, folder: Path) -> None:
 
 
 def _check(settings: WorldSettings) -> None:
-    least = {"members": 10, "items": 20, "days": 5, "seed": 0, "topics": 6, "registers": 1}
+    least = {"members": 10, "items": 20, "days": 10, "seed": 0, "topics": 6, "registers": 1}
     for name, bound in least.items():
         found = getattr(settings, name)
         if found < bound:
@@ -93,11 +97,9 @@ def _check(settings: WorldSettings) -> None:
         raise DataError(f"world: start {settings.start} is not the first second of a UTC day. Use a multiple of {DAY}.")
 
 
-def _truth(
-    settings: WorldSettings, people: People, posts: Posts, connections: Connections, trend: npt.NDArray[np.float64]
-) -> Truth:
+def _truth(settings: WorldSettings, people: People, posts: Posts, edges: Connections, trend: F64) -> Truth:
     """The laws with all latent numbers, before anything happened."""
-    row_of = {f"m{row:06d}": row for row in range(settings.members)}
+    row_of = {member_id(row): row for row in range(settings.members)}
     nothing, none = np.zeros(0), np.zeros(0, np.int32)
     return Truth(
         law=Law(),
@@ -113,9 +115,9 @@ def _truth(
         created=posts.created,
         taste=people.taste,
         ease=people.ease,
-        edge_member=connections.member,
-        edge_other=np.array([row_of[other] for other in connections.other_id], np.int32),
-        edge_since=connections.since,
+        edge_member=edges.member,
+        edge_other=np.array([row_of[other] for other in edges.other_id], np.int32),
+        edge_since=edges.since,
         event=none.astype(np.int64),
         p_label=nothing,
         p_action=np.zeros((0, len(ACTIONS))),
@@ -125,7 +127,7 @@ def _truth(
     )
 
 
-def _events(settings: WorldSettings, feed: Feed) -> tuple[Events, tuple[int, int], npt.NDArray[np.int64]]:
+def _events(settings: WorldSettings, feed: Feed) -> tuple[Events, tuple[int, int], I64]:
     """The log in time order, the two cuts, and the event id of each impression."""
     source, action = np.nonzero(feed.did)
     row = np.concatenate([np.arange(len(feed.item)), source])
@@ -133,9 +135,11 @@ def _events(settings: WorldSettings, feed: Feed) -> tuple[Events, tuple[int, int
     time = feed.time[row] + np.where(kind > 0, feed.delay[row, np.maximum(kind - 1, 0)], 0)
     order = np.lexsort((kind, row, time))
     row, kind, time = row[order], kind[order], time[order]
-    label = np.where(kind == 0, feed.did.any(axis=1)[row], -1)
+    positive = feed.did.any(axis=1).astype(np.int8)
+    label = np.where(kind == 0, positive[row], -1)
     moments = time[kind > 0]
-    cuts = tuple(_day_at(settings, moments, share) for share in (0.8, 0.9))
+    cut_test = _day_at(settings, moments, 0.9)
+    cuts = min(_day_at(settings, moments, 0.8), cut_test - DAY), cut_test
     event = np.arange(len(row), dtype=np.int64)
     place = np.empty(len(row), np.int64)
     place[order] = event
@@ -155,10 +159,10 @@ def _events(settings: WorldSettings, feed: Feed) -> tuple[Events, tuple[int, int
         requests=tuple(f"r{n:07d}" for n in range(int(feed.request[-1]) + 1)),
         surfaces=("feed",),
     )
-    return events, (cuts[0], cuts[1]), place[: len(feed.item)]
+    return events, cuts, place[: len(feed.item)]
 
 
-def _day_at(settings: WorldSettings, moments: npt.NDArray[np.int64], share: float) -> int:
+def _day_at(settings: WorldSettings, moments: I64, share: float) -> int:
     """The start of the day in which the given share of the (sorted) engagement times has passed."""
     at = int(moments[int(len(moments) * share)]) if len(moments) else settings.start + int(settings.days * share) * DAY
     return at - at % DAY

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.data.schema import DAY
+from retrieval.data.schema import DAY, DataError
 from retrieval.data.world_people import People, WorldSettings
 from retrieval.data.world_text import draw
 from retrieval.data.world_truth import ACTIONS, Truth
@@ -50,16 +50,19 @@ def show(
     done = np.zeros(0, np.int64)
     requests = 0
     for member, time, finished in _rounds(settings, people, rng):
+        news = [done]
         for first in range(0, len(member), _CHUNK):
             some = slice(first, first + _CHUNK)
             part = _answer(truth, member[some], time[some], done, requests, rng)
+            acted = part.did.any(axis=1)
+            news.append(part.member[acted] * settings.items + part.item[acted])
             requests += len(member[some])
             parts.append(part)
-        fresh = [part.member * settings.items + part.item for part in parts[-(-(-len(member) // _CHUNK)) :]]
-        acted = [part.did.any(axis=1) for part in parts[-len(fresh) :]]
-        done = np.sort(np.concatenate([done, *(key[hit] for key, hit in zip(fresh, acted, strict=True))]))
+        done = np.sort(np.concatenate(news))
         if progress is not None:
             progress(finished, settings.days)
+    if not any(len(part.item) for part in parts):
+        raise DataError("world: nobody was shown anything in so small a world. Use more members, items or days.")
     return Feed(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in Feed.__dataclass_fields__})
 
 
@@ -93,33 +96,39 @@ def _poisson(rate: F64, u: F64) -> I64:
 
 def _answer(truth: Truth, member: I64, time: I64, done: I64, requests: int, rng: np.random.Generator) -> Feed:
     """Draw every slot of B requests from the exposure law and what happens there from the action law."""
-    law = truth.law
     item = truth.alive(int(time.min()), int(time.max()))
-    weight = truth.exposure(member, time, item)
+    fit, known = truth.affinity(member, time, item), truth.connected(member, time, item)
+    weight = truth.exposure(member, time, item, fit, known)
     _hide(weight, member, item, done, len(truth.phi))
-    size, slots = len(member), law.slots
+    size, slots, actions = len(member), truth.law.slots, len(ACTIONS)
     rows = np.repeat(np.arange(size), slots)
     column = draw(np.cumsum(weight, axis=1), rows, rng.random(size * slots)).reshape(size, slots)
-    look, act, wait = rng.random((size, slots)), rng.random((size, slots, len(ACTIONS))), rng.random((size, slots, len(ACTIONS)))
-    again = np.zeros((size, slots), np.bool_)
-    for slot in range(1, slots):
-        again[:, slot] = (column[:, :slot] == column[:, slot : slot + 1]).any(axis=1)
-    kept = ~again & (weight.sum(axis=1) > 0)[:, None]
-    request, slot_of = np.nonzero(kept)
-    wish = np.moveaxis(truth.wish(member, time, item), 0, 2)[request, column[kept]]
-    attention = np.array(law.attention)[slot_of]
+    look, act, wait = rng.random((size, slots)), rng.random((size, slots, actions)), rng.random((size, slots, actions))
+    kept = ~_repeated(column) & (weight.sum(axis=1) > 0)[:, None]
+    request, slot = np.nonzero(kept)
+    chosen = column[kept]
+    wish = truth.wish(member[request], item[chosen], fit[request, chosen], known[request, chosen]).T
+    attention = np.array(truth.law.attention)[slot]
     seen = look[kept] < attention
     return Feed(
         member=member[request],
-        item=item[column[kept]],
+        item=item[chosen],
         time=time[request],
         request=request + requests,
-        slot=slot_of,
+        slot=slot,
         did=seen[:, None] & (act[kept] < wish),
         delay=5 + np.floor(wait[kept] * (_PAUSE - 10)).astype(np.int64),
         p_label=attention * (1.0 - np.prod(1.0 - wish, axis=1)),
         p_action=attention[:, None] * wish,
     )
+
+
+def _repeated(column: I64) -> npt.NDArray[np.bool_]:
+    """Bool [B, slots]: the slot drew what an earlier slot of the request already shows; it stays without a post."""
+    again = np.zeros(column.shape, np.bool_)
+    for slot in range(1, column.shape[1]):
+        again[:, slot] = (column[:, :slot] == column[:, slot : slot + 1]).any(axis=1)
+    return again
 
 
 def _hide(weight: F64, member: I64, item: I64, done: I64, items: int) -> None:

@@ -32,14 +32,14 @@ class WorldSettings:
     requests_per_day: float = 0.5
     new_members: float = 0.25
     evergreen: float = 0.05
-    registers: int = 3
-    item_words: int = 580
+    registers: int = 4
+    item_words: int = 400
     member_words: int = 340
-    filler_words: int = 270
+    filler_words: int = 400
     item_meanings: tuple[float, ...] = (1.0, 0.5, 0.25)
     member_meanings: tuple[float, ...] = (1.0, 0.35, 0.2)
-    ease: float = 0.2
-    text_topical: int = 5
+    ease: float = 0.1
+    text_topical: int = 4
     taste: float = 0.45
 
     @property
@@ -100,7 +100,7 @@ def make_people(settings: WorldSettings, rng: np.random.Generator) -> People:
     for place in range(5):
         first[row, order[:, place]] += weight[:, place]
         last[row, order[:, 5 if place == 0 else place]] += weight[:, place]
-    habits = rng.standard_normal((3, count))
+    habits = rng.standard_normal((2, count))
     return People(
         joined=joined,
         theta_first=first,
@@ -193,8 +193,8 @@ def make_tongue(settings: WorldSettings, rng: np.random.Generator) -> Tongue:
     )
 
 
-def write_posts(settings: WorldSettings, people: People, posts: Posts, tongue: Tongue, rng: np.random.Generator) -> Items:
-    """Titles of 6 words (2 of the topic) and texts of 12 (5 of the topic) in the author's register, mostly."""
+def write_posts(settings: WorldSettings, posts: Posts, tongue: Tongue, rng: np.random.Generator) -> Items:
+    """Titles of 6 words (2 of its topics), texts of 12 (`text_topical` of its topics), mostly in the author's register."""
     count = len(posts.created)
     home = rng.integers(0, settings.registers, settings.members)[posts.author]
     register = np.where(rng.random(count) < 0.15, rng.integers(0, settings.registers, count), home)

@@ -19,8 +19,12 @@ _VOWELS = ("a", "e", "i", "o", "u")
 
 
 def draw(cumulative: F64, row: npt.NDArray[np.integer], u: F64) -> I64:
-    """Int64 [n]: for each row number a column, drawn by `u` in [0, 1) from that row of a [R, C] table of running sums."""
-    scaled = cumulative / cumulative[:, -1:]
+    """Int64 [n]: for each row number a column, drawn by `u` in [0, 1) from that row of a [R, C] table of running sums.
+
+    A row without any weight gives its last column.
+    """
+    total = cumulative[:, -1:]
+    scaled = cumulative / np.where(total > 0, total, 1.0)
     found = np.searchsorted((scaled + np.arange(len(scaled))[:, None]).ravel(), u + row, "right")
     return np.minimum(found - row * cumulative.shape[1], cumulative.shape[1] - 1).astype(np.int64)
 

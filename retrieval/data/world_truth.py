@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ FOLDER = "truth"
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Law:
     show_connected: float = 1.0
     want_affinity: float = 4.7
     want_quality: float = 0.25
-    want_connected: float = 0.4
+    want_connected: float = 0.3
     base: tuple[float, ...] = (-4.75, -6.95, -7.15, -5.45)
     slope: tuple[float, ...] = (1.0, 1.1, 1.05, 1.1)
     connected_extra: tuple[float, ...] = (0.2, 0.7, 0.0, -0.1)
@@ -78,7 +80,7 @@ class Truth:
     quality: F64
     format: I32
     author: I32
-    evergreen: npt.NDArray[np.bool_]
+    evergreen: Bools
     created: I64
     taste: F64
     ease: F64
@@ -108,60 +110,73 @@ class Truth:
         theta = self.theta_first[member] * (1 - moved[:, None]) + self.theta_last[member] * moved[:, None]
         return 1.0 - np.exp2(-(theta @ self.phi[item].T) / self.law.half_affinity)
 
-    def connected(self, member: I64, time: I64, item: I64) -> npt.NDArray[np.bool_]:
+    def connected(self, member: I64, time: I64, item: I64) -> Bools:
         """Bool [B, n]: the member had an edge to the item's author before the time."""
         first = np.searchsorted(self.edge_member, member, "left")
         count = np.searchsorted(self.edge_member, member, "right") - first
         row = np.repeat(np.arange(len(member)), count)
         edge = np.arange(len(row)) + np.repeat(first - (np.cumsum(count) - count), count)
-        known = self.edge_since[edge] < time[row]
+        met = self.edge_since[edge] < time[row]
         mark = np.zeros((len(member), len(self.theta_first)), np.bool_)
-        mark[row[known], self.edge_other[edge[known]]] = True
+        mark[row[met], self.edge_other[edge[met]]] = True
         return mark[:, self.author[item]]
 
-    def exposure(self, member: I64, time: I64, item: I64) -> F64:
-        """Float64 [B, n]: weight with which one slot of a request draws each item; 0 before its birth and after its life."""
+    def exposure(self, member: I64, time: I64, item: I64, fit: F64, known: Bools) -> F64:
+        """Float64 [B, n]: weight with which one slot of a request draws each item; 0 before its birth and after its life.
+
+        `fit` and `known` are what `affinity` and `connected` say of the same rows and times.
+        """
         law = self.law
         age = (time[:, None] - self.created[item]) / DAY
         fade = np.where(self.evergreen, law.evergreen_fade, law.fade)[item]
         can = (age >= 0) & (age * DAY < self.life[item])
-        fresh = (1.0 - np.exp(-np.maximum(age, 0.0) / law.ramp)) * np.exp(-np.maximum(age, 0.0) / fade)
+        old = np.maximum(age, 0.0)
         day = np.clip((time - self.start) // DAY, 0, len(self.trend) - 1)
-        score = law.show_affinity * self.affinity(member, time, item) + law.show_quality * self.quality[item]
-        score += law.show_trend * (self.trend[day] @ self.phi[item].T)
-        score += law.show_connected * self.connected(member, time, item)
-        return np.where(can, fresh * np.exp(score), 0.0)
+        score = law.show_affinity * fit + law.show_quality * self.quality[item] + law.show_connected * known
+        score += law.show_trend * (self.trend[day] @ self.phi[item].T) - old / fade
+        return np.where(can, (1.0 - np.exp(-old / law.ramp)) * np.exp(score), 0.0)
 
-    def wish(self, member: I64, time: I64, item: I64) -> F64:
-        """Float64 [A, B, n]: probability of each action once the member looks at the slot; actions are independent then."""
+    def wish(self, member: I64, item: I64, fit: F64, known: Bools) -> F64:
+        """Float64 [A, ...]: probability of each action once the member looks at the slot; the actions are independent then.
+
+        All four arguments have (or broadcast to) one shape; `fit` and `known` as in `exposure`.
+        """
         law = self.law
-        connected = self.connected(member, time, item)
-        want = law.want_affinity * self.affinity(member, time, item) + law.want_quality * self.quality[item]
-        want += self.taste[member][:, self.format[item]] + self.ease[member][:, None] + law.want_connected * connected
-        extra = np.array(law.format_extra)[:, self.format[item]]
-        return np.stack(
-            [
-                1.0 / (1.0 + np.exp(-(law.base[a] + law.slope[a] * want + extra[a] + law.connected_extra[a] * connected)))
-                for a in range(len(ACTIONS))
-            ]
-        )
+        form = self.format[item]
+        want = law.want_affinity * fit + law.want_quality * self.quality[item] + law.want_connected * known
+        want = want + self.taste[member, form] + self.ease[member]
+        extra = np.array(law.format_extra)
+        logits = [
+            law.base[a] + law.slope[a] * want + extra[a][form] + law.connected_extra[a] * known for a in range(len(ACTIONS))
+        ]
+        return 1.0 / (1.0 + np.exp(-np.stack(logits)))
 
     def engage_scores(self, member: int, timestamp: int) -> F64:
-        """Float64 [N]: probability that a request of the member at that time ends in an engagement with each item.
+        """Float64 [N]: probability that a request of the member (row) at that time ends in an engagement with each item.
 
-        Probability of standing in a slot times attention there times the chance of at least one action; 0 for what
-        the member engaged with before. Ranking by it is the retrieval ceiling.
+        Probability of standing in a slot times attention there times the chance of at least one action; 0 for items that do
+        not exist then and for what the member engaged with before. Ranking by it is the retrieval ceiling.
         """
         item = self.alive(timestamp, timestamp)
         who, when = np.array([member]), np.array([timestamp])
-        weight = self.exposure(who, when, item)[0]
+        fit, known = self.affinity(who, when, item), self.connected(who, when, item)
+        weight = self.exposure(who, when, item, fit, known)[0]
         before = (self.done_member == member) & (self.done_time < timestamp)
         weight[np.isin(item, self.done_item[before])] = 0.0
         share = weight / max(weight.sum(), np.finfo(np.float64).tiny)
-        seen = sum(look * share * (1.0 - share) ** slot for slot, look in enumerate(self.law.attention))
+        seen = np.zeros(len(item))
+        for slot, look in enumerate(self.law.attention):
+            seen += look * share * (1.0 - share) ** slot
         scores = np.zeros(len(self.phi))
-        scores[item] = seen * (1.0 - np.prod(1.0 - self.wish(who, when, item)[:, 0], axis=0))
+        scores[item] = seen * (1.0 - np.prod(1.0 - self.wish(who, item, fit[0], known[0]), axis=0))
         return scores
+
+    def label_probability(self, event_id: I64) -> F64:
+        """Float64 [E]: the true P(label = 1) of each event id; NaN where the event is not an impression."""
+        order = np.argsort(self.event)
+        at = np.minimum(np.searchsorted(self.event, event_id, sorter=order), len(self.event) - 1)
+        row = order[at]
+        return np.where(self.event[row] == event_id, self.p_label[row], np.nan)
 
 
 _ARRAYS = tuple(f.name for f in fields(Truth) if f.name not in ("law", "start"))
@@ -192,5 +207,5 @@ def read_truth(folder: Path) -> Truth:
         ) from error
 
 
-def _tuples(value: object) -> object:
+def _tuples(value: Any) -> Any:
     return tuple(_tuples(part) for part in value) if isinstance(value, list) else value

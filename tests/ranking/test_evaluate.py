@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ranking.baselines import as_of_days, oracle, simple_rankers
+from ranking.baselines import ExtraMissing, as_of_days, oracle, simple_rankers
 from ranking.evaluate import (
     RankingEvidenceError,
     auc,
@@ -148,6 +149,12 @@ def test_classifiers_find_the_own_topic_and_the_oracle_is_aligned_by_event(tiny_
 
     with pytest.raises(Exception, match="does not know 1 of"):
         oracle(rows, Stranger())
+
+
+def test_without_scikit_learn_one_line_says_what_to_install(tiny_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.ensemble", None)
+    with pytest.raises(ExtraMissing, match=r"pip install 'brewline\[evaluate\]'"):
+        simple_rankers(tiny_dataset, labelled_test_rows(tiny_dataset))
 
 
 def test_frozen_knowledge_ends_at_the_cut_and_live_at_the_start_of_the_day(tiny_dataset: Dataset) -> None:

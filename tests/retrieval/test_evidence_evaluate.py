@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from retrieval.data.schema import DAY, Dataset, MemberView
 from retrieval.evidence.baselines import ItemNeighbours, Random
+from retrieval.evidence.blends import choose_baselines
 from retrieval.evidence.evaluate import evaluate_retrieval
 from retrieval.evidence.popularity import LivePopularity, Popularity
 from retrieval.evidence.protocol import EvidenceError, last_after_cut
@@ -95,3 +97,10 @@ def test_a_live_baseline_is_no_rival_of_a_frozen_model(tiny_dataset: Dataset) ->
     progressed: list[tuple[int, int]] = []
     evaluate_retrieval(tiny_dataset, None, "live", BASELINES, progress=lambda done, total: progressed.append((done, total)))
     assert progressed[-1][0] == progressed[-1][1] > 0
+
+
+def test_a_folder_without_interactions_is_told_so(tiny_dataset: Dataset) -> None:
+    silent = replace(tiny_dataset, events=tiny_dataset.events.take(np.zeros(len(tiny_dataset.events), bool)))
+    assert choose_baselines(silent)
+    with pytest.raises(EvidenceError, match="asks no question: 0 engagements"):
+        evaluate_retrieval(silent, TopicModel(), "live", choose_baselines(silent))
