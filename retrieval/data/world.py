@@ -135,7 +135,7 @@ def _events(settings: WorldSettings, feed: Feed) -> tuple[Events, tuple[int, int
     time = feed.time[row] + np.where(kind > 0, feed.delay[row, np.maximum(kind - 1, 0)], 0)
     order = np.lexsort((kind, row, time))
     row, kind, time = row[order], kind[order], time[order]
-    positive = feed.did.any(axis=1).astype(np.int8)
+    positive = np.asarray(feed.did.any(axis=1))
     label = np.where(kind == 0, positive[row], -1)
     moments = time[kind > 0]
     cut_test = _day_at(settings, moments, 0.9)

@@ -98,7 +98,7 @@ def _answer(truth: Truth, member: I64, time: I64, done: I64, requests: int, rng:
     """Draw every slot of B requests from the exposure law and what happens there from the action law."""
     item = truth.alive(int(time.min()), int(time.max()))
     fit, known = truth.affinity(member, time, item), truth.connected(member, time, item)
-    weight = truth.exposure(member, time, item, fit, known)
+    weight = truth.exposure(time, item, fit, known)
     _hide(weight, member, item, done, len(truth.phi))
     size, slots, actions = len(member), truth.law.slots, len(ACTIONS)
     rows = np.repeat(np.arange(size), slots)

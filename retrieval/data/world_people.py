@@ -33,12 +33,13 @@ class WorldSettings:
     new_members: float = 0.25
     evergreen: float = 0.05
     registers: int = 4
-    item_words: int = 400
+    item_words: int = 440
     member_words: int = 340
     filler_words: int = 400
-    item_meanings: tuple[float, ...] = (1.0, 0.5, 0.25)
+    item_meanings: tuple[float, ...] = (1.0, 0.7, 0.45)
     member_meanings: tuple[float, ...] = (1.0, 0.35, 0.2)
     ease: float = 0.1
+    interests: int = 5
     text_topical: int = 4
     taste: float = 0.45
 
@@ -83,23 +84,23 @@ class Tongue:
 
 
 def make_people(settings: WorldSettings, rng: np.random.Generator) -> People:
-    """Members with two to four interests each, one of which is replaced over time, and their habits."""
-    count, topics = settings.members, settings.topics
+    """Members with two to `interests` interests each, of which the first fades towards another one, and their habits."""
+    count, topics, most = settings.members, settings.topics, settings.interests
     old = np.floor(rng.random(count) * 360 * DAY).astype(np.int64)
     new = np.floor(rng.random(count) * (settings.days - 1) * DAY).astype(np.int64)
     joins = rng.random(count) < settings.new_members
     joined = np.sort(np.where(joins, settings.start + new, settings.start - 360 * DAY + old))
     common = (1.0 + np.arange(topics)) ** -0.35
-    order = np.argsort(np.log(1.0 - rng.random((count, topics))) / common, axis=1, kind="stable")[:, ::-1][:, :6]
-    number = rng.integers(2, 5, count)
-    weight = 0.35 - np.log(1.0 - rng.random((count, 5)))
-    weight *= np.arange(5) < number[:, None]
+    order = np.argsort(np.log(1.0 - rng.random((count, topics))) / common, axis=1, kind="stable")[:, ::-1][:, : most + 1]
+    number = rng.integers(2, most + 1, count)
+    weight = 0.35 - np.log(1.0 - rng.random((count, most)))
+    weight *= np.arange(most) < number[:, None]
     weight /= weight.sum(axis=1, keepdims=True)
     first, last = np.zeros((count, topics)), np.zeros((count, topics))
     row = np.arange(count)
-    for place in range(5):
+    for place in range(most):
         first[row, order[:, place]] += weight[:, place]
-        last[row, order[:, 5 if place == 0 else place]] += weight[:, place]
+        last[row, order[:, place if place else most]] += weight[:, place]
     habits = rng.standard_normal((2, count))
     return People(
         joined=joined,

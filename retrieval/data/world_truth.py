@@ -40,9 +40,9 @@ class Law:
     show_affinity: float = 2.0
     show_quality: float = 0.35
     show_trend: float = 0.3
-    show_connected: float = 1.0
+    show_connected: float = 0.8
     want_affinity: float = 4.7
-    want_quality: float = 0.25
+    want_quality: float = 0.2
     want_connected: float = 0.3
     base: tuple[float, ...] = (-4.75, -6.95, -7.15, -5.45)
     slope: tuple[float, ...] = (1.0, 1.1, 1.05, 1.1)
@@ -121,7 +121,7 @@ class Truth:
         mark[row[met], self.edge_other[edge[met]]] = True
         return mark[:, self.author[item]]
 
-    def exposure(self, member: I64, time: I64, item: I64, fit: F64, known: Bools) -> F64:
+    def exposure(self, time: I64, item: I64, fit: F64, known: Bools) -> F64:
         """Float64 [B, n]: weight with which one slot of a request draws each item; 0 before its birth and after its life.
 
         `fit` and `known` are what `affinity` and `connected` say of the same rows and times.
@@ -160,7 +160,7 @@ class Truth:
         item = self.alive(timestamp, timestamp)
         who, when = np.array([member]), np.array([timestamp])
         fit, known = self.affinity(who, when, item), self.connected(who, when, item)
-        weight = self.exposure(who, when, item, fit, known)[0]
+        weight = self.exposure(when, item, fit, known)[0]
         before = (self.done_member == member) & (self.done_time < timestamp)
         weight[np.isin(item, self.done_item[before])] = 0.0
         share = weight / max(weight.sum(), np.finfo(np.float64).tiny)
