@@ -40,7 +40,9 @@ def train(
         float | None, typer.Option(help="How long to train; the steps reached are recorded.", show_default="5")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="How many steps instead: the same seed gives the same weights.")] = None,
-    lora: Annotated[int | None, typer.Option(help="With --base: train a LoRA of this rank instead of all weights.")] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="With --base: train LoRA of this rank instead of all weights.", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides every random choice.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
 ) -> None:
@@ -51,7 +53,8 @@ def train(
 
     Example: `brewline ranker train my-data --out my-ranker --encoder my-encoder --minutes 20`
     """
-    from ranking.cli.output import emit, plain, progress_bar
+    from ranking.cli.output import emit
+    from ranking.cli.train_report import stages
     from ranking.learn.loop import TrainingError
     from ranking.learn.start import RankerPlan
     from ranking.learn.train import train_ranker
@@ -59,22 +62,20 @@ def train(
 
     if minutes is not None and steps is not None:
         raise TrainingError("--minutes and --steps both say how long; give one of them")
-    if lora is not None and base is None:
-        raise TrainingError("--lora needs --base: there is nothing to adapt in a model that starts from scratch")
+    if lora_rank is not None and base is None:
+        raise TrainingError("--lora-rank needs --base: there is nothing to adapt in a model that starts from scratch")
     plan = RankerPlan(
         steps=steps,
         minutes=None if steps is not None else (5.0 if minutes is None else minutes),
         seed=seed,
         base=base,
-        lora_rank=lora,
+        lora_rank=lora_rank,
         encoder=None if encoder is None else str(encoder),
     )
     dataset = read_dataset(data)
-    with progress_bar("training steps (trial run, then refit)") as progress:
-        report = train_ranker(dataset, out, plan, lambda _stage, done, total: progress(done, total))
-    found = plain(report)
-    assert isinstance(found, dict)
-    emit(found, as_json=as_json, table=lambda: _table(report))
+    with stages() as stage:
+        report = train_ranker(dataset, out, plan, stage)
+    emit(vars(report), as_json=as_json, table=lambda: _table(report))
 
 
 def _table(report: TrainReport) -> Table:

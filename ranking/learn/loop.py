@@ -38,12 +38,12 @@ class LoopSettings:
     """How weights move: AdamW, linear warm-up over `warmup` of the steps, then linear to zero. `candidates` per step;
     `others` groups of each further task for one group of the first."""
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-4
     warmup: float = 0.05
     weight_decay: float = 0.01
     clip: float = 1.0
-    candidates: int = 160
-    others: float = 0.1
+    candidates: int = 80
+    others: float = 0.05
     checkpoint_seconds: float = 120.0
 
 

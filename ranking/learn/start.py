@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from ranking.learn.batches import GroupWriter
+from ranking.learn.compare import start_to_compare
 from ranking.learn.examples import GroupSettings, pools_of
 from ranking.learn.loop import LoopSettings, Trainer, TrainingError
 from ranking.prompts import RankBudgets, RankPrompts, label_token
@@ -30,7 +32,7 @@ class RankerPlan:
     """All that decides the weights, apart from the data. One of `steps` and `minutes` says how long.
 
     `base` is a LLaMA checkpoint to start from (whole, or with `lora_rank` through LoRA); `encoder` is a trained encoder whose
-    tokenizer, quantizer and, where the shapes agree, weights are the starting point.
+    tokenizer, quantizer and word vectors are the start of a new model.
     """
 
     steps: int | None = None
@@ -40,7 +42,7 @@ class RankerPlan:
     lora_rank: int | None = None
     encoder: str | None = None
     quantizer: Kind = "percentile"
-    size: Size = field(default_factory=lambda: Size(layers=3))
+    size: Size = field(default_factory=lambda: Size())
     budgets: RankBudgets = field(default_factory=RankBudgets)
     groups: GroupSettings = field(default_factory=GroupSettings)
     loop: LoopSettings = field(default_factory=LoopSettings)
@@ -81,34 +83,30 @@ def _parts(
         folder = Path(plan.encoder)
         tokens, quantizer = Tokens.load(folder), Quantizer.load(folder / QUANTIZER)
         tokens.add(_missing(tokens, words))
-        return _from_encoder(folder, tokens, plan.size), tokens, quantizer
+        vectors = load_llama(folder, causal_lm=False).get_input_embeddings().weight
+        return _new(plan.size, tokens, quantizer, tasks, vectors), tokens, quantizer
     quantizer = fit_quantizer(dataset, before, plan.quantizer, plan.seed)
     if plan.base is None:
         tokens = fit_tokens(dataset, before, quantizer, plan.size.vocabulary, tuple(map(label_token, words)))
-        model = _causal(new_llama(plan.size, len(tokens), causal_lm=True), "a new model")
-        start_from_words(model, tokens, dataset, before, plan.seed)
-    else:
-        tokens = base_tokens(plan.base, quantizer)
-        tokens.add(_missing(tokens, words))
-        model = _causal(load_llama(plan.base, causal_lm=True), plan.base)
-        fit_vocabulary(model, tokens)
-        if plan.lora_rank:
-            add_lora(model, plan.lora_rank)
+        known = _causal(new_llama(plan.size, len(tokens), causal_lm=True), "a new model")
+        smooth_buckets(known, tokens, quantizer)
+        start_from_words(known, tokens, dataset, before, plan.seed)
+        return _new(plan.size, tokens, quantizer, tasks, known.get_input_embeddings().weight), tokens, quantizer
+    tokens = base_tokens(plan.base, quantizer)
+    tokens.add(_missing(tokens, words))
+    model = _causal(load_llama(plan.base, causal_lm=True), plan.base)
+    fit_vocabulary(model, tokens)
     smooth_buckets(model, tokens, quantizer)
+    if plan.lora_rank:
+        add_lora(model, plan.lora_rank)
     return model, tokens, quantizer
 
 
-def _from_encoder(folder: Path, tokens: Tokens, size: Size) -> LlamaForCausalLM:
-    """A causal LM that begins as the encoder's trunk: all weights whose name and shape it shares, new ones elsewhere."""
-    trunk = load_llama(folder, causal_lm=False)
-    vocabulary = max(len(tokens), trunk.get_input_embeddings().num_embeddings)
-    model = _causal(new_llama(size, vocabulary, causal_lm=True), "a new model")
-    fit_vocabulary(trunk, tokens)
-    held = dict(trunk.named_parameters())
-    with torch.no_grad():
-        for name, weight in model.model.named_parameters():
-            if name in held and held[name].shape == weight.shape:
-                weight.copy_(held[name])
+def _new(size: Size, tokens: Tokens, quantizer: Quantizer, tasks: Mapping[str, Task], vectors: Tensor) -> LlamaForCausalLM:
+    """A new causal LM that knows its words from `vectors` and compares them from the first step, if its shape has room."""
+    model = _causal(new_llama(size, len(tokens), causal_lm=True), "a new model")
+    if not start_to_compare(model, tokens, vectors, labels_of(tokens, tasks)):
+        smooth_buckets(model, tokens, quantizer)
     return model
 
 

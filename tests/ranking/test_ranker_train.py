@@ -9,31 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from index.errors import BrewlineError
 from ranking.calibrate import auc
 from ranking.learn import train as training
-from ranking.learn.attention import flash_mixer
-from ranking.learn.batches import GroupWriter, Order
+from ranking.learn.batches import GroupWriter
 from ranking.learn.examples import SAMPLED, GroupSettings, pools_of
 from ranking.learn.loop import LoopSettings, TrainingError
 from ranking.learn.start import RankerPlan, start
 from ranking.learn.train import judge, train_ranker
-from ranking.prefill.attend import reference
-from ranking.prefill.llama import Layers, cascade
-from ranking.prefill.plan import Limits, Request, plan
-from ranking.prompts import RankBudgets, RankPrompts, relations_of
+from ranking.prompts import RankBudgets
 from ranking.ranker import Ranker
 from ranking.tasks import tasks_of
-from retrieval.counts import Counts
-from retrieval.data.schema import DAY, Dataset
+from retrieval.data.schema import Dataset
 from retrieval.data.write import write_dataset
-from retrieval.features import Quantizer
-from retrieval.llama import Size, new_llama
-from retrieval.records import ItemWords, records_of, view_of
-from retrieval.tokens import Tokens
+from retrieval.llama import Size
 
 SMALL = RankerPlan(
     steps=3,
@@ -42,132 +33,6 @@ SMALL = RankerPlan(
     budgets=RankBudgets(item=48, prefix=160),
     loop=LoopSettings(learning_rate=5e-3, candidates=48),
 )
-
-
-def dense_mask(requests: list[Request]) -> tuple[list[int], list[int], torch.Tensor, list[int]]:
-    """Tokens, positions, a full T x T mask and the answers' rows of requests packed one after the other."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    owner: list[tuple[int, int]] = []
-    answers: list[int] = []
-    for number, request in enumerate(requests):
-        for item, part in enumerate([request.prefix, *request.items]):
-            begin = len(request.prefix) if item else 0
-            tokens += part
-            positions += range(begin, begin + len(part))
-            owner += [(number, item)] * len(part)
-            if item:
-                answers.append(len(tokens) - 1)
-    size = len(tokens)
-    mask = torch.full((size, size), float("-inf"))
-    for row in range(size):
-        for column in range(row + 1):
-            if owner[row] == owner[column] or (owner[column] == (owner[row][0], 0)):
-                mask[row, column] = 0
-    return tokens, positions, mask, answers
-
-
-@pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
-def test_the_gradient_equals_the_dense_masks(heads: tuple[int, int]) -> None:
-    torch.manual_seed(0)
-    model = new_llama(Size(hidden=32, layers=3, heads=heads[0], kv_heads=heads[1], mlp=48), 60, causal_lm=True)
-    assert isinstance(model, LlamaForCausalLM)
-    for weight in model.parameters():
-        weight.data += 0.2 * torch.randn_like(weight)
-    rng = np.random.default_rng(0)
-    requests = [
-        Request(rng.integers(0, 60, size).tolist(), [rng.integers(0, 60, n).tolist() for n in lengths])
-        for size, lengths in ((11, (3, 5, 3, 1)), (4, (2, 2)))
-    ]
-    tokens, positions, mask, answers = dense_mask(requests)
-    out = model.model(
-        input_ids=torch.tensor([tokens]), position_ids=torch.tensor([positions]), attention_mask=mask[None, None], use_cache=False
-    )
-    weight = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    (out.last_hidden_state[0, answers] @ weight).square().sum().backward()
-    wanted = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
-    planned = plan(requests, Limits(max_tokens=10_000), hoist=False)
-    for mixer in (flash_mixer, cascade(reference)):
-        model.zero_grad()
-        hidden = Layers(model, mixer).read(planned.chunks[0], {})
-        rows = torch.from_numpy(np.concatenate([np.argsort(planned.chunks[0].unique)[fan] for fan in planned.fan_out]))
-        (hidden[rows] @ weight).square().sum().backward()
-        assert wanted.keys() == {name for name, value in model.named_parameters() if value.grad is not None}
-        for name, value in model.named_parameters():
-            if value.grad is not None:
-                torch.testing.assert_close(value.grad, wanted[name], atol=1e-3, rtol=1e-4)
-
-
-def test_groups_cover_every_answer_once_and_respect_their_bounds(tiny_dataset: Dataset) -> None:
-    settings = GroupSettings(least=6, most=10)
-    log = tiny_dataset.events
-    pools = pools_of(tiny_dataset, tasks_of(tiny_dataset), None, tiny_dataset.meta.cut_test, settings, 0)
-    pool = pools["label"]
-    wanted = np.flatnonzero((log.label >= 0) & (log.timestamp < tiny_dataset.meta.cut_test))
-    np.testing.assert_array_equal(np.sort(pool.event), wanted)
-    np.testing.assert_array_equal(pool.label, log.label[pool.event])
-    np.testing.assert_array_equal(pool.day, log.day[pool.event])
-    assert np.diff(pool.start).max() <= 10
-    for group in range(len(pool)):
-        event = pool.event[pool.candidates(group)]
-        assert set(log.member[event]) == {pool.member[group]}
-        assert pool.moment[group] == log.timestamp[event].min()
-    window = pools_of(tiny_dataset, tasks_of(tiny_dataset), tiny_dataset.meta.cut_valid, tiny_dataset.meta.cut_test, settings, 0)
-    assert log.timestamp[window["label"].event].min() >= tiny_dataset.meta.cut_valid
-
-
-@pytest.fixture(scope="module")
-def prompts(tiny_tokens: Tokens, tiny_quantizer: Quantizer) -> RankPrompts:
-    return RankPrompts(tiny_tokens, tiny_quantizer, SMALL.budgets)
-
-
-def test_training_writes_what_serving_writes(tiny_dataset: Dataset, prompts: RankPrompts) -> None:
-    tasks, cut = tasks_of(tiny_dataset), tiny_dataset.meta.cut_test
-    writer = GroupWriter(tiny_dataset, prompts, tasks, cut)
-    words = ItemWords(tiny_dataset.items)
-    records = {moment: list(records_of(tiny_dataset, moment)) for moment in (cut - 2 * DAY, cut)}
-    for moment, members in records.items():
-        for member in range(0, 40, 9):
-            view = view_of(members[member], words)
-            assert writer.prefix(member, moment, tasks["like"]) == prompts.prefix(view, tasks["like"])
-            creators = [tiny_dataset.items.creator[row] for row in range(20)]
-            assert writer.relations(member, np.arange(20), moment) == relations_of(view.connections, creators)
-    numbers = Counts.from_dataset(tiny_dataset).as_of(cut)
-    served = prompts.items([tiny_dataset.items[row] for row in range(60)], numbers)
-    assert writer.item_rows(np.arange(60), np.full(60, cut // DAY)) == served
-
-
-def test_a_group_never_sees_its_own_moment_or_later(tiny_dataset: Dataset, prompts: RankPrompts) -> None:
-    tasks, cut = tasks_of(tiny_dataset), tiny_dataset.meta.cut_valid
-    pools = pools_of(tiny_dataset, tasks, None, cut, GroupSettings(), 0)
-    whole = GroupWriter(tiny_dataset, prompts, tasks, 1 << 60)
-    rng = np.random.default_rng(0)
-    for group in rng.integers(0, len(pools["label"]), 12).tolist():
-        moment = int(pools["label"].moment[group])
-        past = replace(tiny_dataset, events=tiny_dataset.events.before(moment - moment % DAY))
-        history = replace(tiny_dataset, events=tiny_dataset.events.before(moment))
-        seen = whole.write(pools, [("label", group)])
-        member = int(pools["label"].member[group])
-        assert seen.requests[0].prefix == GroupWriter(history, prompts, tasks, 1 << 60).prefix(member, moment, tasks["label"])
-        part = pools["label"].candidates(group)
-        same_day = pools["label"].day[part] == moment // DAY
-        rows = GroupWriter(past, prompts, tasks, 1 << 60).item_rows(pools["label"].item[part], pools["label"].day[part])
-        for item, row, today in zip(seen.requests[0].items, rows, same_day):
-            assert not today or item[: len(row)] == row
-
-
-def test_every_round_shows_each_group_of_the_main_task_once(tiny_dataset: Dataset) -> None:
-    pools = pools_of(tiny_dataset, tasks_of(tiny_dataset), None, tiny_dataset.meta.cut_valid, GroupSettings(), 0)
-    order = Order(pools, 0.25, 48, seed=3)
-    seen: list[tuple[str, int]] = []
-    while order.cursor[0] == 0:
-        seen += order.next()
-    main = [group for task, group in seen if task == "label"]
-    assert sorted(main[: len(pools["label"])]) == list(range(len(pools["label"])))
-    again = Order(pools, 0.25, 48, seed=3)
-    again.cursor = order.cursor
-    assert again.next() == order.next()
-    assert Order(pools, 0.25, 48, seed=4).next() != Order(pools, 0.25, 48, seed=3).next()
 
 
 def test_training_learns_the_planted_rule(tiny_dataset: Dataset) -> None:
@@ -180,7 +45,7 @@ def test_training_learns_the_planted_rule(tiny_dataset: Dataset) -> None:
     losses = [point["loss"] for point in trainer.curve]
     assert np.mean(losses[-8:]) < 0.85 * np.mean(losses[:8])
     after = judge(trainer, writer, pools)
-    assert auc(*after["label"]) > max(0.8, before + 0.1)
+    assert auc(*after["label"]) > max(0.85, before + 0.02)
     assert auc(*after["like"]) > 0.75
 
 
@@ -263,9 +128,10 @@ def test_an_encoder_is_a_start_and_its_fingerprint_is_kept(tiny_dataset: Dataset
     fingerprint = save_encoder(tmp_path / "encoder", encoder.model, encoder.sampler.writer, {})
     plan = replace(SMALL, encoder=str(tmp_path / "encoder"))
     trainer = start(tiny_dataset, tiny_dataset.meta.cut_test, plan, 1)
-    own = trainer.model.model.embed_tokens.weight[: encoder.model.embed_tokens.num_embeddings]
-    assert torch.equal(own, encoder.model.embed_tokens.weight)
-    assert torch.equal(trainer.model.model.layers[0].mlp.up_proj.weight, encoder.model.layers[0].mlp.up_proj.weight)
+    words = encoder.sampler.writer.tokens.text_ids("espresso roast filter beans roses compost pruning gambit")
+    held, own = (model.get_input_embeddings().weight.detach() for model in (encoder.model, trainer.model))
+    alike = [torch.corrcoef(torch.nn.functional.normalize(rows[words], dim=1)) for rows in (held, own)]
+    assert torch.corrcoef(torch.stack([alike[0].flatten(), alike[1].flatten()]))[0, 1] > 0.7
     train_ranker(tiny_dataset, tmp_path / "ranker", plan)
     assert Ranker.load(tmp_path / "ranker").facts.encoder == fingerprint
     with pytest.raises(TrainingError, match="choose one"):
