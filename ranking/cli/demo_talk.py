@@ -39,7 +39,7 @@ def talk(folder: Path, port: int) -> dict[str, Any]:
             client.recommend(member, k=10, fanout=FANOUT, readable=False).times for member in _known_members(dataset)[:TIMED]
         ]
     stages = list(times[0]) if times else []
-    spent = {stage: [one[stage] / 1000 for one in times] for stage in stages}
+    spent = {stage.removesuffix("_us"): [one[stage] / 1000 for one in times] for stage in stages}
     latencies = {stage: {"p50": float(np.median(ms)), "max": max(ms)} for stage, ms in spent.items()}
     return {"conversations": conversations, "latencies_ms": latencies}
 
@@ -120,7 +120,7 @@ def _number(value: float | None) -> str:
 
 def latencies(spent: Mapping[str, Mapping[str, float]]) -> Table:
     """Milliseconds of each stage over the timed requests."""
-    table = Table(title=f"Where the time of a request goes (ms, {FANOUT} candidates, one at a time)", title_justify="left")
+    table = Table(title=f"Milliseconds of a request ({FANOUT} candidates)", title_justify="left")
     for name in ("stage", "median", "slowest"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for stage, times in spent.items():

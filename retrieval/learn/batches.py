@@ -21,7 +21,7 @@ class BatchSettings:
 
     targets: int = 160
     targets_per_member: int = 8
-    random_items: int = 96
+    random_items: int = 160
 
 
 @dataclass(frozen=True)

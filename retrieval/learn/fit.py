@@ -33,6 +33,8 @@ VALIDATION_QUERIES = 400
 VALIDATION_DAYS = 3
 LOOKS = (0.5, 0.75, 1.0)
 """Shares of the validation run at which recall is read."""
+WORTH = 0.02
+"""Recall by which an earlier look must be better to shorten the refit: with VALIDATION_QUERIES queries less is noise."""
 TRIAL_STEPS = 4
 
 Progress = Callable[[str, int, int], None]
@@ -41,7 +43,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """All that decides the weights, apart from the data. One of `steps` and `minutes` says how long."""
+    """All that decides the weights, apart from the data. One of `steps` and `minutes` says how long; `warm_words` starts a model
+    from scratch with latent-semantic word vectors (`retrieval.learn.warm`)."""
 
     steps: int | None = None
     minutes: float | None = 5.0
@@ -49,6 +52,7 @@ class EncoderPlan:
     base: str | None = None
     lora_rank: int | None = None
     quantizer: Kind = "percentile"
+    warm_words: bool = True
     size: Size = field(default_factory=Size)
     budgets: Budgets = field(default_factory=Budgets)
     batch: BatchSettings = field(default_factory=BatchSettings)
@@ -108,7 +112,8 @@ def start(dataset: Dataset, before: int, plan: EncoderPlan, steps: int) -> Train
     if plan.base is None:
         tokens = fit_tokens(dataset, before, quantizer, plan.size.vocabulary)
         model: PreTrainedModel = new_llama(plan.size, len(tokens), causal_lm=False)
-        start_from_words(model, tokens, dataset, before, plan.seed)
+        if plan.warm_words:
+            start_from_words(model, tokens, dataset, before, plan.seed)
     else:
         tokens = base_tokens(plan.base, quantizer)
         model = load_llama(plan.base, causal_lm=False)
@@ -147,7 +152,9 @@ def _choose_length(dataset: Dataset, plan: EncoderPlan, report: Progress) -> tup
         trainer.run(until, lambda done, total: report("validate", done, total))
         found[until] = recall_at_100(trainer, dataset, queries)
     best = max(found, key=lambda step: found[step])
-    return (planned if best == trial else min(planned, round(best * planned / trial))), found
+    if found[best] <= found[trial] + WORTH:
+        return planned, found
+    return round(best * planned / trial), found
 
 
 def recall_at_100(trainer: Trainer, dataset: Dataset, queries: Queries) -> float:

@@ -113,23 +113,35 @@ def test_a_training_row_is_the_row_that_serving_writes(tiny_dataset: Dataset) ->
     assert kept.tolist() == [target] and rows[owner[0]][: prefix[0]] == sampler.writer.members([view])[0]
 
 
-def test_training_learns_the_tiny_shop_and_the_same_seed_gives_the_same_weights(tiny_dataset: Dataset, tmp_path: Path) -> None:
+def test_training_learns_the_tiny_shop_from_random_words(tiny_dataset: Dataset) -> None:
+    trainer = start(tiny_dataset, tiny_dataset.meta.cut_valid, replace(PLAN, warm_words=False), 30)
+    before = recall_at_k(trainer, tiny_dataset, 10)
+    trainer.run(30)
+    assert np.mean([point["loss"] for point in trainer.curve[-5:]]) < trainer.curve[0]["loss"] - 0.3
+    assert recall_at_k(trainer, tiny_dataset, 10) > before + 0.2
     queries = last_after_cut(tiny_dataset, "valid")
-    first = start(tiny_dataset, tiny_dataset.meta.cut_valid, PLAN, 30)
-    before = recall_at_k(first, tiny_dataset, 10)
-    first.run(30)
-    assert np.mean([point["loss"] for point in first.curve[-5:]]) < first.curve[0]["loss"] - 0.3
-    assert recall_at_k(first, tiny_dataset, 10) > before + 0.2
-    assert recall_at_100(first, tiny_dataset, queries) == 1.0, "60 items: the top 100 hold every candidate"
-    second = start(tiny_dataset, tiny_dataset.meta.cut_valid, PLAN, 30)
-    second.run(12)
-    second.save(tmp_path)
-    resumed = start(tiny_dataset, tiny_dataset.meta.cut_valid, PLAN, 30)
+    assert recall_at_100(trainer, tiny_dataset, queries) == 1.0, "60 items: the top 100 hold every candidate"
+
+
+def test_warm_words_know_the_topics_before_any_training(tiny_dataset: Dataset) -> None:
+    warm = start(tiny_dataset, tiny_dataset.meta.cut_valid, PLAN, 30)
+    cold = start(tiny_dataset, tiny_dataset.meta.cut_valid, replace(PLAN, warm_words=False), 30)
+    assert recall_at_k(warm, tiny_dataset, 10) > recall_at_k(cold, tiny_dataset, 10) + 0.2
+
+
+def test_a_killed_run_goes_on_to_the_same_weights_and_another_plan_is_refused(tiny_dataset: Dataset, tmp_path: Path) -> None:
+    cut = tiny_dataset.meta.cut_valid
+    whole = start(tiny_dataset, cut, PLAN, 16)
+    whole.run(16)
+    killed = start(tiny_dataset, cut, PLAN, 16)
+    killed.run(7)
+    killed.save(tmp_path)
+    resumed = start(tiny_dataset, cut, PLAN, 16)
     assert resumed.resume(tmp_path)
-    resumed.run(30)
-    torch.testing.assert_close(weights(first), weights(resumed), atol=1e-6, rtol=1e-5)
+    resumed.run(16)
+    torch.testing.assert_close(weights(whole), weights(resumed), atol=1e-6, rtol=1e-5)
     with pytest.raises(TrainingError, match="another plan"):
-        start(tiny_dataset, tiny_dataset.meta.cut_valid, PLAN, 31).resume(tmp_path)
+        start(tiny_dataset, cut, PLAN, 17).resume(tmp_path)
 
 
 def recall_at_k(trainer: Trainer, dataset: Dataset, k: int) -> float:
