@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 from transformers.utils import logging as hf_logging
@@ -70,7 +71,7 @@ def load_llama(path: str | Path, *, causal_lm: bool, dtype: torch.dtype = torch.
         if config.model_type not in ("llama", "mistral", "qwen2", "qwen3"):
             raise CheckpointError(f"{path}: model type {config.model_type!r}; expected the LLaMA family")
         return auto.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path}: no usable LLaMA checkpoint ({str(error).splitlines()[0]})") from error
 
 

@@ -143,6 +143,12 @@ def test_lora_merges_into_the_same_function() -> None:
 def test_a_folder_that_is_no_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no usable LLaMA checkpoint"):
         load_llama(tmp_path, causal_lm=False)
+    whole = new_llama(SMALL, 50, causal_lm=False)
+    whole.save_pretrained(tmp_path / "torn")
+    weights = (tmp_path / "torn" / "model.safetensors").read_bytes()
+    (tmp_path / "torn" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(CheckpointError, match="no usable LLaMA checkpoint"):
+        load_llama(tmp_path / "torn", causal_lm=False)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(CheckpointError, match="'bert'; expected the LLaMA family"):
         load_llama(tmp_path, causal_lm=False)
