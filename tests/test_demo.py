@@ -1,0 +1,64 @@
+"""The whole river, by the command that a newcomer types first: data, two trainings, a night, a server, questions, numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from retrieval.data.schema import Dataset, Members, Meta
+from retrieval.data.write import write_dataset
+
+
+def demo(data: Path, work: Path) -> dict[str, object]:
+    command = [
+        sys.executable,
+        "-m",
+        "ranking.cli.main",
+        "demo",
+        "--data",
+        str(data),
+        "--work",
+        str(work),
+        "--minutes",
+        "0.1",
+        "--json",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3_000:]
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+def test_the_demo_runs_from_a_folder_to_ranked_answers_and_a_clean_end(tiny_folder: Path, tmp_path: Path) -> None:
+    found = demo(tiny_folder, tmp_path / "work")
+    warm, wishing, cold = found["conversations"]  # type: ignore[misc]
+    for spoken in (warm, wishing, cold):
+        assert spoken["recommended"] and spoken["degraded"] == "NONE"
+        assert all(0 < row["probability"] < 1 for row in spoken["recommended"])
+        assert not set(spoken["history"]) & {row["title"] for row in spoken["recommended"]}, "what was liked is not recommended"
+    assert wishing["instruction"] and not cold["history"]
+    assert {lead["metric"] for lead in found["leads"]} == {"recall@10", "recall@100", "auc"}  # type: ignore[attr-defined]
+    assert set(found["latencies_ms"]) >= {"search", "rank", "total"}  # type: ignore[call-overload]
+    again = subprocess.run(
+        [sys.executable, "-m", "ranking.cli.main", "demo", "--work", str(tiny_folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 2 and "is not an older demo" in again.stderr, "a folder that no demo made is never removed"
+
+
+def test_a_table_without_interactions_gets_answers_too(tiny_dataset: Dataset, tmp_path: Path) -> None:
+    nothing = tiny_dataset.events.take(tiny_dataset.events.timestamp < 0)
+    shop = replace(tiny_dataset, events=nothing, connections=None, members=Members([]), meta=Meta("shop", 0, 0, ()))
+    write_dataset(shop, tmp_path / "shop")
+    found = demo(tmp_path / "shop", tmp_path / "work")
+    assert found["leads"] == [] and len(found["conversations"]) == 2  # type: ignore[arg-type]
+    visitor = found["conversations"][-1]  # type: ignore[index]
+    assert visitor["recommended"] and visitor["history"][0] not in {row["title"] for row in visitor["recommended"]}
