@@ -52,7 +52,8 @@ def train(
     from ranking.cli.output import emit, progress_bar
     from ranking.cli.train_report import stages, training_table
     from retrieval.data.read import read_dataset
-    from retrieval.learn.fit import EncoderPlan, TrainingError, train_encoder
+    from retrieval.learn.checkpoint import TrainingError
+    from retrieval.learn.fit import EncoderPlan, train_encoder
     from retrieval.llama import Size
 
     keep_freed_memory()

@@ -55,10 +55,10 @@ def train(
     """
     from ranking.cli.output import emit
     from ranking.cli.train_report import stages
-    from ranking.learn.loop import TrainingError
     from ranking.learn.start import RankerPlan
     from ranking.learn.train import train_ranker
     from retrieval.data.read import read_dataset
+    from retrieval.learn.checkpoint import TrainingError
 
     if minutes is not None and steps is not None:
         raise TrainingError("--minutes and --steps both say how long; give one of them")

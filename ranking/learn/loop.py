@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
-from index.errors import BrewlineError
 from ranking.learn.attention import training_mixer
 from ranking.learn.batches import Batch, GroupWriter, Order
 from ranking.learn.examples import Pool
 from ranking.prefill.llama import Layers
 from ranking.prefill.plan import Limits, plan
+from retrieval.learn.checkpoint import TrainingError, load_state, save_state, weight_groups
 from retrieval.learn.train import schedule
 
-STATE = "state.safetensors"
-
 Progress = Callable[[int, int], None]
-
-
-class TrainingError(BrewlineError):
-    """Training cannot start or go on."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +61,7 @@ class Trainer:
         self.order = Order(pools, settings.others, settings.candidates, seed)
         self._layers = Layers(model, training_mixer(model.get_input_embeddings().weight.device.type))
         trained = [weight for weight in model.parameters() if weight.requires_grad]
-        groups = [
-            {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": settings.weight_decay},
-            {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
-        ]
+        groups = weight_groups(trained, settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
         self.done = 0
         self.tokens = 0
@@ -127,11 +115,7 @@ class Trainer:
         return (hidden * direction.repeat_interleave(sizes, 0)).sum(-1)
 
     def save(self, folder: Path) -> None:
-        """Write weights, optimizer state and position as safetensors, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"model.{name}": weight.detach().contiguous() for name, weight in self.model.named_parameters()}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value).clone() for name, value in state.items()}
+        """Write weights, optimizer state and position, whole or not at all."""
         facts = {
             "step": self.done,
             "cursor": list(self.order.cursor),
@@ -139,23 +123,13 @@ class Trainer:
             "plan": self._plan(),
             "curve": self.curve,
         }
-        save_file(tensors, folder / "state.tmp", metadata={"facts": json.dumps(facts)})
-        (folder / "state.tmp").replace(folder / STATE)
+        save_state(folder, self.model.named_parameters(), self.optimizer, facts)
 
     def resume(self, folder: Path) -> bool:
         """Go on where a checkpoint of the same plan stopped; False if there is none. Raises TrainingError on another plan."""
-        path = folder / STATE
-        if not path.is_file():
+        facts = load_state(folder, self.model.named_parameters(), self.optimizer, self._plan())
+        if facts is None:
             return False
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-        if facts["plan"] != json.loads(json.dumps(self._plan())):
-            raise TrainingError(f"{path} belongs to another plan ({facts['plan']}); remove it or ask for the same")
-        tensors = load_file(path)
-        with torch.no_grad():
-            for name, weight in self.model.named_parameters():
-                weight.copy_(tensors[f"model.{name}"])
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": dict(_optimizer_state(tensors))})
         self.done, self.tokens, self.curve = facts["step"], facts["tokens"], facts["curve"]
         self.order.cursor = (facts["cursor"][0], facts["cursor"][1])
         return True
@@ -167,13 +141,3 @@ class Trainer:
             "settings": asdict(self.settings),
             "groups": [*map(len, self.pools.values())],
         }
-
-
-def _optimizer_state(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    states: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        kind, _, rest = key.partition(".")
-        if kind == "optimizer":
-            number, _, name = rest.partition(".")
-            states.setdefault(int(number), {})[name] = value
-    yield from states.items()

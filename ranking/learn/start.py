@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from ranking.learn.batches import GroupWriter
 from ranking.learn.compare import start_to_compare
 from ranking.learn.examples import GroupSettings, pools_of
-from ranking.learn.loop import LoopSettings, Trainer, TrainingError
+from ranking.learn.loop import LoopSettings, Trainer
 from ranking.prompts import RankBudgets, RankPrompts, label_token
 from ranking.ranker import labels_of
 from ranking.tasks import Task, tasks_of
@@ -21,6 +21,7 @@ from retrieval.data.schema import Dataset
 from retrieval.encoder import FINGERPRINTED, QUANTIZER, read_facts
 from retrieval.features import Kind, Quantizer
 from retrieval.fingerprint import folder_fingerprint
+from retrieval.learn.checkpoint import TrainingError
 from retrieval.learn.prepare import base_tokens, fit_quantizer, fit_tokens
 from retrieval.learn.warm import start_from_words
 from retrieval.llama import Size, add_lora, fit_vocabulary, load_llama, new_llama, smooth_buckets

@@ -16,13 +16,14 @@ import numpy.typing as npt
 from ranking.calibrate import Calibrator, auc, calibration_error, fit
 from ranking.learn.batches import Choice, GroupWriter
 from ranking.learn.examples import Pool, pools_of
-from ranking.learn.loop import Trainer, TrainingError
+from ranking.learn.loop import Trainer
 from ranking.learn.start import RankerPlan, encoder_fingerprint, start
 from ranking.prefill.engine import Engine
 from ranking.prefill.plan import Limits
 from ranking.ranker import FACTS, RankerFacts, save_ranker
 from ranking.tasks import ENGAGE, tasks_of
 from retrieval.data.schema import Dataset
+from retrieval.learn.checkpoint import DECISION, TrainingError, check_room, remembered, write_json
 from retrieval.learn.sessions import with_sessions
 from retrieval.llama import merge_lora
 
@@ -71,14 +72,14 @@ def train_ranker(dataset: Dataset, out: Path, plan: RankerPlan, progress: Progre
     TrainingError, NothingToLearn, and what is wrong with a checkpoint or an encoder.
     """
     began, report = time.monotonic(), progress or (lambda _stage, _done, _total: None)
-    _check_room(out)
+    check_room(out, FACTS, "a ranker")
     dataset, note = with_sessions(dataset, plan.seed)
     work = out / "training"
     work.mkdir(parents=True, exist_ok=True)
-    decision = _remembered(work, plan)
+    decision = remembered(work, asdict(plan))
     if decision is None:
         decision = {"plan": asdict(plan), **_decide(dataset, plan, report)}
-        _write_json(work / "decision.json", decision)
+        write_json(work / DECISION, decision)
     trainer = start(dataset, dataset.meta.cut_test, plan, decision["steps"])
     trainer.resume(work / "checkpoint")
     running, tokens = time.monotonic(), trainer.tokens
@@ -104,7 +105,7 @@ def train_ranker(dataset: Dataset, out: Path, plan: RankerPlan, progress: Progre
         validation=decision["validation"],
         note=str(facts.training["note"]),
     )
-    _write_json(work / "report.json", asdict(found))
+    write_json(work / "report.json", asdict(found))
     return found
 
 
@@ -202,25 +203,3 @@ def _affordable(dataset: Dataset, plan: RankerPlan) -> int:
     each = (time.monotonic() - ready) / TRIAL_STEPS
     left = plan.minutes * 60 - 3 * (ready - began) - TRIAL_STEPS * each
     return max(10, int(left / each * (1 - VALIDATION_SHARE)))
-
-
-def _check_room(out: Path) -> None:
-    if (out / FACTS).exists():
-        raise TrainingError(f"{out} already holds a ranker; choose another --out or remove it")
-    if out.exists() and not out.is_dir():
-        raise TrainingError(f"{out} is a file; --out must be a folder")
-
-
-def _remembered(work: Path, plan: RankerPlan) -> dict[str, Any] | None:
-    """The decision of an earlier, killed run of the same plan, or None. Raises TrainingError on another plan."""
-    path = work / "decision.json"
-    if not path.is_file():
-        return None
-    decision: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if decision["plan"] != json.loads(json.dumps(asdict(plan))):
-        raise TrainingError(f"{work} belongs to a training with other settings; remove it or choose another --out")
-    return decision
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

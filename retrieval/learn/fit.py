@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +15,14 @@ from transformers import PreTrainedModel
 
 from retrieval.counts import Counts
 from retrieval.data.schema import DAY, Dataset
-from retrieval.encoder import Encoder, save_encoder
+from retrieval.encoder import FACTS, Encoder, save_encoder
 from retrieval.evidence.protocol import EvidenceError, Queries, last_after_cut, member_views
 from retrieval.features import Kind
 from retrieval.learn.batches import BatchSettings, Sampler
+from retrieval.learn.checkpoint import DECISION, TrainingError, check_room, remembered, write_json
 from retrieval.learn.prepare import NothingToLearn, base_tokens, fit_quantizer, fit_tokens
 from retrieval.learn.sessions import with_sessions
-from retrieval.learn.train import LoopSettings, Trainer, TrainingError
+from retrieval.learn.train import LoopSettings, Trainer
 from retrieval.learn.warm import start_from_words
 from retrieval.llama import Size, add_lora, fit_vocabulary, load_llama, merge_lora, new_llama, smooth_buckets
 from retrieval.writer import Budgets, Writer
@@ -75,16 +75,16 @@ class FitReport:
 def train_encoder(dataset: Dataset, out: Path, plan: EncoderPlan, progress: Progress | None = None) -> FitReport:
     """Trains an encoder and leaves a complete folder at `out`. A killed run of the same plan goes on from its checkpoint."""
     started, report = time.monotonic(), progress or (lambda _stage, _done, _total: None)
-    _check_room(out)
+    check_room(out, FACTS, "an encoder")
     dataset, note = with_sessions(dataset, plan.seed)
     work = out / "training"
     work.mkdir(parents=True, exist_ok=True)
     cut = dataset.meta.cut_test
-    decision = _remembered(work, plan)
+    decision = remembered(work, asdict(plan))
     if decision is None:
         steps, validation = _choose_length(dataset, plan, report)
         decision = {"plan": asdict(plan), "steps": steps, "validation": validation}
-        _write_json(work / "decision.json", decision)
+        write_json(work / DECISION, decision)
     trainer = start(dataset, cut, plan, decision["steps"])
     checkpoint = work / "checkpoint"
     trainer.resume(checkpoint)
@@ -101,7 +101,7 @@ def train_encoder(dataset: Dataset, out: Path, plan: EncoderPlan, progress: Prog
     seconds, parameters = time.monotonic() - started, sum(weight.numel() for weight in trainer.model.parameters())
     validation = {int(step): value for step, value in decision["validation"].items()}
     found = FitReport(str(out), fingerprint, trainer.done, round(seconds, 1), parameters, validation, note)
-    _write_json(work / "report.json", asdict(found))
+    write_json(work / "report.json", asdict(found))
     return found
 
 
@@ -193,25 +193,3 @@ def _seconds_per_step(dataset: Dataset, plan: EncoderPlan) -> float:
     began = time.monotonic()
     trainer.run(1 + TRIAL_STEPS)
     return (time.monotonic() - began) / TRIAL_STEPS
-
-
-def _check_room(out: Path) -> None:
-    if (out / "encoder.json").exists():
-        raise TrainingError(f"{out} already holds an encoder; choose another --out or remove it")
-    if out.exists() and not out.is_dir():
-        raise TrainingError(f"{out} is a file; --out must be a folder")
-
-
-def _remembered(work: Path, plan: EncoderPlan) -> dict[str, Any] | None:
-    """The decision of an earlier, killed run of the same plan, or None. Raises TrainingError on another plan."""
-    path = work / "decision.json"
-    if not path.is_file():
-        return None
-    decision: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if decision["plan"] != json.loads(json.dumps(asdict(plan))):
-        raise TrainingError(f"{work} belongs to a training with other settings; remove it or choose another --out")
-    return decision
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -10,25 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from index.errors import BrewlineError
 from retrieval.encoder import length_batches
 from retrieval.learn.batches import Batch, Sampler
+from retrieval.learn.checkpoint import TrainingError, load_state, save_state, weight_groups
 from retrieval.learn.loss import info_nce
 from retrieval.llama import pad_rows
 
 FORWARD_TOKENS = 4_096
 """Padded tokens of one forward pass; shorter rows go together, so little of it is padding."""
 MAX_SCALE = 100.0
-
-
-class TrainingError(BrewlineError):
-    """Training cannot start or go on."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +46,7 @@ class Trainer:
         self.model, self.sampler, self.steps, self.settings = model, sampler, steps, settings
         self.log_scale = nn.Parameter(torch.tensor(np.log(settings.first_scale), dtype=torch.float32))
         trained = [weight for weight in model.parameters() if weight.requires_grad]
-        groups = [
-            {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": settings.weight_decay},
-            {"params": [*(weight for weight in trained if weight.ndim <= 1), self.log_scale], "weight_decay": 0.0},
-        ]
+        groups = weight_groups([*trained, self.log_scale], settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
         self.done = 0
         self.curve: list[dict[str, float]] = []
@@ -136,37 +126,20 @@ class Trainer:
         return self.model(input_ids=ids, use_cache=False).last_hidden_state.float()
 
     def save(self, folder: Path) -> None:
-        """Writes weights, optimizer state and position as safetensors and JSON, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"model.{name}": weight.detach().contiguous() for name, weight in self._weights()}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value).clone() for name, value in state.items()}
-        facts = {"step": self.done, "steps": self.steps, "settings": asdict(self.settings), "curve": self.curve}
-        save_file(tensors, folder / "state.tmp", metadata={"facts": json.dumps(facts)})
-        (folder / "state.tmp").replace(folder / "state.safetensors")
+        """Writes weights, optimizer state and position, whole or not at all."""
+        facts = {"step": self.done, "plan": self._plan(), "curve": self.curve}
+        save_state(folder, self._weights(), self.optimizer, facts)
 
     def resume(self, folder: Path) -> bool:
         """Goes on where a checkpoint of the same plan stopped; False if there is none. Raises TrainingError on another plan."""
-        path = folder / "state.safetensors"
-        if not path.is_file():
+        facts = load_state(folder, self._weights(), self.optimizer, self._plan())
+        if facts is None:
             return False
-        facts = json.loads(_metadata(path)["facts"])
-        if facts["steps"] != self.steps or facts["settings"] != asdict(self.settings):
-            raise TrainingError(f"{path} belongs to another plan ({facts['steps']} steps); remove it or ask for the same steps")
-        tensors = load_file(path)
-        with torch.no_grad():
-            for name, weight in self._weights():
-                weight.copy_(tensors[f"model.{name}"])
-        state = self.optimizer.state_dict()
-        state["state"] = {}
-        for key, value in tensors.items():
-            kind, _, rest = key.partition(".")
-            if kind == "optimizer":
-                number, _, name = rest.partition(".")
-                state["state"].setdefault(int(number), {})[name] = value
-        self.optimizer.load_state_dict(state)
         self.done, self.curve = facts["step"], facts["curve"]
         return True
+
+    def _plan(self) -> dict[str, object]:
+        return {"steps": self.steps, "seed": self.sampler.seed, "settings": asdict(self.settings)}
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.model.named_parameters()
@@ -182,8 +155,3 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 def _in_order(parts: Sequence[torch.Tensor], places: Sequence[np.ndarray]) -> torch.Tensor:
     """Concatenated parts, each row back at its place."""
     return torch.cat(list(parts))[torch.from_numpy(np.argsort(np.concatenate(list(places)), kind="stable"))]
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata())

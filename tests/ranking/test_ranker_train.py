@@ -16,7 +16,7 @@ from ranking.calibrate import auc
 from ranking.learn import train as training
 from ranking.learn.batches import GroupWriter
 from ranking.learn.examples import SAMPLED, GroupSettings, pools_of
-from ranking.learn.loop import LoopSettings, TrainingError
+from ranking.learn.loop import LoopSettings
 from ranking.learn.start import RankerPlan, start
 from ranking.learn.train import judge, train_ranker
 from ranking.prompts import RankBudgets
@@ -24,6 +24,7 @@ from ranking.ranker import Ranker
 from ranking.tasks import tasks_of
 from retrieval.data.schema import Dataset
 from retrieval.data.write import write_dataset
+from retrieval.learn.checkpoint import TrainingError
 from retrieval.llama import Size
 
 SMALL = RankerPlan(

@@ -13,11 +13,12 @@ from retrieval.data.schema import MISSING_TIME, Dataset, Events, Items, Members,
 from retrieval.encoder import Encoder, encode
 from retrieval.evidence.protocol import last_after_cut
 from retrieval.learn.batches import BatchSettings
+from retrieval.learn.checkpoint import TrainingError
 from retrieval.learn.fit import EncoderPlan, recall_at_100, start, train_encoder
 from retrieval.learn.loss import info_nce
 from retrieval.learn.sessions import NOTE, with_sessions
 from retrieval.learn.timeline import Timeline, day_runs
-from retrieval.learn.train import LoopSettings, Trainer, TrainingError, schedule
+from retrieval.learn.train import LoopSettings, Trainer, schedule
 from retrieval.llama import Size, new_llama, pad_rows
 
 PLAN = EncoderPlan(
