@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 
 from index.errors import BrewlineError
@@ -79,10 +78,7 @@ class Ranker:
                     f"{folder}: the tokenizer reads the answers of task {task.name!r} as {found}, {FACTS} says "
                     f"{facts.labels[task.name]}; the two files are of different rankers"
                 )
-        try:
-            model = load_llama(folder, causal_lm=True)
-        except SafetensorError as error:
-            raise RankerError(f"{folder}: model.safetensors cannot be read as weights ({error}); copy it again") from error
+        model = load_llama(folder, causal_lm=True)
         rows = len(model.get_input_embeddings().weight)
         if rows < len(tokens):
             raise RankerError(f"{folder}: {len(tokens)} tokens but {rows} embeddings; the parts are of different rankers")

@@ -159,7 +159,7 @@ def fewer_tokens(copy: Path) -> None:
         (edited(lambda facts: facts["tasks"].append({"name": "x"})), "a task needs"),
         (edited(lambda facts: facts["calibrators"].update(label={"a": 0})), "calibrator"),
         (lambda copy: (copy / "ranker.json").write_text("{"), "not JSON"),
-        (lambda copy: (copy / "model.safetensors").write_bytes(b"short"), "as weights"),
+        (lambda copy: (copy / "model.safetensors").write_bytes(b"short"), "no usable LLaMA checkpoint"),
         (fewer_tokens, "answers of task"),
     ],
 )
