@@ -49,7 +49,7 @@ def train(
     Example: `brewline encoder train WORLD --out models/encoder --minutes 3 --seed 1`
     """
     from ranking.cli.memory import keep_freed_memory
-    from ranking.cli.output import emit, progress_bar
+    from ranking.cli.output import emit
     from ranking.cli.train_report import stages, training_table
     from retrieval.data.read import read_dataset
     from retrieval.learn.checkpoint import TrainingError
@@ -64,9 +64,7 @@ def train(
     plan = EncoderPlan(
         steps=steps, minutes=wanted, seed=seed, base=base, lora_rank=lora_rank, quantizer=quantizer_kind(numbers), size=size
     )
-    with progress_bar("read") as bar:
-        bar(0, 1)
-        dataset = read_dataset(data)
+    dataset = read_dataset(data)
     with stages() as stage:
         report = train_encoder(dataset, out, plan, stage)
     emit(vars(report), as_json=as_json, table=lambda: training_table("encoder", vars(report)))
