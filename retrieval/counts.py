@@ -65,10 +65,10 @@ class Counts:
         self._engaged = _Ledger.of(n_items, *engaged, np.ones(len(engaged[0])), first_day, span)
         self._positive = _Ledger.of(n_items, *labelled, first_day, span)
         self._labelled = _Ledger.of(n_items, *labelled[:2], np.ones(len(labelled[0])), first_day, span)
-        appeared = np.full(n_items, np.inf)
-        np.minimum.at(appeared, engaged[0], engaged[1].astype(np.float64))
-        np.minimum.at(appeared, labelled[0], labelled[1].astype(np.float64))
-        self._appeared = np.fmin(appeared, created_day)
+        first_seen = np.full(n_items, np.inf)
+        np.minimum.at(first_seen, engaged[0], engaged[1].astype(np.float64))
+        np.minimum.at(first_seen, labelled[0], labelled[1].astype(np.float64))
+        self._first_seen, self._created_day = first_seen, created_day
         self._rate_before = _overall_rate(labelled[1], labelled[2], first_day, span)
         self._first_day, self._span = first_day, span
 
@@ -99,8 +99,11 @@ class Counts:
         prior = self._rate_before[np.clip(day64 - self._first_day, 0, self._span - 1)]
         smoothed = (self._positive.before(item64, day64) + PRIOR_WEIGHT * prior) / (labelled + PRIOR_WEIGHT)
         found["positive_rate"] = np.where(labelled > 0, smoothed, np.nan)
-        age = day64 - self._appeared[item64]
-        found["age_days"] = np.where(np.isfinite(age) & (age >= 0), age, np.nan)
+        # A first event of the day itself must not show: it would tell that somebody chooses the item today.
+        since_seen, since_made = day64 - self._first_seen[item64], day64 - self._created_day[item64]
+        seen, made = since_seen > 0, since_made >= 0
+        known = np.fmax(np.where(seen, since_seen, np.nan), np.where(made, since_made, np.nan))
+        found["age_days"] = known
         return found
 
     def as_of(self, timestamp: int) -> dict[str, Float64s]:

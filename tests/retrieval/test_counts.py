@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval.counts import NUMBERS, PRIOR_WEIGHT, Counts
-from retrieval.data.schema import DAY, Dataset
+from retrieval.data.schema import DAY, MISSING_TIME, Dataset
 
 
 def slow_counts(dataset: Dataset, item: int, day: int) -> dict[str, float]:
@@ -55,6 +57,17 @@ def test_nothing_of_the_day_itself_or_later_changes_a_count(tiny_dataset: Datase
     nothing_later = Counts.from_dataset(tiny_dataset, before=start_of_day).as_of(moment)
     for name in NUMBERS:
         np.testing.assert_array_equal(everything[name], nothing_later[name], err_msg=name)
+
+
+def test_without_creation_times_the_first_event_of_a_day_does_not_show_on_that_day(tiny_dataset: Dataset) -> None:
+    """An age of 0 taken from today's first event would tell the model that somebody chooses the item today."""
+    items = replace(tiny_dataset.items, created_at=np.full(len(tiny_dataset.items), MISSING_TIME))
+    dataset = replace(tiny_dataset, items=items)
+    for day in np.unique(dataset.events.day).tolist():
+        whole = Counts.from_dataset(dataset).as_of(day * DAY)
+        known_then = Counts.from_dataset(dataset, before=day * DAY).as_of(day * DAY)
+        for name in NUMBERS:
+            np.testing.assert_array_equal(whole[name], known_then[name], err_msg=f"{name} on day {day}")
 
 
 def test_training_and_night_read_the_same_numbers(tiny_dataset: Dataset) -> None:
