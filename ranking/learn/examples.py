@@ -9,7 +9,7 @@ Legend: G groups, n candidates of all groups, E events.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -61,10 +61,10 @@ def pools_of(
     dataset: Dataset, tasks: Mapping[str, Task], since: int | None, until: int, settings: GroupSettings, seed: int
 ) -> dict[str, Pool]:
     """The groups of every task from events with since <= timestamp < until (seconds); tasks without any are left out."""
+    # Nothing at or after `until` may decide an answer or a negative; a prefix of the log keeps every event's position.
+    dataset = replace(dataset, events=dataset.events.before(until))
     log = dataset.events
-    window = log.timestamp < until
-    if since is not None:
-        window &= log.timestamp >= since
+    window = np.ones(len(log), bool) if since is None else log.timestamp >= since
     found = {name: _pool(dataset, task, window, settings, seed) for name, task in tasks.items()}
     return {name: pool for name, pool in found.items() if len(pool)}
 
