@@ -147,7 +147,8 @@ def test_engagements_alone_are_compared_with_random_items(tiny_dataset: Dataset,
     assert 2.5 < drawn.sum() / (~drawn).sum() <= 4
     np.testing.assert_array_equal(pool.label == 0, drawn)
     owner = np.repeat(pool.member, np.diff(pool.start))
-    known = set(zip(likes.member.tolist(), likes.item.tolist()))
+    before = likes.before(bare.meta.cut_test)
+    known = set(zip(before.member.tolist(), before.item.tolist()))
     assert not known & set(zip(owner[drawn].tolist(), pool.item[drawn].tolist()))
     assert "no rates" in train_ranker(bare, tmp_path / "ranker", SMALL).note
 
