@@ -102,8 +102,7 @@ class Counts:
         # A first event of the day itself must not show: it would tell that somebody chooses the item today.
         since_seen, since_made = day64 - self._first_seen[item64], day64 - self._created_day[item64]
         seen, made = since_seen > 0, since_made >= 0
-        known = np.fmax(np.where(seen, since_seen, np.nan), np.where(made, since_made, np.nan))
-        found["age_days"] = known
+        found["age_days"] = np.fmax(np.where(seen, since_seen, np.nan), np.where(made, since_made, np.nan))
         return found
 
     def as_of(self, timestamp: int) -> dict[str, Float64s]:

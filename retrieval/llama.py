@@ -7,7 +7,7 @@ right and no attention mask is passed: under causal attention a real token never
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -150,8 +150,3 @@ def merge_lora(model: PreTrainedModel) -> None:
             if isinstance(child, LoraLinear):
                 setattr(module, name, child.merged())
     model.requires_grad_(True)
-
-
-def size_facts(size: Size) -> dict[str, int]:
-    """The shape as plain numbers, for a run folder."""
-    return asdict(size)
