@@ -70,9 +70,9 @@ def moments(dataset: Dataset, rows: Rows, counts: Knowledge) -> tuple[Pool, npt.
     return pool, np.argsort(order)
 
 
-def check_encoder(ranker: Ranker, encoder: Path | None) -> None:
+def check_encoder(ranker: Ranker, encoder: Path) -> None:
     """Returns if the ranker belongs to the encoder of a folder, or names none. Raises RankingEvidenceError with both values."""
-    if encoder is None or ranker.facts.encoder is None:
+    if ranker.facts.encoder is None:
         return
     found = stored_fingerprint(encoder)
     if found != ranker.facts.encoder:

@@ -33,6 +33,11 @@ WORDS = ("item_id", "title", "text", "category", "creator")
 STATIC, AS_OF = "static:", "asof:"
 
 Rows = npt.NDArray[np.int64]
+COLUMNS = {
+    CATALOG_PART: dict.fromkeys((*WORDS, "digest"), pa.large_string()) | {"created_at": pa.int64()},
+    TOKENS_PART: {"tokens": pa.large_list(pa.int32())},
+}
+"""What each part must hold, beside the `static:` and `asof:` numbers."""
 
 
 class CatalogError(BrewlineError):
@@ -71,7 +76,10 @@ class Catalog:
         records = _map(snapshot.part(CATALOG_PART))
         tokens = _map(snapshot.part(TOKENS_PART)) if TOKENS_PART in names else None
         for part, batch in ((CATALOG_PART, records), (TOKENS_PART, tokens)):
-            if batch is not None and batch.num_rows != len(snapshot.ids):
+            if batch is None:
+                continue
+            _facts(batch, part)
+            if batch.num_rows != len(snapshot.ids):
                 raise CatalogError(
                     f"snapshot {snapshot.name} holds {len(snapshot.ids):,} vectors but {part} holds {batch.num_rows:,} rows; "
                     "publish a new night or roll back"
@@ -179,13 +187,21 @@ def _map(path: Path) -> pa.RecordBatch:
         if reader.num_record_batches != 1:
             raise CatalogError(f"{path.name} holds {reader.num_record_batches} record batches instead of 1")
         return reader.get_batch(0)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise CatalogError(f"{path.name} cannot be read ({error}); publish a new night or roll back") from error
 
 
 def _facts(batch: pa.RecordBatch, part: str) -> dict[str, object]:
-    found = json.loads((batch.schema.metadata or {}).get(b"brewline", b"{}"))
-    kind = (found.get("part"), found.get("format"))
+    """What a part says about itself, once it is of this format and its columns are there. Raises CatalogError."""
+    try:
+        found = json.loads((batch.schema.metadata or {}).get(b"brewline", b"{}"))
+        kind = (found["part"], found["format"])
+    except (ValueError, KeyError, TypeError):
+        found, kind = {}, ("nothing", "unknown")
     if kind != (part, FORMAT):
         raise CatalogError(f"{part} says it is {kind[0]} of format {kind[1]}, expected format {FORMAT}; publish a new night")
+    types = dict(zip(batch.schema.names, batch.schema.types))
+    wrong = [name for name, kind in COLUMNS[part].items() if types.get(name) != kind]
+    if wrong:
+        raise CatalogError(f"{part} has no column {', '.join(wrong)} of the right type; publish a new night")
     return dict(found)

@@ -17,6 +17,7 @@ from retrieval.data.schema import DAY, MISSING_TIME, Dataset
 NUMBERS = ("n_total", "n_30d", "n_7d", "n_1d", "positive_rate", "age_days")
 """Engagements ever / in the last 30, 7, 1 whole days; smoothed share of positive labels; days since the item appeared."""
 WINDOWS = {"n_30d": 30, "n_7d": 7, "n_1d": 1}
+NEVER = int(np.iinfo(np.int64).max)
 PRIOR_WEIGHT = 5.0
 """Labels that the overall positive rate is worth when an item's own rate is smoothed towards it."""
 
@@ -109,6 +110,18 @@ class Counts:
         """The numbers of all N items before the start of the day of `timestamp` (seconds UTC), each float64 [N]."""
         day = np.full(self.n_items, timestamp // DAY, np.int64)
         return self.at(np.arange(self.n_items, dtype=np.int64), day)
+
+
+def appeared(dataset: Dataset) -> Int64s:
+    """When each item came into the world, seconds UTC int64 [N]: created, or met in any event if that was earlier.
+
+    NEVER for an item of which neither is known. Everything has been there from the start (the smallest int64) where the
+    folder knows no time at all.
+    """
+    created = dataset.items.created_at
+    found = np.where(created == MISSING_TIME, NEVER, created)
+    np.minimum.at(found, dataset.events.item, dataset.events.timestamp)
+    return found if (found < NEVER).any() else created
 
 
 def _overall_rate(day: Int64s, label: Float64s, first_day: int, span: int) -> Float64s:

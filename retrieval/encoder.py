@@ -34,6 +34,9 @@ QUANTIZER = "quantizer.json"
 FINGERPRINTED = (FACTS, QUANTIZER, "tokenizer.json", "config.json", "model.safetensors")
 TOKENS_PER_BATCH = 8_192
 POOLING_MODULE = "1_Pooling"
+VALIDATION = "validation"
+"""Folder inside an encoder's folder: the encoder of the validation run, which saw nothing at or after `cut_valid`. What is itself
+judged on the validation window starts from this one. It is not there if the data asks nothing between the cuts."""
 
 Vectors = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]

@@ -2,12 +2,14 @@
 
 A record is kept by member id; the words of its history are the catalogue's, so they are of the same day as the vectors. A
 vector is kept under the encoder's fingerprint, behind the digest of the record and the digest of the view it was made from: one
-whose record has changed since is not returned, and the night re-encodes only what reads differently. Nothing is pickled.
+whose record has changed since is not returned, and the night re-encodes only what reads differently. Each night renews its
+encoder's vectors; one that no night renewed for `VECTOR_DAYS` leaves the store, as an old encoder's all do. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,12 +18,18 @@ import numpy.typing as npt
 
 from index.errors import BrewlineError
 from index.keyvalue import KeyValueStore
+from retrieval.data.schema import DAY
 from retrieval.records import DIGEST_BYTES, MemberRecord, MemberRecordError, decode_record, encode_record
 
 RECORD, VECTOR = "member", "member-vector"
 MAGIC = b"BLV1"
+VECTOR_DAYS = 30
+"""Days that a vector stays after the last night that wrote it: time to roll back to the encoder before. Without a vector the
+member is encoded on request."""
 
 Vector = npt.NDArray[np.float32]
+
+log = logging.getLogger(__name__)
 
 
 class UnknownMember(BrewlineError):
@@ -48,12 +56,12 @@ class MemberStore:
         self._store.put_many(RECORD, {record.member.member_id: encode_record(record) for record in records})
 
     def put_vectors(self, records: Sequence[MemberRecord], views: Sequence[bytes], vectors: Vector) -> None:
-        """The vectors float32 [M,D] are in the store, each bound to its record and to the digest of its view."""
+        """The vectors float32 [M,D] are in the store for `VECTOR_DAYS`, each bound to its record and to its view's digest."""
         values = {
-            record.member.member_id: MAGIC + _digest(encode_record(record)) + view + vector.astype("<f4").tobytes()
+            record.member.member_id: MAGIC + _digest(encode_record(record), record) + view + vector.astype("<f4").tobytes()
             for record, view, vector in zip(records, views, vectors, strict=True)
         }
-        self._store.put_many(VECTOR, values, self.fingerprint)
+        self._store.put_many(VECTOR, values, self.fingerprint, ttl_s=VECTOR_DAYS * DAY)
 
     def get(self, member_id: str) -> KnownMember:
         """What is known of a member. Raises UnknownMember, MemberRecordError."""
@@ -64,18 +72,29 @@ class MemberStore:
                 "or describe the member in the request"
             )
         value = self._store.get_many(VECTOR, [member_id], self.fingerprint)[0]
+        record = decode_record(stored, member_id)
         kept = None if value is None else _Kept.read(value, member_id)
-        right = kept is not None and kept.record == _digest(stored)
-        return KnownMember(decode_record(stored, member_id), kept.vector if kept is not None and right else None)
+        right = kept is not None and kept.record == _digest(stored, record)
+        return KnownMember(record, kept.vector if kept is not None and right else None)
 
     def vectors(self, records: Sequence[MemberRecord], views: Sequence[bytes]) -> list[Vector | None]:
-        """float32 [D] for each record that was last encoded from a view of the same digest, else None."""
+        """float32 [D] for each record that was last encoded from a view of the same digest, else None.
+
+        A damaged value counts as none, with a warning: whoever asks encodes what is missing, and so mends it.
+        """
         ids = [record.member.member_id for record in records]
         values = self._store.get_many(VECTOR, ids, self.fingerprint)
         found: list[Vector | None] = []
+        damaged: list[MemberRecordError] = []
         for who, view, value in zip(ids, views, values, strict=True):
-            kept = None if value is None else _Kept.read(value, who)
+            try:
+                kept = None if value is None else _Kept.read(value, who)
+            except MemberRecordError as error:
+                kept = None
+                damaged.append(error)
             found.append(kept.vector if kept is not None and kept.view == view else None)
+        if damaged:
+            log.warning("%d vectors of members are damaged and made anew; the first: %s", len(damaged), damaged[0])
         return found
 
 
@@ -87,15 +106,19 @@ class _Kept:
 
     @classmethod
     def read(cls, value: bytes, member_id: str) -> _Kept:
-        head = len(MAGIC) + 2 * DIGEST_BYTES
-        if not value.startswith(MAGIC) or len(value) < head or (len(value) - head) % 4:
+        middle = len(MAGIC) + DIGEST_BYTES
+        head = middle + DIGEST_BYTES
+        whole = value.startswith(MAGIC) and len(value) >= head and (len(value) - head) % 4 == 0
+        vector = np.frombuffer(value[head:], "<f4").astype(np.float32) if whole else np.full(1, np.nan, np.float32)
+        if not np.isfinite(vector).all():
             raise MemberRecordError(
                 f"the vector of member {member_id[:80]!r} cannot be read ({len(value)} bytes); "
                 "run `brewline nightly` with --members again"
             )
-        middle = len(MAGIC) + DIGEST_BYTES
-        return cls(value[len(MAGIC) : middle], value[middle:head], np.frombuffer(value[head:], "<f4").astype(np.float32))
+        return cls(value[len(MAGIC) : middle], value[middle:head], vector)
 
 
-def _digest(stored: bytes) -> bytes:
-    return hashlib.blake2b(stored, digest_size=DIGEST_BYTES).digest()
+def _digest(stored: bytes, record: MemberRecord) -> bytes:
+    """Of a record's bytes without its `as_of`, which no prompt reads: a night that changes nothing else leaves every encoder's
+    vector right, also that of a server which still runs on the encoder before."""
+    return hashlib.blake2b(stored.removesuffix(b',"as_of":%d}' % record.as_of), digest_size=DIGEST_BYTES).digest()

@@ -2,7 +2,12 @@
 
     items + counts as of now -> text -> changed only -> vectors -> index, catalogue, ranker tokens -> gates -> members -> pointer
 
-Nothing is visible before the pointer moves, and it moves last: a night that fails leaves yesterday serving.
+No snapshot is visible before the pointer moves, and it moves last: a night that fails, or is killed, leaves yesterday's serving.
+Members are visible at once, batch by batch, so that their vectors are there when the pointer moves. A record tells in ids what a
+member did and belongs to no night: a server of any snapshot reads it through its own catalogue, leaves out every item of the
+history that it holds, and has no words for one that it does not. A vector answers for its own encoder and record only; else the
+server encodes the member. So when a night dies between members and pointer, yesterday's snapshot answers with what is known
+today; running the night again completes it.
 """
 
 from __future__ import annotations
@@ -21,16 +26,16 @@ import numpy.typing as npt
 
 from index.build import build
 from index.check import require_gates, run_gates
-from index.manifest import SnapshotError
-from index.publish import current, publish
+from index.publish import publish
 from index.snapshot import Snapshot
 from index.writer import SnapshotWriter
-from retrieval.catalog import CATALOG_PART, TOKENS_PART, Catalog, CatalogError, write_catalog, write_tokens
+from retrieval.catalog import CATALOG_PART, TOKENS_PART, write_catalog, write_tokens
 from retrieval.data.schema import Dataset, Item
 from retrieval.members import MemberStore
 from retrieval.moments import NightError
 from retrieval.records import ItemWords, MemberRecord, records_of, view_digest, view_of
 from retrieval.tonight import Tonight
+from retrieval.yesterday import Opened, Yesterday, alone, clear_pointers
 
 if TYPE_CHECKING:
     from retrieval.encoder import Encoder
@@ -59,10 +64,16 @@ class ItemTokens(Protocol):
 
 @dataclass(frozen=True)
 class NightReport:
-    """What a night did. `embedded` items were encoded, the other `items` kept yesterday's vector; durations in seconds."""
+    """What a night did. `embedded` items were encoded, the other `items` kept yesterday's vector; durations in seconds.
+
+    `predecessor` is the snapshot published before, "" if there was none, or "unreadable: " and why; `items_before` is its count,
+    which the count gate compared with, None where there was nothing to compare with.
+    """
 
     snapshot: str
     published: bool
+    predecessor: str
+    items_before: int | None
     as_of: int
     items: int
     embedded: int
@@ -90,35 +101,41 @@ def nightly(
 ) -> NightReport:
     """The items as of a time (seconds) are searchable and served, and the members' records and vectors are in the store.
 
-    Only items whose prompt changed since the published snapshot of the same encoder are encoded. Raises NightError, GateFailed
-    (nothing is published then), and what the parts raise.
+    Only items whose prompt changed since the published snapshot of the same encoder are encoded; a damaged snapshot is replaced.
+    Raises NightError, StoreBusy while another night works on the store, GateFailed (nothing is published then), and what the
+    parts raise.
     """
     clock = _Clock()
     told = progress or _silent
     if members is not None and members.fingerprint != encoder.fingerprint:
         raise NightError(f"the member store is opened for encoder {members.fingerprint}, tonight's is {encoder.fingerprint}")
     tonight = Tonight.of(dataset, as_of)
-    previous = _previous(store_dir)
-    with clock("embed"):
-        embedded = embed_changed(tonight, encoder, previous, told)
-    queries = _member_queries(dataset, encoder, as_of)
-    with clock("index"):
-        snapshot = _write(tonight, embedded, encoder, ranker, store_dir, _parent(previous, as_of), queries, told)
-        require_gates(run_gates(snapshot, previous, queries=queries))
-    loaded = (0, 0)
-    if members is not None:
-        with clock("members"):
-            loaded = load_members(dataset, encoder, members, as_of, told)
-    publish(store_dir, snapshot.name)
-    fresh = previous is None or previous.name != snapshot.name
-    return _report(snapshot, fresh, embedded.count, loaded, "" if ranker is None else ranker.fingerprint, clock)
+    with alone(store_dir):
+        yesterday = Yesterday.open(store_dir, as_of, encoder.fingerprint, encoder.dims)
+        with clock("embed"):
+            embedded = embed_changed(tonight, encoder, yesterday.opened, told)
+        queries = _member_queries(dataset, encoder, as_of)
+        with clock("index"):
+            snapshot = _write(tonight, embedded, encoder, ranker, store_dir, yesterday.parent, queries, told)
+            require_gates(run_gates(snapshot, yesterday.snapshot, queries=queries))
+        loaded = (0, 0)
+        if members is not None:
+            with clock("members"):
+                loaded = load_members(dataset, encoder, members, as_of, told)
+        clear_pointers(store_dir)
+        publish(store_dir, snapshot.name)
+    return _report(snapshot, yesterday, embedded.count, loaded, "" if ranker is None else ranker.fingerprint, clock)
 
 
-def _report(snapshot: Snapshot, fresh: bool, embedded: int, loaded: tuple[int, int], ranker: str, clock: _Clock) -> NightReport:
+def _report(
+    snapshot: Snapshot, yesterday: Yesterday, embedded: int, loaded: tuple[int, int], ranker: str, clock: _Clock
+) -> NightReport:
     facts = snapshot.manifest
     return NightReport(
         snapshot=snapshot.name,
-        published=fresh,
+        published=yesterday.snapshot is None or yesterday.name != snapshot.name,
+        predecessor=yesterday.told,
+        items_before=None if yesterday.snapshot is None else yesterday.snapshot.manifest.count,
         as_of=facts.as_of,
         items=facts.count,
         embedded=embedded,
@@ -145,18 +162,17 @@ class Embedded:
     count: int
 
 
-def embed_changed(tonight: Tonight, encoder: Encoder, previous: Snapshot | None, told: Progress) -> Embedded:
+def embed_changed(tonight: Tonight, encoder: Encoder, previous: Opened | None, told: Progress) -> Embedded:
     """Tonight's items as vectors: yesterday's where the same encoder read the same prompt, else encoded now."""
     records = tonight.records()
     digests = encoder.item_digests(records, tonight.numbers)
     vectors = np.zeros((len(records), encoder.dims), np.float32)
     changed = np.ones(len(records), bool)
-    if previous is not None and previous.manifest.fingerprint == encoder.fingerprint:
-        yesterday = Catalog.open(previous)
-        rows = yesterday.rows(tonight.items.item_id)
-        same = [row >= 0 and yesterday.digest(row) == digest for row, digest in zip(rows.tolist(), digests)]
+    if previous is not None and previous.snapshot.manifest.fingerprint == encoder.fingerprint:
+        rows = previous.catalog.rows(tonight.items.item_id)
+        same = [row >= 0 and previous.catalog.digest(row) == digest for row, digest in zip(rows.tolist(), digests)]
         changed = ~np.array(same, bool)
-        vectors[~changed] = previous.vectors[rows[~changed]]
+        vectors[~changed] = previous.snapshot.vectors[rows[~changed]]
     new = np.flatnonzero(changed)
     if len(new):
         numbers = {name: column[new] for name, column in tonight.numbers.items()}
@@ -195,14 +211,17 @@ def _tokens(tonight: Tonight, ranker: ItemTokens, told: Progress) -> list[list[i
 
 
 def load_members(dataset: Dataset, encoder: Encoder, members: MemberStore, as_of: int, told: Progress) -> tuple[int, int]:
-    """Every member's record and vector are in the store; returns how many there are and how many were encoded."""
+    """Every member's record and vector are in the store; returns how many there are and how many were encoded.
+
+    Between a batch's records and its vectors a server finds no vector for a changed record, and encodes the member itself.
+    """
     words = ItemWords(dataset.items)
     done = encoded = 0
     for batch in _batches(records_of(dataset, as_of), MEMBER_BATCH):
         views = [view_of(record, words) for record in batch]
         digests = [view_digest(view) for view in views]
         vectors = members.vectors(batch, digests)
-        new = [place for place, vector in enumerate(vectors) if vector is None]
+        new = [place for place, vector in enumerate(vectors) if vector is None or len(vector) != encoder.dims]
         if new:
             for place, vector in zip(new, encoder.members([views[place] for place in new])):
                 vectors[place] = vector
@@ -219,23 +238,6 @@ def _member_queries(dataset: Dataset, encoder: Encoder, as_of: int) -> Vectors |
     active = (record for record in records_of(dataset, as_of) if record.history)
     views = [view_of(record, words) for record in islice(active, GATE_QUERIES)]
     return encoder.members(views) if views else None
-
-
-def _previous(store_dir: Path) -> Snapshot | None:
-    """The published snapshot, or None: a damaged one is reported and then counts as none, so that a night can replace it."""
-    try:
-        path = current(store_dir)
-        return None if path is None else Snapshot.open(path)
-    except (SnapshotError, CatalogError) as error:
-        log.warning("the published snapshot cannot be read, everything is encoded anew: %s", error)
-        return None
-
-
-def _parent(previous: Snapshot | None, as_of: int) -> str:
-    """The night before; the same night run again has the same parent, and so the same name if it makes the same thing."""
-    if previous is None:
-        return ""
-    return previous.manifest.parent if previous.manifest.as_of == as_of else previous.name
 
 
 class _Clock:

@@ -26,22 +26,28 @@ class Tonight:
     def of(cls, dataset: Dataset, as_of: int) -> Tonight:
         """The items created or engaged with before `as_of`, with numbers from events before the start of its day.
 
-        Raises NightError if there is none.
+        Raises NightError if there is none, or if `as_of` is no time.
         """
+        until = _words(as_of)
         items, events = dataset.items, dataset.events
         exists = (items.created_at == MISSING_TIME) | (items.created_at < as_of)
         exists[events.item[events.timestamp < as_of]] = True
         rows = np.flatnonzero(exists)
         if not len(rows):
-            raise NightError(
-                f"none of {len(items):,} items exists before {moment_words(as_of)}; give a later --as-of (or `--as-of end`)"
-            )
+            raise NightError(f"none of {len(items):,} items exists before {until}; give a later --as-of (or `--as-of end`)")
         numbers = Counts.from_dataset(dataset, before=as_of).as_of(as_of)
         return cls(take_items(items, rows), {name: column[rows] for name, column in numbers.items()}, as_of)
 
     def records(self) -> list[Item]:
         """The items as records, in row order."""
         return [self.items[row] for row in range(len(self.items))]
+
+
+def _words(as_of: int) -> str:
+    try:
+        return moment_words(as_of)
+    except (OverflowError, ValueError, OSError) as error:
+        raise NightError(f"--as-of {as_of} is no time in seconds since 1970 (milliseconds, perhaps?): {error}") from error
 
 
 def take_items(items: Items, rows: npt.NDArray[np.int64]) -> Items:

@@ -70,7 +70,10 @@ class Writer:
         return row
 
     def members(self, views: Sequence[MemberView]) -> list[list[int]]:
-        """Id rows of members: engagements only, each item where it came first, as in training."""
+        """Id rows of members: engagements only, each item where it comes first in the history handed in.
+
+        A view's history is the newest `records.NEWEST` engagements (`records.view_of`); training cuts its log in the same way.
+        """
         return [self.member(self.profile(view), self.entries(self._shown(view.history))) for view in views]
 
     def _shown(self, history: Sequence[Engagement]) -> list[Engagement]:

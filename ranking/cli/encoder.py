@@ -30,8 +30,9 @@ def train(
     lora_rank: Annotated[
         int | None, typer.Option(help="With --base: train LoRA of this rank instead of all weights.", min=1)
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Time for choosing the length and the refit together.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time for everything: rate, length and refit.", min=0)] = None,
     steps: Annotated[int | None, typer.Option(help="Exactly this many refit steps; same seed, same weights.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Fixed, instead of chosen from three.", min=1e-9)] = None,
     seed: Annotated[int, typer.Option(help="Decides first weights, batches and negatives.")] = 0,
     hidden: Annotated[int, typer.Option(help="From scratch: width.", min=16)] = 128,
     layers: Annotated[int, typer.Option(help="From scratch: depth.", min=1)] = 2,
@@ -42,28 +43,28 @@ def train(
 ) -> None:
     """Train an encoder on a data folder: InfoNCE over day batches, counts as of each batch's day.
 
-    With --minutes (default 5) the length is chosen on the validation window, then the model is refitted on every event before
-    the test cut; the report names the steps it reached, and --steps with the same seed reproduces the weights. A killed run
-    goes on where it stopped when the same command is given again. A folder without interactions trains on its text alone.
+    A run on what came before the validation window chooses there: the learning rate, by short trials of half, one and two times
+    the default (not with --learning-rate, --base or few steps), then, with --minutes (default 5), the length. It stays in
+    OUT/validation. The refit takes every event before the test cut.
+
+    --steps and --learning-rate as reported, with the same seed, reproduce the weights. A killed run goes on when the same command
+    is given on the same data. A folder without interactions trains on its text alone.
 
     Example: `brewline encoder train WORLD --out models/encoder --minutes 3 --seed 1`
     """
     from ranking.cli.memory import keep_freed_memory
     from ranking.cli.output import emit
-    from ranking.cli.train_report import stages, training_table
+    from ranking.cli.train_report import how_long, stages, training_table
     from retrieval.data.read import read_dataset
-    from retrieval.learn.checkpoint import TrainingError
-    from retrieval.learn.fit import EncoderPlan, train_encoder
+    from retrieval.learn.fit import train_encoder
+    from retrieval.learn.start import EncoderPlan
     from retrieval.llama import Size
 
     keep_freed_memory()
-    if steps is not None and minutes is not None:
-        raise TrainingError("both --steps and --minutes were given; choose one")
-    wanted = None if steps is not None else (minutes or 5.0)
+    wanted = how_long(steps, minutes)
     size = Size(hidden=hidden, layers=layers, heads=max(2, hidden // 32), kv_heads=max(1, hidden // 64), mlp=3 * hidden)
-    plan = EncoderPlan(
-        steps=steps, minutes=wanted, seed=seed, base=base, lora_rank=lora_rank, quantizer=quantizer_kind(numbers), size=size
-    )
+    kind = quantizer_kind(numbers)
+    plan = EncoderPlan(steps, wanted, seed, base, lora_rank, learning_rate, quantizer=kind, size=size)
     dataset = read_dataset(data)
     with stages() as stage:
         report = train_encoder(dataset, out, plan, stage)

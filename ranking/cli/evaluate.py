@@ -52,6 +52,7 @@ def retrieval(
 ) -> None:
     """Recall of an encoder over the whole catalogue, "last after the cut", beside the simple baselines.
 
+    An encoder that was trained past this folder's test cut is refused.
     With --out it writes metrics.json and ranked.parquet (member_id, query_timestamp, item_ids, scores; 2,000 deep).
 
     Example: `brewline evaluate retrieval WORLD --encoder models/encoder --counts live --out results/retrieval`
@@ -62,9 +63,11 @@ def retrieval(
     from retrieval.evidence.encoded import EncoderModel
     from retrieval.evidence.evaluate import evaluate_retrieval
     from retrieval.evidence.report import report_table, write_report
+    from retrieval.provenance import check_provenance
 
     dataset, truth = read_with_truth(data)
     loaded = Encoder.load(encoder)
+    check_provenance(encoder, loaded.facts.get("training", {}), dataset)
     with progress_bar("tune baselines") as bar:
         chosen = choose_baselines(dataset, bar)
     model = EncoderModel(loaded, dataset, counts.value, dataset.meta.cut_test)
@@ -89,6 +92,7 @@ def ranking(
 ) -> None:
     """AUC, calibration and order of a ranker on the labelled test events, beside rates, LR and gradient boosting.
 
+    A ranker or encoder that was trained past this folder's test cut is refused.
     With --out it writes metrics.json and scores.parquet (event_id, score, score_text).
 
     Example: `brewline evaluate ranking WORLD --ranker models/ranker --counts live --out results/ranking`
@@ -99,11 +103,16 @@ def ranking(
     from ranking.evidence import evaluate_ranking, ranking_table, write_ranking_report
     from ranking.ranker import Ranker
     from ranking.scored import check_encoder, score_rows
+    from retrieval.encoder import read_facts
+    from retrieval.provenance import check_provenance
 
     dataset, truth = read_with_truth(data)
     rows = labelled_test_rows(dataset)
     loaded = Ranker.load(ranker)
-    check_encoder(loaded, encoder)
+    check_provenance(ranker, loaded.facts.training, dataset)
+    if encoder is not None:
+        check_encoder(loaded, encoder)
+        check_provenance(encoder, read_facts(encoder).get("training", {}), dataset)
     with progress_bar("rank") as bar:
         probability = score_rows(dataset, rows, loaded, counts.value, bar)
     with progress_bar("fit baselines") as bar:

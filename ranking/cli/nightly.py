@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from ranking.cli.output import Report, emit, progress_bar
+from ranking.cli.output import Report, emit, progress_bar, words
 
 if TYPE_CHECKING:
     from retrieval.refresh import NightReport, Progress
@@ -33,7 +33,7 @@ def nightly(
     ] = "now",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Encode what changed, build and check the index, load the members, and publish. Nothing is served before the end.
+    """Encode what changed, build and check the index, load the members, and publish. No snapshot is served before the end.
 
     Counts, histories and items are those known at --as-of; a historical data set is served as of its end.
 
@@ -51,11 +51,20 @@ def nightly(
     dataset = read_dataset(data)
     moment = read_as_of(as_of, dataset, time.time())
     reader, judge = load_models(encoder, ranker)
-    store.mkdir(parents=True, exist_ok=True)
-    kept = MemberStore(open_store(members or default_members(store)), reader.fingerprint)
-    with _bars() as told:
-        report = run(dataset, reader, judge, store, moment, kept, told)
+    _make(store)
+    with closing(open_store(members or default_members(store))) as opened, _bars() as told:
+        opened.ping()  # a Redis store connects at first use, which would otherwise come after hours of encoding
+        report = run(dataset, reader, judge, store, moment, MemberStore(opened, reader.fingerprint), told)
     emit(vars(report), as_json=as_json, table=lambda: _table(report))
+
+
+def _make(store: Path) -> None:
+    from retrieval.moments import NightError
+
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NightError(f"--store {store} cannot be made: {error.strerror}; name a folder of your own") from error
 
 
 @contextmanager
@@ -80,6 +89,10 @@ def _table(report: NightReport) -> Table:
     table = Table("night", "", title=f"Snapshot {report.snapshot}", title_justify="left", show_header=False)
     table.add_row("served", "now" if report.published else "already was: the same night makes the same snapshot")
     table.add_row("as of", moment_words(report.as_of))
+    compared = "the count of items had nothing to be compared with"
+    if report.items_before is not None:
+        compared = f"{report.items_before:,} items, tonight's count was compared with that"
+    table.add_row("before", words(f"{report.predecessor or 'nothing was published'}; {compared}"))
     table.add_row("items", f"{report.items:,}, of which {report.embedded:,} were encoded in {report.seconds_embed:.1f} s")
     table.add_row(
         "members", f"{report.members:,}, of which {report.members_encoded:,} were encoded in {report.seconds_members:.1f} s"

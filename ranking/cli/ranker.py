@@ -40,6 +40,10 @@ def train(
         float | None, typer.Option(help="How long to train; the steps reached are recorded.", show_default="5")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="How many steps instead: the same seed gives the same weights.")] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="The highest learning rate.", min=1e-9, show_default="3e-4, or chosen by trials in a long run"),
+    ] = None,
     lora_rank: Annotated[
         int | None, typer.Option(help="With --base: train LoRA of this rank instead of all weights.", min=1)
     ] = None,
@@ -48,26 +52,26 @@ def train(
 ) -> None:
     """Train a ranker on labels and impressions, or on engagements alone, and leave a complete folder.
 
-    The length is judged and the probabilities are calibrated on the validation window; then the model is fitted again on
-    everything before the test cut. A killed run goes on from its last checkpoint when started again.
+    Learning rate and length are chosen and the probabilities are calibrated on the validation window; then the model is
+    fitted again on everything before the test cut. An encoder that was trained past that cut is refused. A killed run goes on
+    from its last checkpoint when started again on the same data.
 
     Example: `brewline ranker train my-data --out my-ranker --encoder my-encoder --minutes 20`
     """
     from ranking.cli.output import emit
-    from ranking.cli.train_report import stages
+    from ranking.cli.train_report import how_long, stages
     from ranking.learn.start import RankerPlan
     from ranking.learn.train import train_ranker
     from retrieval.data.read import read_dataset
     from retrieval.learn.checkpoint import TrainingError
 
-    if minutes is not None and steps is not None:
-        raise TrainingError("--minutes and --steps both say how long; give one of them")
     if lora_rank is not None and base is None:
         raise TrainingError("--lora-rank needs --base: there is nothing to adapt in a model that starts from scratch")
     plan = RankerPlan(
         steps=steps,
-        minutes=None if steps is not None else (5.0 if minutes is None else minutes),
+        minutes=how_long(steps, minutes),
         seed=seed,
+        learning_rate=learning_rate,
         base=base,
         lora_rank=lora_rank,
         encoder=None if encoder is None else str(encoder),
@@ -84,6 +88,8 @@ def _table(report: TrainReport) -> Table:
     table = Table(title=f"Ranker {report.fingerprint}", title_justify="left", show_header=False)
     table.add_row("folder", report.folder)
     table.add_row("steps", f"{report.steps:,} in {report.seconds:,.0f} s, {report.tokens_per_second:,.0f} tokens/s")
+    tried = ", ".join(f"{rate}: AUC {reached:.4f}" for rate, reached in report.trials.items())
+    table.add_row("learning rate", f"{report.learning_rate:g}" + (f" (trials: {tried})" if tried else ""))
     table.add_row("parameters", f"{report.parameters:,}")
     for name, measures in report.validation.items():
         words = f"AUC {measures['auc']:.4f}, calibration error {measures['calibration_error']:.4f}"

@@ -9,8 +9,19 @@ from rich.table import Table
 
 from ranking.cli.output import Report, progress_bar, words
 
+DEFAULT_MINUTES = 5.0
+
 StageReport = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
+
+
+def how_long(steps: int | None, minutes: float | None) -> float | None:
+    """The minutes to train, None where steps are given. Raises TrainingError if both are."""
+    from retrieval.learn.checkpoint import TrainingError
+
+    if steps is not None and minutes is not None:
+        raise TrainingError("--minutes and --steps both say how long; give one of them")
+    return None if steps is not None else (DEFAULT_MINUTES if minutes is None else minutes)
 
 
 @contextmanager

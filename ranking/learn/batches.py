@@ -10,10 +10,11 @@ import numpy.typing as npt
 
 from ranking.learn.examples import Ints, Pool
 from ranking.prefill.plan import Request
-from ranking.prompts import RankPrompts, admitted
+from ranking.prompts import RankPrompts, admitted, relations_of
 from ranking.tasks import Task
+from retrieval import records
 from retrieval.counts import Counts
-from retrieval.data.schema import MISSING_TIME, Dataset, Engagement, Item, MemberView
+from retrieval.data.schema import Dataset, Engagement, Item, MemberView
 
 Choice = tuple[str, int]
 """A task's name and a group of its pool."""
@@ -40,8 +41,7 @@ class GroupWriter:
         self._bounds = np.searchsorted(self._log.member[self._order], np.arange(len(dataset.members) + 1))
         self._records: dict[int, Item] = {}
         self._bodies: dict[int, list[int]] = {}
-        self._histories: dict[int, tuple[Ints, list[list[int]]]] = {}
-        self._edges: dict[int, dict[str, tuple[str, int]]] = {}
+        self._histories: dict[int, tuple[Ints, list[Engagement], list[list[int]]]] = {}
 
     def write(self, pools: Mapping[str, Pool], chosen: Sequence[Choice]) -> Batch:
         """The chosen groups as one batch."""
@@ -75,33 +75,22 @@ class GroupWriter:
         """Ids of the prefix of a member (row) at a moment (seconds), which sees nothing of the moment itself."""
         connections = self.dataset.connections_of(member, moment)
         opening = self.prompts.opening(MemberView(self.dataset.members[member], (), connections), task)
-        times, entries = self._history(member)
-        return self.prompts.assemble(opening, entries[: int(np.searchsorted(times, moment))])
+        times, history, entries = self._history(member)
+        end = int(np.searchsorted(times, moment))
+        begin = max(0, end - records.NEWEST)  # serving decides what to show from these alone
+        return self.prompts.assemble(opening, [entries[begin + row] for row in admitted(history[begin:end])])
 
     def relations(self, member: int, item: Ints, moment: int) -> list[str]:
         """The member's relation to the creators of items [n], in words, as known before a moment."""
-        edges = self._edges.get(member)
-        if edges is None:
-            edges = {}
-            for edge in reversed(self.dataset.connections_of(member)):
-                edges[edge.other_id] = (edge.kind, MISSING_TIME if edge.since is None else edge.since)
-            self._edges[member] = edges
-        if not edges:
-            return [""] * len(item)
-        found = (edges.get(self.dataset.items.creator[row], ("", moment)) for row in item.tolist())
-        return [words if since < moment else "" for words, since in found]
+        edges = self.dataset.connections_of(member, moment)
+        return relations_of(edges, [self.dataset.items.creator[row] for row in item]) if edges else [""] * len(item)
 
-    def _history(self, member: int) -> tuple[Ints, list[list[int]]]:
-        """Times and ids of the entries that the member's prefixes show, oldest first.
-
-        What is admitted depends only on what came before, so the whole log serves every moment.
-        """
+    def _history(self, member: int) -> tuple[Ints, list[Engagement], list[list[int]]]:
+        """The member's engagements, oldest first: times, records, and ids as a prefix shows them."""
         if member not in self._histories:
             rows = self._order[self._bounds[member] : self._bounds[member + 1]]
             history = [self._engagement(int(row)) for row in rows]
-            kept = admitted(history)
-            entries = self.prompts.entries([history[row] for row in kept])
-            self._histories[member] = (self._log.timestamp[rows[kept]] if kept else np.zeros(0, np.int64), entries)
+            self._histories[member] = (self._log.timestamp[rows], history, self.prompts.entries(history))
         return self._histories[member]
 
     def _engagement(self, row: int) -> Engagement:

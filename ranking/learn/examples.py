@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from ranking.tasks import ENGAGE, LABEL, Task
+from ranking.tasks import ENGAGE, LABEL, Task, tasks_of
+from retrieval.counts import appeared
 from retrieval.data.schema import DAY, IMPRESSION, Dataset, Events, action_kind
 
 Ints = npt.NDArray[np.int64]
@@ -27,7 +28,7 @@ class GroupSettings:
     """How events are grouped: a group ends at a day's end once it has `least` candidates, and at `most` in any case.
 
     Few candidates to a prefix waste computation; many days to a prefix make its history stale. `negatives` catalogue items
-    are drawn for each engagement where the folder says nothing about what was not chosen.
+    that existed by its day are drawn for each engagement where the folder says nothing about what was not chosen.
     """
 
     least: int = 8
@@ -67,6 +68,12 @@ def pools_of(
     window = np.ones(len(log), bool) if since is None else log.timestamp >= since
     found = {name: _pool(dataset, task, window, settings, seed) for name, task in tasks.items()}
     return {name: pool for name, pool in found.items() if len(pool)}
+
+
+def teaches(dataset: Dataset, before: int) -> bool:
+    """Whether anything before a time (seconds) has an answer: a label, an impression of a known request or an engagement."""
+    known = replace(dataset, events=dataset.events.before(before))
+    return any(len(answers(known, task)[0]) for task in tasks_of(known).values())
 
 
 def _pool(dataset: Dataset, task: Task, window: npt.NDArray[np.bool_], settings: GroupSettings, seed: int) -> Pool:
@@ -133,13 +140,16 @@ def _edges(member: Ints, day: Ints, settings: GroupSettings) -> list[int]:
 
 
 def _with_negatives(dataset: Dataset, pool: Pool, negatives: int, seed: int) -> Pool:
-    """The pool with `negatives` random catalogue items after each positive, never one that the member engaged with."""
+    """The pool with `negatives` random items of that day after each positive, never one that the member engaged with."""
     rng = np.random.default_rng([seed, 3])
     n_items = len(dataset.items)
     log = dataset.engagements
     known = np.unique(log.member.astype(np.int64) * n_items + log.item)
     owner = np.repeat(pool.member, np.diff(pool.start))
-    drawn = rng.integers(0, n_items, (len(owner), negatives))
+    first_day = appeared(dataset) // DAY
+    order = np.argsort(first_day, kind="stable")
+    there = np.searchsorted(first_day[order], pool.day, side="right")  # at least the event's own item
+    drawn = order[(rng.random((len(owner), negatives)) * there[:, None]).astype(np.int64)]
     free = ~np.isin(owner[:, None] * n_items + drawn, known)
     keep = np.concatenate([np.ones((len(owner), 1), bool), free], axis=1)
     width = keep.shape[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,13 +18,13 @@ from ranking.prompts import RankBudgets, RankPrompts, label_token
 from ranking.ranker import labels_of
 from ranking.tasks import Task, tasks_of
 from retrieval.data.schema import Dataset
-from retrieval.encoder import FINGERPRINTED, QUANTIZER, read_facts
+from retrieval.encoder import FACTS, QUANTIZER, VALIDATION, read_facts, stored_fingerprint
 from retrieval.features import Kind, Quantizer
-from retrieval.fingerprint import folder_fingerprint
 from retrieval.learn.checkpoint import TrainingError
 from retrieval.learn.prepare import base_tokens, fit_quantizer, fit_tokens
 from retrieval.learn.warm import start_from_words
 from retrieval.llama import Size, add_lora, fit_vocabulary, load_llama, new_llama, smooth_buckets
+from retrieval.provenance import check_provenance, saw_past
 from retrieval.tokens import Tokens
 
 
@@ -33,12 +33,14 @@ class RankerPlan:
     """All that decides the weights, apart from the data. One of `steps` and `minutes` says how long.
 
     `base` is a LLaMA checkpoint to start from (whole, or with `lora_rank` through LoRA); `encoder` is a trained encoder whose
-    tokenizer, quantizer and word vectors are the start of a new model.
+    tokenizer, quantizer and word vectors are the start of a new model. `learning_rate` takes the
+    place of the one in `loop` and of its choice on the validation window.
     """
 
     steps: int | None = None
     minutes: float | None = 5.0
     seed: int = 0
+    learning_rate: float | None = None
     base: str | None = None
     lora_rank: int | None = None
     encoder: str | None = None
@@ -48,28 +50,62 @@ class RankerPlan:
     groups: GroupSettings = field(default_factory=GroupSettings)
     loop: LoopSettings = field(default_factory=LoopSettings)
 
+    @property
+    def rate(self) -> float:
+        """The learning rate that was asked for, or the default."""
+        return self.loop.learning_rate if self.learning_rate is None else self.learning_rate
 
-def start(dataset: Dataset, before: int, plan: RankerPlan, steps: int) -> Trainer:
+
+def start(dataset: Dataset, before: int, plan: RankerPlan, steps: int, identity: Mapping[str, object] | None = None) -> Trainer:
     """Return a trainer at step 0 that has seen nothing at or after `before` (seconds), whatever `dataset` holds.
 
-    Raises TrainingError if nothing can be learned, and the errors of the checkpoint, the encoder or the tokenizer.
+    `identity` is what its checkpoints must share. Raises TrainingError if nothing can be learned, and the errors of the
+    checkpoint, the encoder or the tokenizer.
     """
     torch.manual_seed(plan.seed)
-    tasks = tasks_of(dataset)
+    tasks = tasks_of(replace(dataset, events=dataset.events.before(before)))
     pools = pools_of(dataset, tasks, None, before, plan.groups, plan.seed)
     if not pools:
         raise TrainingError(f"{dataset.meta.name}: no labelled event, impression or engagement before the cut; nothing to learn")
     model, tokens, quantizer = _parts(dataset, before, plan, tasks)
     writer = GroupWriter(dataset, RankPrompts(tokens, quantizer, plan.budgets), tasks, before)
-    return Trainer(model, writer, pools, labels_of(tokens, tasks), steps, plan.loop, plan.seed)
+    return Trainer(
+        model,
+        writer,
+        pools,
+        labels_of(tokens, tasks),
+        steps,
+        replace(plan.loop, learning_rate=plan.rate),
+        identity or {},
+        plan.seed,
+    )
 
 
-def encoder_fingerprint(plan: RankerPlan) -> str | None:
-    """The fingerprint of the encoder that the plan starts from, None without one. Raises EncoderError, MissingPart."""
+@dataclass(frozen=True)
+class Origins:
+    """The encoder that each run starts from, settled once before anything is trained: its fingerprint in the refit, and the
+    folder and fingerprint in the validation run (None: that run starts without one)."""
+
+    refit: str | None = None
+    validation_folder: str | None = None
+    validation: str | None = None
+
+
+def origins_of(dataset: Dataset, plan: RankerPlan) -> Origins:
+    """The encoders of a training. The validation run takes one that saw nothing at or after its cut: the twin that an encoder
+    training leaves in its folder, or the encoder itself where that is so.
+
+    Raises TrainedTooLate, EncoderError, MissingPart.
+    """
     if plan.encoder is None:
-        return None
-    read_facts(Path(plan.encoder))
-    return folder_fingerprint(Path(plan.encoder), FINGERPRINTED)
+        return Origins()
+    folder, cut = Path(plan.encoder), dataset.meta.cut_valid
+    check_provenance(folder, read_facts(folder).get("training", {}), dataset)
+    complete = [each for each in (folder / VALIDATION, folder) if (each / FACTS).is_file()]
+    blind = next((each for each in complete if not saw_past(read_facts(each).get("training", {}), dataset, cut)), None)
+    if blind is None:
+        return Origins(stored_fingerprint(folder))
+    return Origins(stored_fingerprint(folder), str(blind), stored_fingerprint(blind))
 
 
 def _parts(
@@ -80,8 +116,8 @@ def _parts(
     if plan.base is not None and plan.encoder is not None:
         raise TrainingError("both a base checkpoint and an encoder were given to start from; choose one")
     if plan.encoder is not None:
-        encoder_fingerprint(plan)
         folder = Path(plan.encoder)
+        read_facts(folder)
         tokens, quantizer = Tokens.load(folder), Quantizer.load(folder / QUANTIZER)
         tokens.add(_missing(tokens, words))
         vectors = load_llama(folder, causal_lm=False).get_input_embeddings().weight

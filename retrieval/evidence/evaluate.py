@@ -13,15 +13,13 @@ from typing import Protocol
 
 import numpy as np
 
+from retrieval import records
 from retrieval.data.schema import DAY, Dataset, MemberView
 from retrieval.evidence.baselines import Baseline, Knowledge, Oracle, Past, Random, Truth
 from retrieval.evidence.intervals import Estimate, paired_differences
 from retrieval.evidence.metrics import Quality, judge
 from retrieval.evidence.protocol import EvidenceError, Queries, Window, cold_items, last_after_cut, member_views
 from retrieval.evidence.rank import DEPTH, Floats, Progress, Ranked, Scorer, rank_queries
-
-HISTORY_SHOWN = 512
-"""Newest engagements handed to a model per member; a prompt's token budget is far below."""
 
 
 class VectorModel(Protocol):
@@ -98,7 +96,7 @@ def vector_scorer(dataset: Dataset, model: VectorModel, counts: Knowledge, cut: 
         return kept[moment]
 
     def score(queries: Queries) -> Floats:
-        views = member_views(dataset, queries, newest=HISTORY_SHOWN)
+        views = member_views(dataset, queries, newest=records.NEWEST)
         members = _checked(model.member_vectors(views), len(queries), model.name)
         scores = np.empty((len(queries), len(dataset.items)), np.float32)
         moments = queries.day * DAY if counts == "live" else np.full(len(queries), cut)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.counts import Counts
-from retrieval.data.schema import Dataset, Engagement, MemberView
+from retrieval.counts import NEVER, Counts, appeared
+from retrieval.data.schema import DAY, Dataset, Engagement, MemberView
 from retrieval.learn.timeline import Ints, Timeline, day_runs
 from retrieval.writer import Writer
 
@@ -17,7 +17,8 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """How a batch is drawn. `targets`: positives aimed at; `random_items`: catalogue items added as easy negatives."""
+    """How a batch is drawn. `targets`: positives aimed at; `random_items`: easy negatives added, from the part of the catalogue
+    that had appeared by the batch's day."""
 
     targets: int = 160
     targets_per_member: int = 8
@@ -54,11 +55,10 @@ class Sampler:
         self.runs = day_runs(self.timeline.day, settings.targets)
         sizes = np.array([len(run) for run in self.runs], np.float64)
         self._share = sizes / sizes.sum() if len(sizes) else sizes
-        self._entries = self._entry_rows()
-
-    def _entry_rows(self) -> list[list[int]]:
-        items = self.dataset.items
-        return self.writer.entries([Engagement(items[row], 0, "") for row in range(len(items))])
+        met = np.unique(self.timeline.log_item).tolist()
+        self._entries = dict(zip(met, writer.entries([Engagement(dataset.items[row], 0, "") for row in met])))
+        since = appeared(dataset)
+        self._since = np.where(since < before, since // DAY, NEVER)
 
     def batch(self, step: int) -> Batch:
         """Batch number `step`."""
@@ -85,7 +85,12 @@ class Sampler:
         return chosen
 
     def _member_side(self, chosen: list[Ints]) -> tuple[list[list[int]], Ints, Ints, Ints]:
-        """Member rows, and for each kept target its row, its prefix length in tokens and its timeline position."""
+        """Member rows, and for each kept target its row, its prefix length in tokens and its timeline position.
+
+        A row is what serving would write at the moment of the member's last target, with the connections known at the first. The
+        last target sees exactly that; an earlier one sees the part from before its own moment, which can lack the oldest
+        entries that serving would still have had room for then. Targets for whom nothing is left of a history are dropped.
+        """
         timeline = self.timeline
         rows: list[list[int]] = []
         owner: list[int] = []
@@ -93,15 +98,15 @@ class Sampler:
         target: list[int] = []
         for mine in chosen:
             member = int(timeline.member[mine[0]])
-            start = int(timeline.start[member])
             opening = self._opening(member, int(timeline.timestamp[mine[0]]))
-            known = [self._entries[item] for item in timeline.item[start : start + timeline.earlier[mine[-1]]].tolist()]
+            items, times = timeline.history(member, int(timeline.timestamp[mine[-1]]))
+            known = [self._entries[item] for item in items.tolist()]
             row = self.writer.member(opening, known)
-            shown = _shown(row, opening, known)
-            ends = len(opening) + np.concatenate([[0], np.cumsum([len(entry) for entry in known[len(known) - shown :]])])
+            unseen = len(known) - _shown(row, opening, known)
+            ends = len(opening) + np.concatenate([[0], np.cumsum([len(entry) for entry in known[unseen:]])])
             for position in mine.tolist():
-                visible = int(timeline.earlier[position]) - (len(known) - shown)
-                if visible >= 0 and (visible > 0 or timeline.earlier[position] == 0):
+                visible = int(np.searchsorted(times[unseen:], timeline.timestamp[position]))
+                if visible > 0 or timeline.earlier[position] == 0:
                     owner.append(len(rows))
                     prefix.append(int(ends[visible]))
                     target.append(position)
@@ -115,28 +120,29 @@ class Sampler:
     def _with_items(
         self, rows: list[list[int]], owner: Ints, prefix: Ints, target: Ints, run: Ints, rng: np.random.Generator
     ) -> Batch:
-        timeline, n_items = self.timeline, len(self.dataset.items)
-        day = int(np.median(timeline.day[target]))
-        extra = rng.choice(n_items, min(self.settings.random_items, n_items), replace=False)
+        timeline, day = self.timeline, int(np.median(self.timeline.day[target]))
+        there = np.flatnonzero(self._since <= day)
+        extra = rng.choice(there, min(self.settings.random_items, len(there)), replace=False)
         keys = timeline.item[target] * _SPAN + timeline.day[target]
         keys = np.concatenate([keys, extra * _SPAN + day])
         columns, positive = np.unique(keys, return_inverse=True)
         item, item_day = columns // _SPAN, columns % _SPAN
         records = [self.dataset.items[row] for row in item.tolist()]
         item_rows = self.writer.items(records, self.counts.at(item, item_day))
-        log_q = np.log(self._inclusion(item, target, run, len(extra)))
+        log_q = np.log(self._inclusion(item, target, run, len(extra) / len(there), day))
         hidden = item[None, :] == timeline.item[target][:, None]
         hidden |= self._engaged_anyway(timeline.member[target], item)
         positive = positive[: len(target)]
         hidden[np.arange(len(target)), positive] = False
         return Batch(rows, owner, prefix, item_rows, positive, log_q.astype(np.float32), hidden)
 
-    def _inclusion(self, item: Ints, target: Ints, run: Ints, extra: int) -> npt.NDArray[np.float64]:
-        """Probability [C] that the batch holds each column: as a target of the run, or as one of the random items."""
+    def _inclusion(self, item: Ints, target: Ints, run: Ints, random: float, day: int) -> npt.NDArray[np.float64]:
+        """Probability [C] that the batch holds each column: as a target of the run, or, if it is there by the day, as a random
+        item, each of which is drawn with probability `random`."""
         in_run = np.bincount(self.timeline.item[run], minlength=len(self.dataset.items))[item]
         share = min(len(target) / len(run), 1 - 1e-6)
         missed_as_target = (1 - share) ** in_run
-        missed_as_random = 1 - extra / len(self.dataset.items)
+        missed_as_random = np.where(self._since[item] <= day, 1 - random, 1.0)
         return np.maximum(1 - missed_as_target * missed_as_random, 1e-9)
 
     def _engaged_anyway(self, member: Ints, item: Ints) -> Bools:

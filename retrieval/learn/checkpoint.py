@@ -1,20 +1,31 @@
-"""What both trainings keep so that a killed run can go on: weights and optimizer as safetensors, decisions as JSON."""
+"""What both trainings keep so that a killed run can go on: weights and optimizer as safetensors, decisions as JSON.
+
+Both carry the training's identity: the plan, a digest of the data and what else decides the weights. Nothing goes on under
+another.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from index.errors import BrewlineError
+from retrieval.data.schema import Dataset
 
 STATE = "state.safetensors"
 DECISION = "decision.json"
+DATA = "data"
+"""The key of an identity that holds `dataset_digest`."""
+DIGEST_LENGTH = 20
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -40,27 +51,64 @@ def weight_groups(trained: Iterable[torch.Tensor], weight_decay: float) -> list[
     ]
 
 
-def save_state(folder: Path, weights: Weights, optimizer: torch.optim.Optimizer, facts: Mapping[str, object]) -> None:
-    """Writes weights, optimizer state and `facts` (with the key "plan") as one file, whole or not at all."""
+def dataset_digest(dataset: Dataset) -> str:
+    """20 hex digits that differ if anything differs that can decide weights: all but the name of the data and its extra facts.
+
+    Every column goes in with its name, type and length, every text with its length, so that no two data sets run together.
+    """
+    whole = hashlib.sha256()
+    for name, column in _columns("", replace(dataset, meta=replace(dataset.meta, name="", extra={}))):
+        if isinstance(column, np.ndarray):
+            kind, parts = column.dtype.str, [np.ascontiguousarray(column).data]
+        else:
+            text = "".join(column).encode("utf-8", "surrogatepass")
+            kind, parts = "text", [np.fromiter(map(len, column), np.int64, len(column)).data, memoryview(text)]
+        whole.update(f"{name!a} {kind} {len(column)}\n".encode())
+        for part in parts:
+            whole.update(part)
+    return whole.hexdigest()[:DIGEST_LENGTH]
+
+
+def _columns(name: str, held: Any) -> Iterator[tuple[str, np.ndarray | Sequence[str]]]:
+    """Every column below a record or mapping, with its dotted name; a single value is a column of one text."""
+    if is_dataclass(held):
+        held = {field.name: getattr(held, field.name) for field in fields(held)}
+    if isinstance(held, Mapping):
+        for key, value in held.items():
+            yield from _columns(f"{name}.{key}", value)
+    else:
+        yield name, held if isinstance(held, np.ndarray | list | tuple) else [str(held)]
+
+
+def save_state(
+    folder: Path,
+    weights: Weights,
+    optimizer: torch.optim.Optimizer,
+    facts: Mapping[str, object],
+    identity: Mapping[str, object],
+) -> None:
+    """Writes weights, optimizer state, `facts` and the training's identity as one file, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{name}": weight.detach().contiguous() for name, weight in weights}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value).clone() for name, value in state.items()}
-    save_file(tensors, folder / "state.tmp", metadata={"facts": json.dumps(facts)})
+    save_file(tensors, folder / "state.tmp", metadata={"facts": json.dumps({**facts, "identity": identity})})
     (folder / "state.tmp").replace(folder / STATE)
 
 
 def load_state(
-    folder: Path, weights: Weights, optimizer: torch.optim.Optimizer, plan: Mapping[str, object]
+    folder: Path, weights: Weights, optimizer: torch.optim.Optimizer, identity: Mapping[str, object]
 ) -> dict[str, Any] | None:
-    """Puts a saved state back in place and returns its facts, or None if there is none. Raises TrainingError on another plan."""
+    """Puts a saved state back in place and returns its facts, or None if there is none.
+
+    Raises TrainingError if it belongs to a training with another identity.
+    """
     path = folder / STATE
     if not path.is_file():
         return None
     with safe_open(path, framework="pt") as file:
         facts: dict[str, Any] = json.loads(file.metadata()["facts"])
-    if facts["plan"] != json.loads(json.dumps(plan)):
-        raise TrainingError(f"{path} belongs to another plan ({facts['plan']}); remove it or ask for the same")
+    check_identity(path, facts.get("identity", {}), identity)
     tensors = load_file(path)
     with torch.no_grad():
         for name, weight in weights:
@@ -75,15 +123,41 @@ def load_state(
     return facts
 
 
-def remembered(work: Path, plan: Mapping[str, object]) -> dict[str, Any] | None:
-    """What an earlier, killed run of the same plan decided, or None. Raises TrainingError on another plan."""
+def remembered(work: Path, identity: Mapping[str, object]) -> dict[str, Any] | None:
+    """What an earlier, killed run of the same training decided (with its "identity"), or None if there is no such file.
+
+    Raises TrainingError if it belongs to a training with another identity.
+    """
     path = work / DECISION
     if not path.is_file():
         return None
     decision: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if decision["plan"] != json.loads(json.dumps(plan)):
-        raise TrainingError(f"{work} belongs to a training with other settings; remove it or choose another --out")
+    check_identity(path, decision.get("identity", {}), identity)
     return decision
+
+
+def check_identity(path: Path, held: Mapping[str, object], wanted: Mapping[str, object]) -> None:
+    """Raises TrainingError naming what differs between the identity that a file holds and the one that is wanted."""
+    was, now = _flat(held), _flat(json.loads(json.dumps(wanted)))
+    changed = [name for name in {**was, **now} if was.get(name, "absent") != now.get(name, "absent")]
+    if not changed:
+        return
+    parts = [f"{name} was {was.get(name, 'absent')!r}, is {now.get(name, 'absent')!r}" for name in changed if name != DATA]
+    words = ["settings: " + ", ".join(parts)] if parts else []
+    if DATA in changed:
+        words.append(f"the data changed since: digest {was.get(DATA, 'absent')}, now {now.get(DATA, 'absent')}")
+    raise TrainingError(
+        f"{path} belongs to another plan or other data ({'; '.join(words)}); "
+        "give the same again to go on, or remove it or choose another --out to start anew"
+    )
+
+
+def _flat(nested: Mapping[str, Any], before: str = "") -> dict[str, object]:
+    """Leaves of nested mappings by dotted name."""
+    found: dict[str, object] = {}
+    for name, value in nested.items():
+        found |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) and value else {f"{before}{name}": value}
+    return found
 
 
 def write_json(path: Path, content: object) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from index.errors import BrewlineError
-from retrieval.counts import NUMBERS, Counts
+from retrieval.counts import NUMBERS, Counts, appeared
 from retrieval.data.schema import DAY, Dataset
 from retrieval.features import Kind, Quantizer
 from retrieval.learn.sessions import MADE_UP
@@ -31,16 +31,19 @@ def fit_quantizer(dataset: Dataset, before: int, kind: Kind, seed: int) -> Quant
     """Boundaries of the as-of and static numbers, half from engaged items at the moment of engagement, half from the catalogue.
 
     A percentile over the catalogue alone spends most buckets on items that nobody asks for, one over engagements alone cannot
-    tell the tail apart. Fields without two different known values are left out: they would cost a token and say nothing.
+    tell the tail apart. Only items that had appeared before `before` count, and a random one only on a day on which it had.
+    Fields without two different known values are left out: they would cost a token and say nothing.
     """
     rng = np.random.default_rng([seed, 1])
-    values = {name: np.asarray(column, np.float64) for name, column in dataset.items.numbers.items()}
+    rows = known_items(dataset, before)
+    values = {name: np.asarray(column, np.float64)[rows] for name, column in dataset.items.numbers.items()}
     timeline = Timeline.of(dataset, before)
     if len(timeline) and MADE_UP not in dataset.meta.extra:
         engaged = rng.permutation(len(timeline))[: SAMPLE // 2]
-        other = rng.integers(0, len(dataset.items), len(engaged))
-        item = np.concatenate([timeline.item[engaged], other])
-        day = np.tile(timeline.day[engaged], 2)
+        other = rows[rng.integers(0, len(rows), len(engaged))]
+        there = appeared(dataset)[other] // DAY <= timeline.day[engaged]
+        item = np.concatenate([timeline.item[engaged], other[there]])
+        day = np.concatenate([timeline.day[engaged], timeline.day[engaged][there]])
         asof = Counts.from_dataset(dataset, before).at(item, day)
         values = {name: asof[name] for name in NUMBERS} | values
     known = {name: column[np.isfinite(column)] for name, column in values.items()}
@@ -66,10 +69,8 @@ def base_tokens(path: str, quantizer: Quantizer, extra: tuple[str, ...] = ()) ->
 
 
 def known_items(dataset: Dataset, before: int) -> npt.NDArray[np.int64]:
-    """Rows of items that had appeared before a time; all rows where the folder knows no time at all."""
-    age = Counts.from_dataset(dataset, before).as_of(before + DAY - 1)["age_days"] if len(dataset.events) else np.zeros(0)
-    rows = np.flatnonzero(np.isfinite(age))
-    return rows if len(rows) else np.arange(len(dataset.items))
+    """Rows of the items that had appeared strictly before a time (seconds); all rows where the folder knows no time at all."""
+    return np.flatnonzero(appeared(dataset) < before)
 
 
 def _texts(dataset: Dataset, before: int) -> Iterator[str]:

@@ -77,4 +77,6 @@ def _dataset(dataset: Dataset, chosen: np.ndarray, day: np.ndarray) -> Dataset:
     extra = {**dataset.meta.extra, MADE_UP: True}
     meta = replace(dataset.meta, cut_valid=8 * DAY, cut_test=9 * DAY, retrieval_actions=(ACTION,), extra=extra)
     members = Members([f"session {number}" for number in range(len(chosen))])
-    return replace(dataset, meta=meta, members=members, events=events, connections=None)
+    # Real times cannot be compared with pseudo-days: every item is there from the start.
+    items = replace(dataset.items, created_at=np.zeros(len(dataset.items), np.int64))
+    return replace(dataset, meta=meta, items=items, members=members, events=events, connections=None)

@@ -1,11 +1,10 @@
-"""The training loop of the dual encoder: batches in, weights out, a curve and a checkpoint beside them."""
+"""One step of the dual encoder: a batch of members and items in, the InfoNCE between them out."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from retrieval.encoder import length_batches
 from retrieval.learn.batches import Batch, Sampler
-from retrieval.learn.checkpoint import TrainingError, load_state, save_state, weight_groups
+from retrieval.learn.loop import Loop, Pace
 from retrieval.learn.loss import info_nce
 from retrieval.llama import pad_rows
 
@@ -25,60 +24,41 @@ MAX_SCALE = 100.0
 
 
 @dataclass(frozen=True)
-class LoopSettings:
-    """How weights move. Learning rate: linear warm-up over `warmup` of the steps, then linear to zero."""
+class LoopSettings(Pace):
+    """How the encoder's weights move. `first_scale`: one over the temperature at the start; it is learned from there."""
 
     learning_rate: float = 2e-3
-    warmup: float = 0.05
-    weight_decay: float = 0.01
-    clip: float = 1.0
     first_scale: float = 15.0
-    checkpoint_seconds: float = 120.0
 
 
-Progress = Callable[[int, int], None]
+class Trainer(Loop):
+    """One run of a trunk and its temperature over a sampler's batches."""
 
+    model: PreTrainedModel
+    settings: LoopSettings
 
-class Trainer:
-    """One run: a trunk, a temperature, an optimizer and the number of steps done."""
-
-    def __init__(self, model: PreTrainedModel, sampler: Sampler, steps: int, settings: LoopSettings) -> None:
-        self.model, self.sampler, self.steps, self.settings = model, sampler, steps, settings
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sampler: Sampler,
+        steps: int,
+        settings: LoopSettings,
+        identity: Mapping[str, object],
+    ) -> None:
+        self.sampler = sampler
         self.log_scale = nn.Parameter(torch.tensor(np.log(settings.first_scale), dtype=torch.float32))
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
-        groups = weight_groups([*trained, self.log_scale], settings.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
-        self.done = 0
-        self.curve: list[dict[str, float]] = []
+        super().__init__(model, settings, steps, identity, {"log_scale": self.log_scale})
 
-    def run(self, until: int, progress: Progress | None = None, checkpoint: Path | None = None) -> None:
-        """Trains up to step `until`; with `checkpoint` a killed run goes on from that folder later."""
-        self.model.train()
-        saved = time.monotonic()
-        while self.done < until:
-            self._step()
-            if progress is not None:
-                progress(self.done, self.steps)
-            if checkpoint is not None and time.monotonic() - saved > self.settings.checkpoint_seconds:
-                self.save(checkpoint)
-                saved = time.monotonic()
+    def again(self, steps: int, learning_rate: float) -> Trainer:
+        """Another run at step 0 over the same batches, from a copy of the weights that this one has now."""
+        settings = replace(self.settings, learning_rate=learning_rate)
+        return Trainer(copy.deepcopy(self.model), self.sampler, steps, settings, self.identity)
 
-    def _step(self) -> None:
-        rate = self.settings.learning_rate * schedule(self.done, self.steps, self.settings.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        batch = self.sampler.batch(self.done)
-        loss = self.loss(batch)
-        if not torch.isfinite(loss):
-            raise TrainingError(f"the loss became {float(loss)} at step {self.done}; lower the learning rate ({rate:.2g})")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        self.optimizer.step()
+    def step_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
+        """The InfoNCE of batch number `done`, and the scale that it was taken at."""
         with torch.no_grad():
             self.log_scale.clamp_(max=float(np.log(MAX_SCALE)))
-        self.done += 1
-        self.curve.append({"step": self.done, "loss": float(loss.detach()), "scale": float(self.log_scale.detach().exp())})
+        return self.loss(self.sampler.batch(self.done)), {"scale": float(self.log_scale.detach().exp())}
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The batch's InfoNCE."""
@@ -124,32 +104,6 @@ class Trainer:
     def _hidden(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         ids, _ = pad_rows(rows, self.sampler.writer.tokens.pad)
         return self.model(input_ids=ids, use_cache=False).last_hidden_state.float()
-
-    def save(self, folder: Path) -> None:
-        """Writes weights, optimizer state and position, whole or not at all."""
-        facts = {"step": self.done, "plan": self._plan(), "curve": self.curve}
-        save_state(folder, self._weights(), self.optimizer, facts)
-
-    def resume(self, folder: Path) -> bool:
-        """Goes on where a checkpoint of the same plan stopped; False if there is none. Raises TrainingError on another plan."""
-        facts = load_state(folder, self._weights(), self.optimizer, self._plan())
-        if facts is None:
-            return False
-        self.done, self.curve = facts["step"], facts["curve"]
-        return True
-
-    def _plan(self) -> dict[str, object]:
-        return {"steps": self.steps, "seed": self.sampler.seed, "settings": asdict(self.settings)}
-
-    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self.model.named_parameters()
-        yield "log_scale", self.log_scale
-
-
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """The share of the full learning rate at a step: a function of the step alone, so that a rerun takes the same path."""
-    rising = max(1, round(warmup * steps))
-    return min((step + 1) / rising, max(0.0, (steps - step) / max(1, steps - rising)))
 
 
 def _in_order(parts: Sequence[torch.Tensor], places: Sequence[np.ndarray]) -> torch.Tensor:

@@ -71,8 +71,9 @@ def _documents(dataset: Dataset, tokens: Tokens, before: int, seed: int) -> Iter
     whole = tokens.many([item_prompt(dataset.items[row], []) for row in items.tolist()])
     yield from ([token for token in ids if token not in special] for ids in whole)
     timeline = Timeline.of(dataset, before)
-    everything = [dataset.items[row] for row in range(len(dataset.items))]
-    entries = tokens.many([entry_prompt(Engagement(item, 0, ""), with_action=False) for item in everything])
+    met = np.unique(timeline.item).tolist()
+    prompts = [entry_prompt(Engagement(dataset.items[row], 0, ""), with_action=False) for row in met]
+    entries = dict(zip(met, tokens.many(prompts)))
     members = rng.permutation(np.unique(timeline.member))[:DOCUMENTS]
     profiles = tokens.many([member_prompt(dataset.members[row], ()) for row in members.tolist()])
     for row, profile in zip(members.tolist(), profiles):

@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from index.errors import BrewlineError
 from ranking.calibrate import auc
-from ranking.learn import train as training
+from ranking.learn import validate
 from ranking.learn.batches import GroupWriter
 from ranking.learn.examples import SAMPLED, GroupSettings, pools_of
 from ranking.learn.loop import LoopSettings
 from ranking.learn.start import RankerPlan, start
-from ranking.learn.train import judge, train_ranker
+from ranking.learn.train import TrainReport, train_ranker
+from ranking.learn.validate import judge
 from ranking.prompts import RankBudgets
 from ranking.ranker import Ranker
 from ranking.tasks import tasks_of
@@ -70,13 +71,13 @@ def test_equal_steps_and_seed_give_equal_weights_also_after_a_kill(tiny_dataset:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, training.TrainReport]:
+def trained(tiny_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainReport]:
     out = tmp_path_factory.mktemp("trained") / "ranker"
     return out, train_ranker(tiny_dataset, out, SMALL)
 
 
 def test_a_training_leaves_a_complete_folder_and_says_what_it_reached(
-    trained: tuple[Path, training.TrainReport], tiny_dataset: Dataset
+    trained: tuple[Path, TrainReport], tiny_dataset: Dataset
 ) -> None:
     out, report = trained
     ranker = Ranker.load(out)
@@ -90,7 +91,7 @@ def test_a_training_leaves_a_complete_folder_and_says_what_it_reached(
 
 
 def test_the_same_training_gives_the_same_fingerprint(
-    trained: tuple[Path, training.TrainReport], tiny_dataset: Dataset, tmp_path: Path
+    trained: tuple[Path, TrainReport], tiny_dataset: Dataset, tmp_path: Path
 ) -> None:
     assert train_ranker(tiny_dataset, tmp_path / "again", SMALL).fingerprint == trained[1].fingerprint
 
@@ -98,7 +99,7 @@ def test_the_same_training_gives_the_same_fingerprint(
 def test_minutes_become_steps_that_reproduce_the_weights(
     tiny_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_affordable", lambda *_: 3)
+    monkeypatch.setattr(validate, "affordable", lambda *_: 3)
     by_time = train_ranker(tiny_dataset, tmp_path / "time", replace(SMALL, steps=None, minutes=0.1))
     by_steps = train_ranker(tiny_dataset, tmp_path / "steps", replace(SMALL, steps=by_time.steps))
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("time", "steps")]
@@ -107,7 +108,7 @@ def test_minutes_become_steps_that_reproduce_the_weights(
 
 @pytest.mark.parametrize("lora", [None, 2])
 def test_a_checkpoint_is_a_start(
-    trained: tuple[Path, training.TrainReport], tiny_dataset: Dataset, tmp_path: Path, lora: int | None
+    trained: tuple[Path, TrainReport], tiny_dataset: Dataset, tmp_path: Path, lora: int | None
 ) -> None:
     plan = replace(SMALL, base=str(trained[0]), lora_rank=lora, loop=replace(SMALL.loop, learning_rate=1e-3))
     report = train_ranker(tiny_dataset, tmp_path / "ranker", plan)
@@ -171,9 +172,11 @@ def test_the_command_trains_and_prints_one_object(tiny_dataset: Dataset, tmp_pat
 
     write_dataset(tiny_dataset, tmp_path / "data")
     out = tmp_path / "ranker"
-    result = CliRunner().invoke(app, ["train", str(tmp_path / "data"), "--out", str(out), "--steps", "1", "--json"])
+    result = CliRunner().invoke(
+        app, ["train", str(tmp_path / "data"), "--out", str(out), "--steps", "1", "--learning-rate", "1e-3", "--json"]
+    )
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
-    assert printed["steps"] == 1 and printed["fingerprint"] == Ranker.load(out).fingerprint
+    assert (printed["steps"], printed["learning_rate"]) == (1, 1e-3) and printed["fingerprint"] == Ranker.load(out).fingerprint
     both = CliRunner().invoke(app, ["train", str(tmp_path / "data"), "--out", str(out), "--steps", "1", "--minutes", "1"])
     assert isinstance(both.exception, TrainingError)

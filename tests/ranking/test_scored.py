@@ -80,7 +80,6 @@ def test_live_groups_share_a_moment_and_frozen_ones_a_member(tiny_dataset: Datas
 
 
 def test_a_ranker_of_another_encoder_is_refused(ranker: Ranker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_encoder(ranker, None)
     monkeypatch.setattr("ranking.scored.stored_fingerprint", lambda folder: f"that of {folder.name}")
     with pytest.raises(RankingEvidenceError, match=r"trained beside encoder an encoder, .* is that of other"):
         check_encoder(ranker, tmp_path / "other")

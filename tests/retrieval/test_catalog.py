@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from index.build import build
@@ -45,6 +46,16 @@ def snapshot_of(store: Path, items: Items, parts: dict[str, bytes]) -> Snapshot:
         for name, content in parts.items():
             writer.part(name, content)
     return Snapshot.open(writer.path)
+
+
+def bare(items: Items, facts: bytes | None) -> bytes:
+    """An Arrow file of ids alone, with these words about itself."""
+    batch = pa.record_batch({"item_id": pa.array(items.item_id, pa.large_string())})
+    batch = batch.replace_schema_metadata({} if facts is None else {b"brewline": facts})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return bytes(sink.getvalue().to_pybytes())
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +130,9 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path, items: Items) -> None
     for name, content, words in (
         ("torn", good[: len(good) // 2], "cannot be read"),
         ("empty", b"", "cannot be read"),
+        ("stranger", bare(items, None), "says it is nothing"),
+        ("no words", bare(items, b'["catalog.arrow", 1]'), "says it is nothing"),
+        ("columns", bare(items, b'{"part": "catalog.arrow", "format": 1, "as_of": 1}'), "no column title, text, category"),
         ("foreign", write_tokens([[1]] * len(items), "r"), r"says it is tokens\.arrow"),
     ):
         with pytest.raises(CatalogError, match=words):

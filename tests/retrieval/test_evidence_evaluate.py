@@ -20,6 +20,7 @@ from retrieval.evidence.evaluate import evaluate_retrieval
 from retrieval.evidence.popularity import LivePopularity, Popularity
 from retrieval.evidence.protocol import EvidenceError, last_after_cut
 from retrieval.evidence.report import report_table, write_report
+from retrieval.records import ItemWords, records_of, view_of
 
 
 class TopicModel:
@@ -64,6 +65,19 @@ def test_views_end_strictly_before_the_query(tiny_dataset: Dataset) -> None:
         assert times == sorted(times)
         assert times[-1] < moment[view.member.member_id]
         assert view.connections
+
+
+def test_views_are_those_that_serving_would_show(tiny_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrieval.records.NEWEST", 3)
+    queries, model, words = last_after_cut(tiny_dataset), TopicModel(), ItemWords(tiny_dataset.items)
+    evaluate_retrieval(tiny_dataset, model, "live", [])
+    asked = {f"m{row}": moment for row, moment in zip(queries.member.tolist(), queries.timestamp.tolist())}
+    for view in model.views[::5]:
+        name = view.member.member_id
+        record = next(one for one in records_of(tiny_dataset, asked[name]) if one.member.member_id == name)
+        served = view_of(record, words)
+        assert list(view.history) == list(served.history) and len(view.history) == 3
+        assert list(view.connections) == list(served.connections)
 
 
 def test_a_model_that_knows_the_topics_beats_chance_and_popularity(tiny_dataset: Dataset, tmp_path: Path) -> None:

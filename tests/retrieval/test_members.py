@@ -72,6 +72,17 @@ def test_a_vector_belongs_to_one_encoder_and_one_record(store: KeyValueStore) ->
     assert members.vectors([changed], [b"w" * 16]) == [None]
 
 
+def test_a_record_that_only_got_older_keeps_its_vector(store: KeyValueStore) -> None:
+    members = MemberStore(store, "f")
+    members.put([WEIRD])
+    members.put_vectors([WEIRD], [b"v" * 16], vectors(1))
+    members.put([replace(WEIRD, as_of=12_345)])
+    known = members.get(WEIRD.member.member_id)
+    assert known.record.as_of == 12_345 and known.vector is not None
+    members.put([replace(WEIRD, as_of=12_345, connections=WEIRD.connections[:1])])
+    assert members.get(WEIRD.member.member_id).vector is None
+
+
 @pytest.mark.parametrize("stored", [b"", b"{", b"[]", b'{"format":99}', b'{"format":1}', b"\x80\x04K\x01."])
 def test_damaged_records_are_named(store: KeyValueStore, stored: bytes) -> None:
     store.put_many(RECORD, {"m1": stored})
@@ -79,12 +90,17 @@ def test_damaged_records_are_named(store: KeyValueStore, stored: bytes) -> None:
         MemberStore(store, "f").get("m1")
 
 
-def test_a_damaged_vector_is_named(store: KeyValueStore) -> None:
+@pytest.mark.parametrize("stored", [b"", b"BLV1short", b"BLV1" + b"d" * 32 + b"\x00\x00\xc0\x7f", b"BLV2" + b"d" * 36])
+def test_a_damaged_vector_is_named_to_a_server_and_none_to_a_night(
+    store: KeyValueStore, stored: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     members = MemberStore(store, "f")
     members.put([WEIRD])
-    store.put_many(VECTOR, {WEIRD.member.member_id: b"BLV1short"}, "f")
+    store.put_many(VECTOR, {WEIRD.member.member_id: stored}, "f")
     with pytest.raises(MemberRecordError, match="vector"):
         members.get(WEIRD.member.member_id)
+    assert members.vectors([WEIRD], [b"d" * 16]) == [None]
+    assert "1 vectors of members are damaged and made anew" in caplog.text
 
 
 def test_records_know_engagements_strictly_before_the_moment(tiny_dataset: Dataset) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from index.check import GateFailed
 from index.publish import current
@@ -17,15 +16,11 @@ from index.store import open_store
 from retrieval.catalog import Catalog
 from retrieval.counts import Counts
 from retrieval.data.schema import DAY, Dataset, Item
-from retrieval.encoder import Encoder, save_encoder
-from retrieval.features import Quantizer
-from retrieval.llama import Size, new_llama
-from retrieval.members import MemberStore
+from retrieval.encoder import Encoder
+from retrieval.members import VECTOR, MemberStore
 from retrieval.moments import NightError, end_of, read_as_of
 from retrieval.records import view_of
-from retrieval.refresh import NightReport, nightly
-from retrieval.tokens import Tokens
-from retrieval.writer import Budgets, Writer
+from retrieval.refresh import nightly
 
 
 class WordCounter:
@@ -37,17 +32,9 @@ class WordCounter:
         return [[len(item.title), int(total)] for item, total in zip(items, numbers["n_total"])]
 
 
-def make_encoder(folder: Path, quantizer: Quantizer, tokens: Tokens, seed: int) -> Encoder:
-    torch.manual_seed(seed)
-    size = Size(hidden=32, layers=1, heads=2, kv_heads=1, mlp=48)
-    writer = Writer(tokens, quantizer, Budgets(item=32, member=96), ("like",))
-    save_encoder(folder, new_llama(size, len(tokens), causal_lm=False), writer, {"seed": seed})
-    return Encoder.load(folder)
-
-
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory, tiny_quantizer: Quantizer, tiny_tokens: Tokens) -> Encoder:
-    return make_encoder(tmp_path_factory.mktemp("encoder"), tiny_quantizer, tiny_tokens, 3)
+def encoder(encoder_folders: tuple[Path, Path]) -> Encoder:
+    return Encoder.load(encoder_folders[0])
 
 
 def members_of(folder: Path, encoder: Encoder) -> MemberStore:
@@ -99,6 +86,12 @@ def test_the_same_night_again_does_nothing_twice(tmp_path: Path, tiny_dataset: D
     first = nightly(tiny_dataset, encoder, None, tmp_path / "store", moment, members)
     again = nightly(tiny_dataset, encoder, None, tmp_path / "store", moment, members)
     assert (again.snapshot, again.published, again.embedded, again.members_encoded) == (first.snapshot, False, 0, 0)
+    assert (first.predecessor, first.items_before) == ("", None)
+    assert (again.predecessor, again.items_before) == (first.snapshot, 60)
+    right = np.array(served(tmp_path / "store")[0].vectors)
+    later = nightly(tiny_dataset, encoder, None, tmp_path / "store", moment + 3600, members)
+    assert (later.published, later.embedded, later.members_encoded, later.predecessor) == (True, 0, 0, first.snapshot)
+    np.testing.assert_array_equal(served(tmp_path / "store")[0].vectors, right)
 
 
 def test_only_what_reads_differently_is_encoded_again(tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder) -> None:
@@ -122,9 +115,9 @@ def test_only_what_reads_differently_is_encoded_again(tmp_path: Path, tiny_datas
 
 
 def test_another_encoder_starts_from_nothing(
-    tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder, tiny_quantizer: Quantizer, tiny_tokens: Tokens
+    tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder, encoder_folders: tuple[Path, Path]
 ) -> None:
-    other = make_encoder(tmp_path / "other", tiny_quantizer, tiny_tokens, 4)
+    other = Encoder.load(encoder_folders[1])
     nightly(tiny_dataset, encoder, None, tmp_path / "store", end_of(tiny_dataset))
     report = nightly(tiny_dataset, other, None, tmp_path / "store", end_of(tiny_dataset))
     assert report.embedded == 60
@@ -157,16 +150,39 @@ def test_a_failed_gate_leaves_yesterday_serving(tmp_path: Path, tiny_dataset: Da
     assert served(store)[0].name == first.snapshot
 
 
-def test_a_damaged_snapshot_is_replaced(
+def test_a_clock_that_went_back_is_said(
     tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = tmp_path / "store"
-    first = nightly(tiny_dataset, encoder, None, store, end_of(tiny_dataset))
-    broken = store / "snapshots" / first.snapshot / "vectors.npy"
-    broken.write_bytes(broken.read_bytes()[:-4])
-    report: NightReport = nightly(tiny_dataset, encoder, None, store, end_of(tiny_dataset) + DAY)
-    assert report.embedded == 60 and report.snapshot != first.snapshot
-    assert "cannot be read" in caplog.text
+    moment = end_of(tiny_dataset)
+    nightly(tiny_dataset, encoder, None, tmp_path, moment)
+    report = nightly(tiny_dataset, encoder, None, tmp_path, moment - DAY)
+    assert report.published and "is the clock right?" in caplog.text
+    for no_time in (moment * 1_000, 10**30, -(10**30)):
+        with pytest.raises(NightError, match="milliseconds"):
+            nightly(tiny_dataset, encoder, None, tmp_path, no_time)
+    (tmp_path / "file").touch()
+    with pytest.raises(NightError, match="cannot be written"):
+        nightly(tiny_dataset, encoder, None, tmp_path / "file", moment)
+
+
+def test_a_damaged_vector_of_a_member_is_made_again(
+    tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, moment = open_store(f"sqlite:{tmp_path / 'members.sqlite'}"), end_of(tiny_dataset)
+    members = MemberStore(store, encoder.fingerprint)
+    nightly(tiny_dataset, encoder, None, tmp_path / "store", moment, members)
+    whole = store.get_many(VECTOR, ["m0", "m1", "m2", "m3"], encoder.fingerprint)
+    m0, m1, m2, _ = (value or b"" for value in whole)
+    damaged = {"m0": m0[:-1], "m1": m1[:-4], "m2": m2[:-4] + b"\x00\x00\xc0\x7f", "m3": b""}
+    store.put_many(VECTOR, damaged, encoder.fingerprint)
+    report = nightly(tiny_dataset, encoder, None, tmp_path / "store", moment + 3600, members)
+    assert (report.embedded, report.members_encoded) == (0, 4)
+    assert "3 vectors of members are damaged" in caplog.text
+    for member_id, value in zip(damaged, whole):
+        (mended,) = store.get_many(VECTOR, [member_id], encoder.fingerprint)
+        assert mended is not None and value is not None and len(mended) == len(value)
+        assert members.get(member_id).vector is not None
+    store.close()
 
 
 def test_moments_as_people_write_them(tiny_dataset: Dataset) -> None:

@@ -1,0 +1,161 @@
+"""What the validation window decides before the refit: the learning rate, the length and the calibrators."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ranking.calibrate import Calibrator, auc, calibration_error, fit
+from ranking.learn.batches import Choice, GroupWriter
+from ranking.learn.examples import Pool, pools_of, teaches
+from ranking.learn.loop import Trainer
+from ranking.learn.start import Origins, RankerPlan, start
+from ranking.prefill.engine import Engine
+from ranking.prefill.plan import Limits
+from retrieval.data.schema import Dataset
+from retrieval.learn.checkpoint import TrainingError
+from retrieval.learn.choose import choose_rate
+
+VALIDATION_SHARE = 0.3
+"""Share of all steps that goes to the validation run and its trials; the refit gets the rest."""
+TRIAL_SHARE = 0.2
+"""Share of the validation steps that goes to the trials together: a quarter of what is left to the run itself."""
+TRIAL_LEAST = 20
+"""Steps below which a trial would tell nothing about a rate: then the default is taken untried."""
+RATES = (0.5, 1.0, 2.0)
+"""Learning rates that are tried, as multiples of the default."""
+VALIDATION_CANDIDATES, TRIAL_CANDIDATES = 6_000, 2_000
+"""Candidates that the validation run is judged and calibrated on, and a trial is judged on, at most; a quarter of it for each
+further task."""
+LOOKS = (0.6, 1.0)
+"""Shares of the validation run at which it is judged."""
+WORTH = 0.002
+"""AUC by which an earlier look must be better to shorten the refit: less is noise."""
+RATE_WORTH = 0.01
+"""AUC by which another learning rate must beat the default: on TRIAL_CANDIDATES less is noise."""
+TRIAL_STEPS = 4
+JUDGED = (len(LOOKS) * VALIDATION_CANDIDATES + len(RATES) * TRIAL_CANDIDATES) / 3
+"""Candidates to train on that cost as much as all judging: a pass without gradient takes about a third of a step."""
+GROUPS_PER_PASS = 64
+UNCALIBRATED_NOTE = "too few answers between the cuts: probabilities are not calibrated"
+WITHOUT_ENCODER_NOTE = (
+    "the encoder knows the validation window and holds no twin that does not: the validation run did without it"
+)
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
+Judged = dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]]
+"""Task -> raw scores [n] and answers [n] of the validation window."""
+
+
+def decide(dataset: Dataset, plan: RankerPlan, origins: Origins, report: Progress) -> dict[str, Any]:
+    """Steps and learning rate of the refit, calibrators, and what the validation run reached.
+
+    The speed of a few steps turns minutes into steps; from there on everything follows from the data, the plan and the
+    number of steps.
+    """
+    steps, cut = plan.steps or affordable(dataset, plan), dataset.meta.cut_valid
+    decision = {"steps": steps, "learning_rate": plan.rate, "trials": {}, "calibrators": {}, "validation": {}}
+    if not teaches(dataset, cut):
+        return {**decision, "notes": [UNCALIBRATED_NOTE]}
+    total = max(1, round(steps * VALIDATION_SHARE / (1 - VALIDATION_SHARE)))
+    first = start(dataset, cut, replace(plan, encoder=origins.validation_folder), total)
+    pools = pools_of(dataset, first.writer.tasks, cut, dataset.meta.cut_test, plan.groups, plan.seed)
+    if not pools:
+        return {**decision, "notes": [UNCALIBRATED_NOTE]}
+    writer = GroupWriter(dataset, first.writer.prompts, first.writer.tasks, dataset.meta.cut_test)
+    each, rate, tried = int(total * TRIAL_SHARE / len(RATES)), plan.rate, dict[float, float]()
+    if plan.learning_rate is None and plan.base is None and each >= TRIAL_LEAST:
+        rate, tried = _try_rates(first, writer, pools, each, report)
+    looks = LOOKS if plan.steps is None else LOOKS[-1:]
+    trainer = first.again(total - each * len(tried), rate) if tried else first
+    found = _run(trainer, writer, pools, looks, report)
+    trials = {f"{one:g}": round(reached, 5) for one, reached in tried.items()}
+    notes = [WITHOUT_ENCODER_NOTE] if origins.refit and not origins.validation else []
+    steps = max(1, round(steps * found.pop("share")))
+    return {**found, "steps": steps, "learning_rate": rate, "trials": trials, "notes": [*notes, *found["notes"]]}
+
+
+def _run(
+    trainer: Trainer, writer: GroupWriter, pools: Mapping[str, Pool], looks: Sequence[float], report: Progress
+) -> dict[str, Any]:
+    """The validation run: the share of its steps after which it was best, and calibrators and measures of that moment."""
+    main, found = next(iter(pools)), list[Judged]()
+    for look in looks:
+        trainer.run(max(1, round(look * trainer.steps)), lambda done, total: report("validate", done, total))
+        found.append(judge(trainer, writer, pools))
+    best = 0 if auc(*found[0][main]) > auc(*found[-1][main]) + WORTH else len(looks) - 1
+    calibrators = {name: fit(scores, labels) for name, (scores, labels) in found[best].items()}
+    return {
+        "share": looks[best],
+        "calibrators": {name: calibrator.facts() for name, calibrator in calibrators.items()},
+        "validation": {name: _measures(*judged, calibrators[name]) for name, judged in found[best].items()},
+        "notes": [UNCALIBRATED_NOTE] if calibrators[main].method == "identity" else [],
+    }
+
+
+def _try_rates(
+    first: Trainer, writer: GroupWriter, pools: Mapping[str, Pool], steps: int, report: Progress
+) -> tuple[float, dict[float, float]]:
+    """The chosen learning rate and the AUC of the main task that each reached in a short run with the whole schedule."""
+    default, (main, pool) = first.settings.learning_rate, next(iter(pools.items()))
+    tried = [default * multiple for multiple in RATES]
+
+    def reached(rate: float) -> float:
+        trainer = first.again(steps, rate)
+        trainer.run(steps, lambda done, total: report(f"try rate {rate:g}", done, total))
+        return auc(*judge(trainer, writer, {main: pool}, TRIAL_CANDIDATES)[main])
+
+    return choose_rate(tried, reached, RATE_WORTH, default)
+
+
+def judge(trainer: Trainer, writer: GroupWriter, pools: Mapping[str, Pool], candidates: int = VALIDATION_CANDIDATES) -> Judged:
+    """Raw scores of a fixed sample of each task's groups through the serving engine, and their answers."""
+    ids = list(dict.fromkeys(token for pair in trainer.labels.values() for token in pair))
+    engine = Engine(trainer.model, ids, limits=Limits(max_positions=trainer.model.config.max_position_embeddings))
+    found: Judged = {}
+    for place, (name, pool) in enumerate(pools.items()):
+        yes, no = (engine.label_ids.index(token) for token in trainer.labels[name])
+        parts = []
+        chosen = sampled(pool, candidates // (1 if place == 0 else 4))
+        for first in range(0, len(chosen), GROUPS_PER_PASS):
+            batch = writer.write(pools, chosen[first : first + GROUPS_PER_PASS])
+            logits = np.concatenate(engine.score(batch.requests))
+            parts.append((logits[:, yes] - logits[:, no], batch.label.astype(np.int8)))
+        found[name] = (np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]))
+    return found
+
+
+def sampled(pool: Pool, candidates: int) -> list[Choice]:
+    """About that many candidates' groups of a pool, always the same ones."""
+    order = np.random.default_rng(5).permutation(len(pool))
+    total = np.cumsum(np.diff(pool.start)[order])
+    return [(pool.task, group) for group in np.sort(order[: int(np.searchsorted(total, candidates)) + 1]).tolist()]
+
+
+def _measures(scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int8], calibrator: Calibrator) -> dict[str, float]:
+    return {
+        "auc": round(auc(scores, labels), 5),
+        "calibration_error": round(calibration_error(calibrator.probabilities(scores), labels), 5),
+        "candidates": len(labels),
+        "positives": int(labels.sum()),
+    }
+
+
+def affordable(dataset: Dataset, plan: RankerPlan) -> int:
+    """Steps of the refit that fit into the minutes, with both preparations, the validation run and all judging counted in."""
+    if plan.minutes is None:
+        raise TrainingError("neither steps nor minutes were given; say how long to train")
+    began = time.monotonic()
+    trainer = start(dataset, dataset.meta.cut_test, plan, 1_000)
+    trainer.run(1)  # the first step pays for what is done once
+    ready = time.monotonic()
+    trainer.run(1 + TRIAL_STEPS)
+    each = (time.monotonic() - ready) / TRIAL_STEPS
+    left = plan.minutes * 60 - 3 * (ready - began) - (TRIAL_STEPS + JUDGED / plan.loop.candidates) * each
+    return max(10, int(left / each * (1 - VALIDATION_SHARE)))

@@ -1,0 +1,152 @@
+"""The validation run of an encoder: learning rate and length are chosen on what lies between the cuts, from what lies before.
+
+Of all steps `VALIDATION_SHARE` go here, of these `TRIAL_SHARE` to the trials of learning rates. Everything but the number of
+steps that fit into some minutes follows from data, plan and seed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from retrieval.counts import Counts
+from retrieval.data.schema import DAY, Dataset
+from retrieval.encoder import Encoder
+from retrieval.evidence.protocol import EvidenceError, Queries, last_after_cut, member_views
+from retrieval.learn.checkpoint import TrainingError
+from retrieval.learn.choose import choose_rate
+from retrieval.learn.start import EncoderPlan, start
+from retrieval.learn.train import Trainer
+from retrieval.records import NEWEST
+
+VALIDATION_SHARE = 0.35
+"""Share of all steps that goes to trials and validation run; the refit gets the rest."""
+VALIDATION_QUERIES = 400
+VALIDATION_DAYS = 3
+LOOKS = (0.5, 0.75, 1.0)
+"""Shares of the validation run at which recall is read."""
+WORTH = 0.02
+"""Recall by which another rate or an earlier look must be better to be taken: with VALIDATION_QUERIES queries less is noise."""
+RATES = (0.5, 1.0, 2.0)
+"""Learning rates that are tried, as multiples of the default."""
+TRIAL_SHARE = 0.2
+"""Share of the validation steps that goes to the trials together: a quarter of what is left to the run itself."""
+TRIAL_LEAST = 20
+"""Steps below which a trial would tell nothing about a rate: then the default is taken untried."""
+SPEED_STEPS = 4
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total)."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the refit is to be: `trials` learning rate -> Recall@100, `validation` steps of the validation run -> Recall@100 (both
+    empty where nothing was asked or tried)."""
+
+    steps: int
+    learning_rate: float
+    trials: dict[float, float] = field(default_factory=dict)
+    validation: dict[int, float] = field(default_factory=dict)
+
+
+def decide(
+    dataset: Dataset, plan: EncoderPlan, identity: Mapping[str, object], report: Progress
+) -> tuple[Decision, Trainer | None]:
+    """The decision, and the trainer at the end of the validation run (None if the data asks nothing between the cuts)."""
+    if plan.steps is None and plan.minutes is None:
+        raise TrainingError("neither steps nor minutes were given; say how long to train")
+    queries = validation_queries(dataset)
+    if queries is None:
+        return Decision(plan.steps or _affordable(dataset, plan, None, None, 0.0), plan.rate), None
+    began = time.monotonic()
+    first = start(dataset, dataset.meta.cut_valid, plan, 1, identity)
+    steps = plan.steps or _affordable(dataset, plan, first, queries, time.monotonic() - began)
+    total = max(1, round(steps * VALIDATION_SHARE / (1 - VALIDATION_SHARE)))
+    rate, trials, spent = _choose_rate(dataset, plan, first, queries, total, report)
+    trainer = first.again(total - spent, rate)
+    found: dict[int, float] = {}
+    for look in LOOKS if plan.steps is None else LOOKS[-1:]:
+        until = max(1, round(look * trainer.steps))
+        trainer.run(until, lambda done, of: report("validate", done, of))
+        found[until] = recall_at_100(trainer, dataset, queries)
+    best = max(found, key=lambda step: found[step])
+    if found[best] > found[trainer.steps] + WORTH:
+        steps = max(1, round(best * steps / trainer.steps))
+    return Decision(steps, rate, trials, found), trainer
+
+
+def _choose_rate(
+    dataset: Dataset, plan: EncoderPlan, first: Trainer, queries: Queries, total: int, report: Progress
+) -> tuple[float, dict[float, float], int]:
+    """The learning rate, what each tried one reached after a short whole schedule, and the steps that this took."""
+    each = int(total * TRIAL_SHARE / len(RATES))
+    if plan.learning_rate is not None or plan.base is not None or each < TRIAL_LEAST:
+        return plan.rate, {}, 0
+
+    def judged(rate: float) -> float:
+        trainer = first.again(each, rate)
+        trainer.run(each, lambda done, of: report(f"try rate {rate:g}", done, of))
+        return recall_at_100(trainer, dataset, queries)
+
+    rate, trials = choose_rate([share * plan.rate for share in RATES], judged, WORTH, plan.rate)
+    return rate, trials, each * len(RATES)
+
+
+def recall_at_100(trainer: Trainer, dataset: Dataset, queries: Queries) -> float:
+    """Mean Recall@100 with live counts over the queries, whole catalogue, history excluded.
+
+    Equal scores (and no numbers) count against the target: weights that a rate has wrecked must not look good.
+    """
+    encoder = Encoder(trainer.model, trainer.sampler.writer, "", {})
+    counts = Counts.from_dataset(dataset, dataset.meta.cut_test)
+    records = [dataset.items[row] for row in range(len(dataset.items))]
+    recalls = np.zeros(len(queries))
+    for day in np.unique(queries.day):
+        asked = np.flatnonzero(queries.day == day)
+        vectors = encoder.items(records, counts.as_of(int(day) * DAY))
+        members = encoder.members(member_views(dataset, queries.take(asked), newest=NEWEST))
+        scores = members @ vectors.T
+        for row, query in enumerate(asked.tolist()):
+            scores[row, queries.excluded[query]] = -np.inf
+            own = scores[row, queries.targets[query]]
+            recalls[query] = (scores.shape[1] - (scores[row] < own[:, None]).sum(1) <= 100).mean()
+    return float(recalls.mean())
+
+
+def validation_queries(dataset: Dataset) -> Queries | None:
+    """Queries of a few days of the validation window; None where it asks nothing or nothing comes before it."""
+    if not (dataset.engagements.timestamp < dataset.meta.cut_valid).any():
+        return None
+    try:
+        queries = last_after_cut(dataset, "valid")
+    except EvidenceError:
+        return None
+    days = np.unique(queries.day)
+    kept = days[np.linspace(0, len(days) - 1, min(VALIDATION_DAYS, len(days))).round().astype(int)]
+    return queries.take(np.flatnonzero(np.isin(queries.day, kept))).sample(VALIDATION_QUERIES)
+
+
+def _affordable(dataset: Dataset, plan: EncoderPlan, first: Trainer | None, queries: Queries | None, prepared: float) -> int:
+    """Steps of the refit that fit into the minutes, with both preparations and every look at recall counted in.
+
+    `first` is the start of the validation run, which took `prepared` seconds; both are missing where there is no such run.
+    """
+    assert plan.minutes is not None
+    began = time.monotonic()
+    trainer = first.again(1_000, plan.rate) if first else start(dataset, dataset.meta.cut_test, plan, 1_000)
+    trainer.run(1)  # the first step pays for what is done once
+    ready = time.monotonic()
+    trainer.run(1 + SPEED_STEPS)
+    each = (time.monotonic() - ready) / SPEED_STEPS
+    if queries is None:
+        return max(10, int((plan.minutes * 60 - 2 * (ready - began)) / each))
+    looked = time.monotonic()
+    recall_at_100(trainer, dataset, queries)
+    look = time.monotonic() - looked
+    looks = 1 + len(LOOKS) + (len(RATES) if plan.learning_rate is None and plan.base is None else 0)
+    left = plan.minutes * 60 - 2 * prepared - (ready - began) - SPEED_STEPS * each - looks * look
+    return max(10, int(left / each * (1 - VALIDATION_SHARE)))
