@@ -1,8 +1,9 @@
-"""Our own layer loop over the weights of a Hugging Face LLaMA: packed tokens in, one hidden state per item out.
+"""The plain layer loop over the modules of a LLaMA-family model: packed tokens in, one hidden state per item out.
 
-The modules of the `LlamaForCausalLM` are called in place (norms, linear layers, MLP, rotary table), so the weights are
-held once and a LoRA wrapper around a linear layer keeps working. What is ours is attention: packed segments instead of a
-mask, and a last layer that computes queries, output and MLP only in the rows where a score is read. Works under autograd.
+Training runs through it, and the fast loop (`ranking.prefill.lean`) is held against it. The modules are called in place (norms,
+linear layers, MLP, rotary table), so the weights are held once and a LoRA wrapper around a linear layer keeps working. What is
+ours is attention: packed segments instead of a mask, and a last layer that computes queries, output and MLP only in the rows
+where a score is read. Works under autograd.
 
 Legend: T packed tokens, P prefix rows of the pass, n items of the pass, H query heads, G key heads, D dims of a head.
 """
@@ -11,27 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers import PreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from index.errors import BrewlineError
 from ranking.prefill.attend import Attend, Bounds, merge
 from ranking.prefill.plan import Chunk
-
-KNOWN_ROPE = frozenset(("default", "linear", "llama3", "yarn"))
-"""Rotary scalings whose angle depends on the position alone. "dynamic" and "longrope" also depend on the longest text
-of a pass, so a score would change with its neighbours."""
+from ranking.prefill.weights import check_family, head_dims
 
 Kept = dict[int, list[tuple[Tensor, Tensor]]]
 """Keys and values of prefixes that a later pass needs: request -> per layer (k [P,G,D] after rotation, v [P,G,D])."""
-
-
-class UnsupportedModel(BrewlineError):
-    """The model is not a LLaMA that the layer loop computes correctly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +87,11 @@ def layouts(chunk: Chunk) -> tuple[Layout, Layout]:
 class Layers:
     """The layer loop of one model with one way of attention."""
 
-    def __init__(self, model: LlamaForCausalLM, mixer: Mixer) -> None:
-        """Raises UnsupportedModel unless `model` is a LLaMA with a rotary scaling that depends on positions alone."""
-        if not isinstance(model, LlamaForCausalLM):
-            raise UnsupportedModel(f"expected a LlamaForCausalLM, got {type(model).__name__}")
-        rope = model.config.rope_parameters["rope_type"]
-        if rope not in KNOWN_ROPE:
-            raise UnsupportedModel(f'rotary scaling "{rope}" depends on the longest text of a batch; known: {sorted(KNOWN_ROPE)}')
-        self.model = model
-        self.mixer = mixer
-        config = model.config
-        self._dims = config.head_dim or config.hidden_size // config.num_attention_heads
+    def __init__(self, model: PreTrainedModel, mixer: Mixer) -> None:
+        """Raises UnsupportedModel unless `model` is of the LLaMA family."""
+        check_family(model)
+        self.model, self.mixer = model, mixer
+        self._dims = head_dims(model)
 
     def read(self, chunk: Chunk, kept: Kept) -> Tensor:
         """Return the hidden state [n, hidden] after the final norm at the last token of each item of the pass.
@@ -128,7 +116,7 @@ class Layers:
 
     def _layer(
         self,
-        layer: LlamaDecoderLayer,
+        layer: Any,
         number: int,
         x: Tensor,
         angles: tuple[Tensor, Tensor],
@@ -138,12 +126,15 @@ class Layers:
         kept: Kept,
     ) -> Tensor:
         attention = layer.self_attn
+        normed = isinstance(attention, Qwen3Attention)
         h = layer.input_layernorm(x)
-        k = rotate(self._heads(attention.k_proj(h)), *angles)
+        k = self._heads(attention.k_proj(h))
+        k = rotate(attention.k_norm(k) if normed else k, *angles)
         v = self._heads(attention.v_proj(h))
         if read is not None:
             x, h, angles = x[read], h[read], (angles[0][read], angles[1][read])
-        q = rotate(self._heads(attention.q_proj(h)), *angles)
+        q = self._heads(attention.q_proj(h))
+        q = rotate(attention.q_norm(q) if normed else q, *angles)
         prefix_k, prefix_v = _prefixes(k, v, number, chunk, kept)
         mixed = self.mixer(q, k, v, prefix_k, prefix_v, layout)
         x = x + attention.o_proj(mixed.flatten(1))

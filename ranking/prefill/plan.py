@@ -14,41 +14,31 @@ Legend: R requests, N items of one request, U unique items, P prefix tokens, L i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from index.errors import BrewlineError
+from ranking.prefill.errors import EmptyItem, EmptyPrefix, ItemTooLong, PrefixTooLong, UnknownVector
 
 Tokens = Sequence[int]
 TooLong = Literal["error", "keep_end", "keep_start"]
 
 
-class EmptyPrefix(BrewlineError):
-    """A request has no prefix tokens."""
-
-
-class PrefixTooLong(BrewlineError):
-    """A prefix leaves no position for its items."""
-
-
-class EmptyItem(BrewlineError):
-    """An item has no tokens."""
-
-
-class ItemTooLong(BrewlineError):
-    """An item has more tokens than the limit and the policy says "error"."""
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prefix and the items that each continue it, as token ids."""
+    """One prefix and the items that each continue it, as token ids.
+
+    `vectors` float [V, hidden] are embeddings that items may hold among their words: the id -1 stands for row 0, -2 for row 1 and
+    so on. An item may be a few vectors instead of its text (MixLM, arXiv 2512.07846).
+    """
 
     prefix: Tokens
     items: Sequence[Tokens]
+    vectors: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +74,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One forward pass over T packed tokens.
+    """One forward pass over T packed tokens; a negative token id -1 - v stands for row v of the plan's vectors.
 
     tokens, positions int64 [T]; segments int32 [S+1], the bounds of every causal segment (prefixes first, then items);
     prefix_rows: how many of the T rows are prefix; last int64 [items], the row of each item's last token;
@@ -103,11 +93,16 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Plan:
-    """The passes in order, and for each request the unique item (0..U-1) behind each of its items, in input order."""
+    """The passes in order, and for each request the unique item (0..U-1) behind each of its items, in input order.
+
+    `prefixes` int64 [P] of each request with items, hoisted tokens included; `vectors` float [V, hidden] of all requests.
+    """
 
     chunks: tuple[Chunk, ...]
     fan_out: tuple[npt.NDArray[np.int64], ...]
     unique_items: int
+    prefixes: Mapping[int, npt.NDArray[np.int64]]
+    vectors: npt.NDArray[np.float32] | None
 
     @property
     def tokens(self) -> int:
@@ -125,25 +120,37 @@ class _Job:
     unique: list[int]
 
 
-def plan(requests: Sequence[Request], limits: Limits | None = None, *, hoist: bool = True) -> Plan:
+def plan(requests: Sequence[Request], limits: Limits | None = None, *, hoist: bool = True, apart: bool = False) -> Plan:
     """Return the passes that score every item of every request exactly as if it stood alone after its prefix.
 
     Equal items of a request are computed once. With `hoist`, the tokens that all items of a request begin with move to
     the end of its prefix (each item keeps at least one), which changes no result. A pass holds at most `limits.max_tokens`
-    tokens, except that a prefix and its first item are never torn apart. Raises EmptyPrefix, EmptyItem, ItemTooLong and
-    PrefixTooLong. A request without items is allowed and gets an empty answer.
+    tokens, except that a prefix and its first item are never torn apart; with `apart` no pass holds any prefix, because
+    their keys and values are made (or found) beforehand. Raises EmptyPrefix, EmptyItem, ItemTooLong, PrefixTooLong and
+    UnknownVector. A request without items is allowed and gets an empty answer.
     """
     limits = limits or Limits()
     jobs: list[_Job] = []
     fan_out: list[npt.NDArray[np.int64]] = []
-    total = 0
+    vectors: list[npt.NDArray[np.float32]] = []
+    total = rows = 0
     for number, request in enumerate(requests):
         job, order = _prepare(number, request, limits, total, hoist)
+        if request.vectors is not None:
+            job = replace(job, items=[_shifted(item, rows) for item in job.items])
+            vectors.append(request.vectors)
+            rows += len(request.vectors)
         fan_out.append(order)
         total += len(job.items)
         if job.items:
             jobs.append(job)
-    return Plan(tuple(_lay_out(parts) for parts in _split(jobs, limits.max_tokens)), tuple(fan_out), total)
+    return Plan(
+        chunks=tuple(_lay_out(parts, apart) for parts in _split(jobs, limits.max_tokens, apart)),
+        fan_out=tuple(fan_out),
+        unique_items=total,
+        prefixes={job.request: np.array(job.prefix, np.int64) for job in jobs},
+        vectors=np.concatenate(vectors) if vectors else None,
+    )
 
 
 def common_prefix(items: Sequence[Tokens]) -> int:
@@ -170,7 +177,9 @@ def _prepare(number: int, request: Request, limits: Limits, offset: int, hoist: 
     unique = [list(tokens) for tokens in slots]
     prefix = list(request.prefix)
     _check_positions(number, len(prefix), unique, limits)
-    shared = common_prefix(unique) if hoist else 0
+    _check_vectors(number, prefix, unique, request.vectors)
+    shared = common_prefix(unique) if hoist and len(unique) > 1 else 0
+    shared = next((place for place, token in enumerate(unique[0][:shared]) if token < 0), shared) if shared else 0
     if shared:
         prefix += unique[0][:shared]
         unique = [item[shared:] for item in unique]
@@ -204,6 +213,22 @@ def _check_positions(number: int, prefix: int, items: Sequence[Tokens], limits: 
         )
 
 
+def _check_vectors(number: int, prefix: Tokens, items: Sequence[Tokens], vectors: npt.NDArray[np.float32] | None) -> None:
+    if min(prefix) < 0:
+        raise UnknownVector(f"the prefix of request {number} holds the id {min(prefix)}; vectors may stand in items only")
+    lowest = min((min(item) for item in items), default=0)
+    held = 0 if vectors is None else len(vectors)
+    if lowest < -held:
+        raise UnknownVector(
+            f"an item of request {number} holds the id {lowest}, but the request has {held} vectors (-1 to {-held})"
+        )
+
+
+def _shifted(item: list[int], rows: int) -> list[int]:
+    """The item with its vectors' ids counted on from those of earlier requests."""
+    return [token - rows if token < 0 else token for token in item]
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """Items `start..stop` of a job, with or without its prefix, in one pass."""
@@ -221,12 +246,13 @@ class _Part:
         return self.stop == len(self.job.items)
 
 
-def _split(jobs: Sequence[_Job], budget: int) -> Iterator[list[_Part]]:
+def _split(jobs: Sequence[_Job], budget: int, apart: bool) -> Iterator[list[_Part]]:
     """Fill passes up to the budget; a job that does not fit goes on in the next pass without its prefix."""
     parts: list[_Part] = []
     used = 0
     for job in jobs:
-        start, room = 0, len(job.prefix)
+        prefix = 0 if apart else len(job.prefix)
+        start, room = 0, prefix
         for row, item in enumerate(job.items):
             fits = used + room + len(item) <= budget
             if not fits and (used or row > start):
@@ -234,7 +260,7 @@ def _split(jobs: Sequence[_Job], budget: int) -> Iterator[list[_Part]]:
                     parts.append(_Part(job, start, row))
                 yield parts
                 parts, used, start = [], 0, row
-                room = len(job.prefix) if row == 0 else 0
+                room = prefix if row == 0 else 0
             used += room + len(item)
             room = 0
         parts.append(_Part(job, start, len(job.items)))
@@ -242,36 +268,29 @@ def _split(jobs: Sequence[_Job], budget: int) -> Iterator[list[_Part]]:
         yield parts
 
 
-def _lay_out(parts: Sequence[_Part]) -> Chunk:
-    tokens: list[int] = []
-    positions: list[npt.NDArray[np.int64]] = []
-    bounds = [0]
-    for part in parts:
-        if part.first:
-            tokens += part.job.prefix
-            positions.append(np.arange(len(part.job.prefix)))
-            bounds.append(len(tokens))
-    prefix_rows, prefixes = len(tokens), len(bounds) - 1
+def _lay_out(parts: Sequence[_Part], apart: bool) -> Chunk:
+    heads = [part.job.prefix for part in parts if part.first and not apart]
+    bodies = [(part, item) for part in parts for item in part.job.items[part.start : part.stop]]
+    lengths = np.array([*map(len, heads), *(len(item) for _, item in bodies)], np.int64)
+    segments = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    first_positions = np.array([0] * len(heads) + [len(part.job.prefix) for part, _ in bodies], np.int64)
+    positions = np.arange(segments[-1]) - np.repeat(segments[:-1] - first_positions, lengths)
+    rows = chain(chain.from_iterable(heads), chain.from_iterable(item for _, item in bodies))
+    item_bounds = segments[len(heads) :]
     pieces: list[Piece] = []
+    row = 0
     for part in parts:
-        first_row, length = len(tokens), len(part.job.prefix)
-        for item in part.job.items[part.start : part.stop]:
-            tokens += item
-            positions.append(np.arange(length, length + len(item)))
-            bounds.append(len(tokens))
-        keep = not part.final
-        rows = part.stop - part.start
-        pieces.append(Piece(part.job.request, length, part.first, keep, first_row, len(tokens), rows))
-    segments = np.array(bounds, np.int32)
-    item_bounds = segments[prefixes:]
-    unique = [slot for part in parts for slot in part.job.unique[part.start : part.stop]]
+        count = part.stop - part.start
+        bounds = int(item_bounds[row]), int(item_bounds[row + count])
+        pieces.append(Piece(part.job.request, len(part.job.prefix), part.first and not apart, not part.final, *bounds, count))
+        row += count
     return Chunk(
-        tokens=np.array(tokens, np.int64),
-        positions=np.concatenate(positions),
+        tokens=np.fromiter(rows, np.int64, int(segments[-1])),
+        positions=positions.astype(np.int64),
         segments=segments,
         item_bounds=item_bounds,
         last=item_bounds[1:].astype(np.int64) - 1,
-        unique=np.array(unique, np.int64),
-        prefix_rows=prefix_rows,
+        unique=np.array([slot for part in parts for slot in part.job.unique[part.start : part.stop]], np.int64),
+        prefix_rows=int(segments[len(heads)]),
         pieces=tuple(pieces),
     )

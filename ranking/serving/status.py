@@ -8,7 +8,7 @@ from index.errors import BrewlineError
 from index.keyvalue import StoreUnavailable
 from index.manifest import SnapshotMismatch
 from ranking.pipeline import BadScores, NoRanker
-from ranking.prefill.plan import EmptyItem, EmptyPrefix, ItemTooLong, PrefixTooLong
+from ranking.prefill.errors import EmptyItem, EmptyPrefix, ItemTooLong, PrefixTooLong
 from ranking.serving.messages import BadRequest
 from ranking.tasks import TaskError
 from retrieval.catalog import CatalogError, UnknownItem

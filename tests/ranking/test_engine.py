@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from ranking.prefill.engine import Engine, LabelError, UnknownToken
-from ranking.prefill.llama import UnsupportedModel
+from ranking.prefill.engine import Engine
+from ranking.prefill.errors import LabelError, UnknownToken
 from ranking.prefill.plan import Limits, Request
+from ranking.prefill.weights import UnsupportedModel
 
 LABELS = (5, 9, 40)
 ROPES = {
@@ -59,7 +60,7 @@ def request(prefix: int, lengths: list[int], seed: int = 0) -> Request:
     return Request(rng.integers(0, 50, prefix).tolist(), [rng.integers(0, 50, n).tolist() for n in lengths])
 
 
-@pytest.mark.parametrize("backend", ["cpu_flash", "reference"])
+@pytest.mark.parametrize("backend", ["cpu_joint", "cpu_flash", "reference"])
 @pytest.mark.parametrize("rope", list(ROPES))
 @pytest.mark.parametrize("kv", [1, 2, 4])
 def test_many_items_in_one_pass_equal_one_item_per_pass(backend: str, rope: str, kv: int) -> None:
@@ -187,10 +188,9 @@ def test_what_cannot_be_scored_is_refused_by_type() -> None:
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
+        sliding_window=32,
     )
-    with pytest.raises(UnsupportedModel, match="Mistral"):
+    with pytest.raises(UnsupportedModel, match="looks back 32 tokens"):
         Engine(MistralForCausalLM(small), LABELS)
-    config = model.config
-    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    with pytest.raises(UnsupportedModel, match="dynamic"):
-        Engine(model, LABELS)
+    with pytest.raises(UnsupportedModel, match="GPT2"):
+        Engine(GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)), LABELS)

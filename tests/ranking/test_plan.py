@@ -10,18 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranking.prefill.plan import (
-    Chunk,
-    EmptyItem,
-    EmptyPrefix,
-    ItemTooLong,
-    Limits,
-    Plan,
-    PrefixTooLong,
-    Request,
-    common_prefix,
-    plan,
-)
+from ranking.prefill.errors import EmptyItem, EmptyPrefix, ItemTooLong, PrefixTooLong
+from ranking.prefill.plan import Chunk, Limits, Plan, Request, common_prefix, plan
 
 
 def unpack(planned: Plan) -> dict[int, tuple[list[int], list[int]]]:

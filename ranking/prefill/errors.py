@@ -1,0 +1,33 @@
+"""What can be wrong with a request to score: one type each, so that a service can say which."""
+
+from __future__ import annotations
+
+from index.errors import BrewlineError
+
+
+class EmptyPrefix(BrewlineError):
+    """A request has no prefix tokens."""
+
+
+class PrefixTooLong(BrewlineError):
+    """A prefix leaves no position for its items."""
+
+
+class EmptyItem(BrewlineError):
+    """An item has no tokens."""
+
+
+class ItemTooLong(BrewlineError):
+    """An item has more tokens than the limit and the policy says "error"."""
+
+
+class UnknownVector(BrewlineError):
+    """A prefix holds a vector's id, an item one that the request has no vector for, or the vectors do not fit the model."""
+
+
+class UnknownToken(BrewlineError):
+    """A token id that the model has no embedding for."""
+
+
+class LabelError(BrewlineError):
+    """Label ids that cannot be read: none, repeated, or outside the vocabulary."""

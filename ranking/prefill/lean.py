@@ -1,0 +1,255 @@
+"""The fast layer loop: prefixes become keys and values once, items pass in blocks of rows through reused buffers.
+
+Everything between two attentions concerns one row alone, so it is done block by block while the block is in the cache: output
+projection, MLP, and the next layer's norm, projections and rotation. The last layer computes keys and values for all rows, and
+everything else only where a score is read. The plain twin is `ranking.prefill.llama.Layers`, which calls the modules.
+
+Legend: T packed rows, P prefix tokens, n items, H query heads, G key heads, D dims of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ranking.prefill.attend import Attend, Bounds, merge
+from ranking.prefill.cache import Keys
+from ranking.prefill.joint import Pair, split_bounds
+from ranking.prefill.plan import Chunk
+from ranking.prefill.weights import Block, Linear, Weights, into
+from ranking.prefill.workspace import Workspace
+
+ROWS = 2048
+"""Rows of a block. Fewer waste matrix products, more fall out of the cache between two steps."""
+
+Ints = npt.NDArray[np.int64]
+
+
+class Attention(Protocol):
+    """Both halves of one layer's attention, answers written into `out`."""
+
+    @property
+    def name(self) -> str:
+        """The backend's name."""
+
+    def prefix(self, q: Tensor, keys: Tensor, values: Tensor, start: int, rows: int, out: Tensor) -> None:
+        """`rows` rows of a prefix from `start` on see every key up to their own."""
+
+    def items(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefixes: Sequence[Pair],
+        queries: Sequence[Bounds],
+        keys: Sequence[Bounds],
+        out: Tensor,
+    ) -> None:
+        """Each item's queries see their request's prefix and the item itself (causally, if it asks from every row)."""
+
+
+class Cascade:
+    """Two calls of an `attend` backend, prefix and self, merged by log-sum-exp."""
+
+    def __init__(self, name: str, attend: Attend) -> None:
+        self.name, self._attend = name, attend
+
+    def prefix(self, q: Tensor, keys: Tensor, values: Tensor, start: int, rows: int, out: Tensor) -> None:
+        """See Attention."""
+        own = np.array([0, rows], np.int32)
+        found, sums = self._attend(q[:rows], keys[start : start + rows], values[start : start + rows], own, own, True)
+        if start:
+            seen = self._attend(q[:rows], keys[:start], values[:start], own, np.array([0, start], np.int32), False)
+            found, _ = merge(*seen, found, sums)
+        out[:rows] = found
+
+    def items(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefixes: Sequence[Pair],
+        queries: Sequence[Bounds],
+        keys: Sequence[Bounds],
+        out: Tensor,
+    ) -> None:
+        """See Attention."""
+        cu_q = np.concatenate([queries[0][:1], *(part[1:] for part in queries)])
+        cu_k = np.concatenate([keys[0][:1], *(part[1:] for part in keys)])
+        own = self._attend(q, k, v, cu_q, cu_k, len(q) == len(k) and bool((np.diff(cu_q) == np.diff(cu_k)).all()))
+        cross_q = np.array([0, *(part[-1] for part in queries)], np.int32)
+        cross_k = np.cumsum([0, *(len(pair[0]) for pair in prefixes)], dtype=np.int32)
+        all_k, all_v = prefixes[0] if len(prefixes) == 1 else (torch.cat([pair[side] for pair in prefixes]) for side in (0, 1))
+        out.copy_(merge(*self._attend(q, all_k, all_v, cross_q, cross_k, False), *own)[0])
+
+
+class Lean:
+    """The layer loop over plain weights. `tile`: every block has exactly that many rows, the last one padded (deterministic)."""
+
+    def __init__(self, weights: Weights, attention: Attention, tile: int | None = None) -> None:
+        self.weights, self.attention, self._tile = weights, attention, tile
+        self._space = Workspace()
+
+    def capacity(self, rows: int) -> int:
+        """The rows that must be allocated for a prefix of `rows` tokens."""
+        return rows if self._tile is None else rows + self._tile
+
+    def extend(self, tokens: Ints, prefix: Keys) -> None:
+        """The keys and values of `tokens` int64 [t] follow those that `prefix` holds."""
+        start, rows = prefix.length, len(tokens)
+        x = self._embed(tokens, None)
+        cos, sin = self._angles(np.arange(start, start + len(x)))
+        q, mixed = self._heads("q", len(x), self.weights.heads), self._heads("mixed", len(x), self.weights.heads)
+        layers = self.weights.blocks
+        for number, layer in enumerate(layers):
+            keys, values = prefix.layer(number)
+            last = number == len(layers) - 1
+            for some in self._blocks(len(x)):
+                if number:
+                    self._close(layers[number - 1], x[some], mixed[some])
+                there = slice(start + some.start, start + some.stop)
+                self._open(layer, x[some], cos[some], sin[some], None if last else q[some], keys[there], values[there])
+            if not last:
+                self.attention.prefix(q, keys, values, start, rows, mixed)
+        prefix.length = start + rows
+
+    def read(self, chunk: Chunk, prefixes: Sequence[Keys], vectors: Tensor | None) -> Tensor:
+        """Returns the hidden state [n, hidden] after the last norm at each item's last token.
+
+        `prefixes` are those of the chunk's pieces, in their order; `vectors` [V, hidden] stand behind the token ids -1, -2, ...
+        """
+        layers, kv_heads = self.weights.blocks, self.weights.kv_heads
+        x = self._embed(chunk.tokens, vectors)
+        cos, sin = self._angles(chunk.positions, len(x))
+        q, mixed = self._heads("q", len(x), self.weights.heads), self._heads("mixed", len(x), self.weights.heads)
+        k, v = self._heads("k", len(x), kv_heads), self._heads("v", len(x), kv_heads)
+        rows = len(chunk.tokens)
+        bounds = split_bounds(chunk.item_bounds, [piece.items for piece in chunk.pieces])
+        for number, layer in enumerate(layers):
+            last = number == len(layers) - 1
+            for some in self._blocks(len(x)):
+                if number:
+                    self._close(layers[number - 1], x[some], mixed[some])
+                self._open(layer, x[some], cos[some], sin[some], None if last else q[some], k[some], v[some])
+            pairs = [prefix.pair(number) for prefix in prefixes]
+            if not last:
+                self.attention.items(q[:rows], k[:rows], v[:rows], pairs, bounds, bounds, mixed[:rows])
+        ends = split_bounds(np.arange(len(chunk.last) + 1, dtype=np.int32), [piece.items for piece in chunk.pieces])
+        return self._finish(x, cos, sin, k[:rows], v[:rows], pairs, chunk, ends, bounds)
+
+    def _finish(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pairs: Sequence[Pair],
+        chunk: Chunk,
+        ends: Sequence[Bounds],
+        bounds: Sequence[Bounds],
+    ) -> Tensor:
+        """The last layer where it is read: one query, one MLP row and one norm for each item."""
+        layer, count = self.weights.blocks[-1], len(chunk.last)
+        rows = self._padded(count)
+        last = torch.zeros(rows, dtype=torch.int64)
+        last[:count] = torch.from_numpy(chunk.last)
+        last = last.to(x.device)
+        x, cos, sin = x[last], cos[last], sin[last]
+        q, mixed = self._heads("last.q", rows, self.weights.heads), self._heads("last.mixed", rows, self.weights.heads)
+        for some in self._blocks(rows):
+            h = self._norm("h", x[some], layer.before)
+            self._turn(layer.q, h, cos[some], sin[some], layer.q_gain, q[some])
+        self.attention.items(q[:count], k, v, pairs, ends, bounds, mixed[:count])
+        for some in self._blocks(rows):
+            self._close(layer, x[some], mixed[some])
+        return torch.cat([self._norm("h", x[some], self.weights.norm).clone() for some in self._blocks(rows)])[:count]
+
+    def _open(self, layer: Block, x: Tensor, cos: Tensor, sin: Tensor, q: Tensor | None, k: Tensor, v: Tensor) -> None:
+        """Norm, projections and rotation of a block of rows; without `q` only keys and values are made."""
+        h = self._norm("h", x, layer.before)
+        if q is None or layer.q_gain is not None:
+            if q is not None:
+                self._turn(layer.q, h, cos, sin, layer.q_gain, q)
+            self._turn(layer.k, h, cos, sin, layer.k_gain, k)
+        else:
+            both = self._take("qk", len(x), q.shape[1] + k.shape[1], self.weights.dims)
+            into(layer.qk, h, both.flatten(1))
+            _rotate(both[:, : q.shape[1]], cos, sin, q)
+            _rotate(both[:, q.shape[1] :], cos, sin, k)
+        layer.v.into(h, v.flatten(1))
+
+    def _turn(self, layer: Linear, h: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, out: Tensor) -> None:
+        """One projection, normed by head where the model does that, rotated into `out`."""
+        made = self._take("qk", len(h), *out.shape[1:])
+        layer.into(h, made.flatten(1))
+        if gain is not None:
+            made = functional.rms_norm(made, gain.shape, gain, self.weights.epsilon)
+        _rotate(made, cos, sin, out)
+
+    def _close(self, layer: Block, x: Tensor, mixed: Tensor) -> None:
+        """Output projection and MLP of a block of rows, added to the residual `x` in place."""
+        layer.o.onto(mixed.flatten(1), x)
+        h = self._norm("h", x, layer.after)
+        width = self.weights.mlp
+        both = self._take("mlp", len(x), 2 * width)
+        into(layer.gate_up, h, both)
+        gate = functional.silu(both[:, :width], inplace=True).mul_(both[:, width:])
+        layer.down.onto(gate, x)
+
+    def _norm(self, name: str, x: Tensor, gain: Tensor) -> Tensor:
+        """RMSNorm, its sum of squares in float32."""
+        if x.dtype != torch.float32:
+            return functional.rms_norm(x, gain.shape, gain, self.weights.epsilon)
+        out = self._take(name, *x.shape)
+        scale = self._take("scale", len(x), 1)
+        torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=scale)
+        scale.square_().div_(x.shape[1]).add_(self.weights.epsilon).rsqrt_()
+        return torch.mul(x, scale, out=out).mul_(gain)
+
+    def _embed(self, tokens: Ints, vectors: Tensor | None) -> Tensor:
+        """The embeddings of T tokens in a buffer of `_padded(T)` rows, the surplus zero."""
+        x = self._take("x", self._padded(len(tokens)), self.weights.hidden)
+        ids = torch.from_numpy(tokens).to(x.device)
+        words = ids if vectors is None else ids.clamp(min=0)
+        torch.index_select(self.weights.embedding, 0, words, out=x[: len(tokens)])
+        if vectors is not None and len(given := (ids < 0).nonzero()[:, 0]):
+            x[given] = vectors[-1 - ids[given]].to(x.dtype)
+        x[len(tokens) :] = 0
+        return x
+
+    def _angles(self, positions: Ints, rows: int | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, 1, D] of T positions."""
+        padded = np.zeros(rows or len(positions), np.int64)
+        padded[: len(positions)] = positions
+        device = self.weights.embedding.device
+        cos, sin = self.weights.rotary(self.weights.embedding[:0], torch.from_numpy(padded).to(device)[None])
+        return cos[0, :, None], sin[0, :, None]
+
+    def _padded(self, rows: int) -> int:
+        return rows if self._tile is None else -(-rows // self._tile) * self._tile
+
+    def _blocks(self, rows: int) -> Iterator[slice]:
+        step = self._tile or ROWS
+        for first in range(0, rows, step):
+            yield slice(first, min(first + step, rows))
+
+    def _heads(self, name: str, rows: int, heads: int) -> Tensor:
+        return self._take(name, rows, heads, self.weights.dims)
+
+    def _take(self, name: str, *shape: int) -> Tensor:
+        return self._space.take(name, shape, self.weights.embedding.dtype, self.weights.embedding.device)
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Heads [T, heads, D] turned by their positions' angles stand in `out`, halves paired as in LLaMA."""
+    half = heads.shape[-1] // 2
+    torch.mul(heads, cos, out=out)
+    out[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(heads[..., :half], sin[..., half:])

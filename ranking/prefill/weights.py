@@ -1,0 +1,231 @@
+"""The weights of a LLaMA-family model as the lean loop reads them: plain matrices, fused where they lie side by side.
+
+Llama, Mistral, Qwen2 and Qwen3 are one computation with a bias here and a norm there. What is read are views of the Hugging
+Face parameters; `fuse` moves q, k, v and gate, up side by side once, and the module's parameters become views of the joint
+matrix, so nothing is held twice and the module computes what it always did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from index.errors import BrewlineError
+
+FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+BY_POSITION = frozenset(("default", "linear", "llama3", "yarn"))
+"""Rotary scalings whose angle depends on the position alone."""
+BY_LENGTH = frozenset(("dynamic", "longrope"))
+"""Rotary scalings whose angles change once a text is longer than the original length; up to there they depend on the position."""
+
+
+class UnsupportedModel(BrewlineError):
+    """The model is not one that the layer loop computes correctly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """y = x @ weight.T + bias, written where the caller says."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """The product stands in `out` [rows, outputs]."""
+        if self.bias is None:
+            torch.mm(x, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, x, self.weight.t(), out=out)
+
+    def onto(self, x: Tensor, out: Tensor) -> None:
+        """The product is added to `out` [rows, outputs]."""
+        torch.addmm(out, x, self.weight.t(), out=out)
+        if self.bias is not None:
+            out.add_(self.bias)
+
+
+Joined = tuple[Linear, ...]
+"""Layers that read the same rows; one if their weights lie side by side, else one each."""
+
+
+def into(layers: Joined, x: Tensor, out: Tensor) -> None:
+    """The products of all layers stand side by side in `out`."""
+    column = 0
+    for layer in layers:
+        width = len(layer.weight)
+        layer.into(x, out[:, column : column + width])
+        column += width
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One decoder layer. `before` and `after` are the gains of its two norms; `q_gain`, `k_gain` those of Qwen3's heads."""
+
+    before: Tensor
+    after: Tensor
+    qk: Joined
+    q: Linear
+    k: Linear
+    v: Linear
+    q_gain: Tensor | None
+    k_gain: Tensor | None
+    o: Linear
+    gate_up: Joined
+    down: Linear
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Everything between token ids and the hidden state after the last norm. `rotary` gives cos and sin of positions."""
+
+    embedding: Tensor
+    blocks: tuple[Block, ...]
+    norm: Tensor
+    epsilon: float
+    rotary: nn.Module
+    heads: int
+    kv_heads: int
+    dims: int
+    mlp: int
+
+    @property
+    def hidden(self) -> int:
+        """The width of the residual stream."""
+        return self.embedding.shape[1]
+
+    @property
+    def version(self) -> int:
+        """A number that grows whenever a weight is written to in place."""
+        linear = [part for one in self.blocks for part in (*one.qk, one.q, one.k, one.v, one.o, *one.gate_up, one.down)]
+        gains = [gain for one in self.blocks for gain in (one.before, one.after, one.q_gain, one.k_gain)]
+        tensors = [self.embedding, self.norm, *gains, *(part.weight for part in linear), *(part.bias for part in linear)]
+        return sum(tensor._version for tensor in tensors if tensor is not None)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Weights | None:
+        """The weights of a family member, or None if a projection is wrapped (LoRA in training) and has no plain matrix.
+
+        Raises UnsupportedModel.
+        """
+        check_family(model)
+        config, body = model.config, model.model
+        halves = [half for layer in body.layers for half in (layer.self_attn, layer.mlp)]
+        projections = [part for half in halves for name, part in half.named_children() if name.endswith("_proj")]
+        if any(type(part) is not nn.Linear for part in projections):
+            return None
+        return cls(
+            embedding=body.embed_tokens.weight.detach(),
+            blocks=tuple(_block(layer) for layer in body.layers),
+            norm=body.norm.weight.detach(),
+            epsilon=config.rms_norm_eps,
+            rotary=body.rotary_emb,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            dims=head_dims(model),
+            mlp=config.intermediate_size,
+        )
+
+
+def check_family(model: PreTrainedModel) -> None:
+    """Raises UnsupportedModel unless the layer loops compute exactly what this model computes."""
+    if not isinstance(model, FAMILY):
+        names = ", ".join(known.__name__ for known in FAMILY)
+        raise UnsupportedModel(f"expected one of {names}, got {type(model).__name__}")
+    config = model.config
+    if (rope := config.rope_parameters["rope_type"]) not in BY_POSITION | BY_LENGTH:
+        raise UnsupportedModel(f'unknown rotary scaling "{rope}"; known: {", ".join(sorted(BY_POSITION | BY_LENGTH))}')
+    if config.hidden_act != "silu":
+        raise UnsupportedModel(f'expected the activation "silu", got "{config.hidden_act}"')
+    sliding = isinstance(model, MistralForCausalLM) and config.sliding_window is not None
+    if isinstance(model, Qwen2ForCausalLM | Qwen3ForCausalLM):
+        sliding = "sliding_attention" in config.layer_types
+    if sliding and config.sliding_window < config.max_position_embeddings:
+        raise UnsupportedModel(
+            f"{type(model).__name__} looks back {config.sliding_window} tokens only but has {config.max_position_embeddings} "
+            "positions, so an item would lose part of its prefix. Set sliding_window to null, or the positions to the window"
+        )
+
+
+def longest_text(model: PreTrainedModel) -> int:
+    """The positions that every token may use: all the model knows, or the original ones where more would change the angles."""
+    rope = model.config.rope_parameters
+    if rope["rope_type"] not in BY_LENGTH:
+        return int(model.config.max_position_embeddings)
+    return int(rope.get("original_max_position_embeddings") or model.config.max_position_embeddings)
+
+
+def head_dims(model: PreTrainedModel) -> int:
+    """The dimensions of one attention head."""
+    return int(model.model.layers[0].self_attn.head_dim)
+
+
+def fuse(model: PreTrainedModel) -> None:
+    """The weights that read the same rows lie side by side, and the model's parameters are views of the joint matrices.
+
+    For a model that only serves: its optimizer, if it had one, would not know.
+    """
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for parts in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            _side_by_side([part.weight for part in parts])
+            if parts[0].bias is not None:
+                _side_by_side([part.bias for part in parts])
+
+
+def _side_by_side(parameters: Sequence[nn.Parameter]) -> None:
+    joint = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, part in zip(parameters, joint.split([len(parameter) for parameter in parameters])):
+        parameter.data = part
+
+
+def _block(layer: Any) -> Block:
+    attention, mlp = layer.self_attn, layer.mlp
+    qwen3 = isinstance(attention, Qwen3Attention)
+    return Block(
+        before=layer.input_layernorm.weight.detach(),
+        after=layer.post_attention_layernorm.weight.detach(),
+        qk=_joined(attention.q_proj, attention.k_proj),
+        q=_linear(attention.q_proj),
+        k=_linear(attention.k_proj),
+        v=_linear(attention.v_proj),
+        q_gain=attention.q_norm.weight.detach() if qwen3 else None,
+        k_gain=attention.k_norm.weight.detach() if qwen3 else None,
+        o=_linear(attention.o_proj),
+        gate_up=_joined(mlp.gate_proj, mlp.up_proj),
+        down=_linear(mlp.down_proj),
+    )
+
+
+def _linear(layer: nn.Linear) -> Linear:
+    return Linear(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+
+
+def _joined(*layers: nn.Linear) -> Joined:
+    parts = [_linear(layer) for layer in layers]
+    weight = _over(part.weight for part in parts)
+    if weight is None:
+        return tuple(parts)
+    if parts[0].bias is None:
+        return (Linear(weight, None),)
+    bias = _over(part.bias for part in parts if part.bias is not None)
+    return (Linear(weight, bias),) if bias is not None else tuple(parts)
+
+
+def _over(parts: Iterable[Tensor]) -> Tensor | None:
+    """One view over tensors that follow each other in one storage, else None."""
+    tensors = list(parts)
+    first = tensors[0]
+    place = first.storage_offset()
+    for part in tensors:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and part.is_contiguous()
+        if not same or part.storage_offset() != place:
+            return None
+        place += part.numel()
+    rows = sum(len(part) for part in tensors)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
