@@ -19,7 +19,9 @@ from transformers import LlamaForCausalLM
 from index.errors import BrewlineError
 from ranking.calibrate import Calibrator
 from ranking.prefill.engine import Engine
+from ranking.prefill.load import ready
 from ranking.prefill.plan import Limits, Request
+from ranking.prefill.weights import longest_text
 from ranking.prompts import RANK_TEMPLATE, RankBudgets, RankPrompts, label_id
 from ranking.tasks import Task, task_named
 from retrieval.data.schema import Item, MemberView
@@ -82,7 +84,7 @@ class Ranker:
         rows = len(model.get_input_embeddings().weight)
         if rows < len(tokens):
             raise RankerError(f"{folder}: {len(tokens)} tokens but {rows} embeddings; the parts are of different rankers")
-        return cls.of(model.to(device), prompts, facts, fingerprint, backend=backend, max_tokens=max_tokens)
+        return cls.of(ready(model.to(device)), prompts, facts, fingerprint, backend=backend, max_tokens=max_tokens)
 
     @classmethod
     def of(
@@ -97,8 +99,8 @@ class Ranker:
     ) -> Ranker:
         """A ranker over parts that are already in memory."""
         ids = list(dict.fromkeys(token for pair in facts.labels.values() for token in pair))
-        limits = Limits(max_tokens=max_tokens, max_positions=model.config.max_position_embeddings)
-        return cls(prompts, facts, fingerprint, Engine(model, ids, backend=backend, limits=limits))
+        limits = Limits(max_tokens=max_tokens, max_positions=longest_text(model))
+        return cls(prompts, facts, fingerprint, Engine(model, ids, backend=backend, limits=limits, revision=fingerprint))
 
     @property
     def tasks(self) -> Mapping[str, Task]:
@@ -112,6 +114,13 @@ class Ranker:
     def prefix(self, view: MemberView, task: str = "") -> list[int]:
         """Token ids of the prefix for a member and a task ("" is the main one). Raises TaskError."""
         return self.prompts.prefix(view, task_named(self.tasks, task))
+
+    def prefill_prefix(self, view: MemberView, task: str = "") -> int:
+        """The member's prefix is in the engine's cache when `score` comes; returns how many of its tokens had to be computed.
+
+        May run in another thread while retrieval is still at work. Raises TaskError and the errors of `Engine.prefill`.
+        """
+        return self.engine.prefill(self.prefix(view, task))
 
     def score(
         self,

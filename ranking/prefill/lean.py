@@ -82,11 +82,20 @@ class Cascade:
         """See Attention."""
         cu_q = np.concatenate([queries[0][:1], *(part[1:] for part in queries)])
         cu_k = np.concatenate([keys[0][:1], *(part[1:] for part in keys)])
-        own = self._attend(q, k, v, cu_q, cu_k, len(q) == len(k) and bool((np.diff(cu_q) == np.diff(cu_k)).all()))
-        cross_q = np.array([0, *(part[-1] for part in queries)], np.int32)
-        cross_k = np.cumsum([0, *(len(pair[0]) for pair in prefixes)], dtype=np.int32)
-        all_k, all_v = prefixes[0] if len(prefixes) == 1 else (torch.cat([pair[side] for pair in prefixes]) for side in (0, 1))
-        out.copy_(merge(*self._attend(q, all_k, all_v, cross_q, cross_k, False), *own)[0])
+        own, sums = self._attend(q, k, v, cu_q, cu_k, len(q) == len(k) and bool((np.diff(cu_q) == np.diff(cu_k)).all()))
+        if q.device.type != "cpu":
+            cross_q = np.array([0, *(part[-1] for part in queries)], np.int32)
+            cross_k = np.cumsum([0, *(len(pair[0]) for pair in prefixes)], dtype=np.int32)
+            all_k, all_v = prefixes[0] if len(prefixes) == 1 else map(torch.cat, zip(*prefixes))
+            out.copy_(merge(*self._attend(q, all_k, all_v, cross_q, cross_k, False), own, sums)[0])
+            return
+        # On a CPU the merge is done while a block is in the cache; over all rows at once it costs as much as the products.
+        for (prefix_k, prefix_v), part in zip(prefixes, queries):
+            for first in range(int(part[0]), int(part[-1]), ROWS):
+                some = slice(first, min(first + ROWS, int(part[-1])))
+                rows, seen = np.array([0, some.stop - first], np.int32), np.array([0, len(prefix_k)], np.int32)
+                found = self._attend(q[some], prefix_k, prefix_v, rows, seen, False)
+                out[some] = merge(*found, own[some], sums[some])[0]
 
 
 class Lean:
@@ -205,13 +214,19 @@ class Lean:
 
     def _norm(self, name: str, x: Tensor, gain: Tensor) -> Tensor:
         """RMSNorm, its sum of squares in float32."""
-        if x.dtype != torch.float32:
-            return functional.rms_norm(x, gain.shape, gain, self.weights.epsilon)
         out = self._take(name, *x.shape)
-        scale = self._take("scale", len(x), 1)
-        torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=scale)
+        wide = x if x.dtype == torch.float32 else self._wide("wide", *x.shape).copy_(x)
+        scale = self._wide("scale", len(x), 1)
+        torch.linalg.vector_norm(wide, dim=-1, keepdim=True, out=scale)
         scale.square_().div_(x.shape[1]).add_(self.weights.epsilon).rsqrt_()
-        return torch.mul(x, scale, out=out).mul_(gain)
+        if wide is x:
+            torch.mul(x, scale, out=out)
+        else:
+            out.copy_(wide.mul_(scale))
+        return out.mul_(gain)
+
+    def _wide(self, name: str, *shape: int) -> Tensor:
+        return self._space.take(name, shape, torch.float32, self.weights.embedding.device)
 
     def _embed(self, tokens: Ints, vectors: Tensor | None) -> Tensor:
         """The embeddings of T tokens in a buffer of `_padded(T)` rows, the surplus zero."""
