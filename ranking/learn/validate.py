@@ -20,6 +20,7 @@ from ranking.prefill.plan import Limits
 from retrieval.data.schema import Dataset
 from retrieval.learn.checkpoint import TrainingError
 from retrieval.learn.choose import choose_rate
+from retrieval.learn.loop import SPEED_STEPS, seconds_per_step
 
 VALIDATION_SHARE = 0.3
 """Share of all steps that goes to the validation run and its trials; the refit gets the rest."""
@@ -38,7 +39,6 @@ WORTH = 0.002
 """AUC by which an earlier look must be better to shorten the refit: less is noise."""
 RATE_WORTH = 0.01
 """AUC by which another learning rate must beat the default: on TRIAL_CANDIDATES less is noise."""
-TRIAL_STEPS = 4
 JUDGED = (len(LOOKS) * VALIDATION_CANDIDATES + len(RATES) * TRIAL_CANDIDATES) / 3
 """Candidates to train on that cost as much as all judging: a pass without gradient takes about a third of a step."""
 GROUPS_PER_PASS = 64
@@ -155,7 +155,6 @@ def affordable(dataset: Dataset, plan: RankerPlan) -> int:
     trainer = start(dataset, dataset.meta.cut_test, plan, 1_000)
     trainer.run(1)  # the first step pays for what is done once
     ready = time.monotonic()
-    trainer.run(1 + TRIAL_STEPS)
-    each = (time.monotonic() - ready) / TRIAL_STEPS
-    left = plan.minutes * 60 - 3 * (ready - began) - (TRIAL_STEPS + JUDGED / plan.loop.candidates) * each
+    each = seconds_per_step(trainer)
+    left = plan.minutes * 60 - 3 * (ready - began) - (SPEED_STEPS + JUDGED / plan.loop.candidates) * each
     return max(10, int(left / each * (1 - VALIDATION_SHARE)))

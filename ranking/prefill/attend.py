@@ -5,7 +5,7 @@
 its own row. Softmax attention over two disjoint sets of keys is the average of the two answers weighted by their
 exponentiated log-sum-exp, so "items see the prefix" and "items see themselves" are two plain calls and one `merge`.
 
-Backends register here. Which one can run is probed once, at first use, on a tiny problem with a known answer.
+Backends register here. Which one can run, in which precision, is probed once, at first use, on tiny problems with known answers.
 
 Legend: Tq, Tk packed rows, H query heads, G key heads (H is a multiple of G), D dims of a head, S segments.
 """
@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 
 from index.errors import BrewlineError
+from ranking.prefill import kernels
 
 log = logging.getLogger(__name__)
 
 Bounds = npt.NDArray[np.int32]
 Attend = Callable[[Tensor, Tensor, Tensor, Bounds, Bounds, bool], tuple[Tensor, Tensor]]
+HALF = (torch.bfloat16, torch.float16)
 
 
 class BackendMissing(BrewlineError):
@@ -37,11 +39,12 @@ class BackendMissing(BrewlineError):
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A way to compute attention. `devices` are torch device types it is made for."""
+    """A way to compute attention, the torch device types it is made for and the precisions it takes."""
 
     name: str
     attend: Attend
     devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALF)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, cu_q: Bounds, cu_k: Bounds, causal: bool) -> tuple[Tensor, Tensor]:
@@ -149,51 +152,77 @@ def _check_segments(cu_q: Bounds, cu_k: Bounds, causal: bool) -> None:
         raise ValueError("causal attention needs as many keys as queries in every segment")
 
 
+def _checked(attend: Attend) -> Attend:
+    @functools.wraps(attend)
+    def run(q: Tensor, k: Tensor, v: Tensor, cu_q: Bounds, cu_k: Bounds, causal: bool) -> tuple[Tensor, Tensor]:
+        _check_segments(cu_q, cu_k, causal)
+        return attend(q, k, v, cu_q, cu_k, causal)
+
+    return run
+
+
 BACKENDS: dict[str, Backend] = {
+    "cuda_varlen": Backend("cuda_varlen", _checked(kernels.cuda_varlen), ("cuda",), HALF),
+    "cuda_varlen_steady": Backend("cuda_varlen_steady", _checked(kernels.cuda_varlen_steady), ("cuda",), HALF),
     "cpu_flash": Backend("cpu_flash", cpu_flash, ("cpu",)),
     "reference": Backend("reference", reference, ("cpu", "cuda", "mps")),
+    "flex": Backend("flex", _checked(kernels.flex), ("cpu", "cuda")),
 }
-"""Every known backend, fastest first: the first that works on the model's device is the default."""
+"""Every known backend, fastest first: the first that works on the model's device is the default. `flex` only checks the others:
+it stands behind the reference, which works everywhere."""
 
 
 @functools.cache
-def probe(name: str, device: str) -> str:
-    """Return "" if the backend works on a device type, else the reason why not. The answer is kept and logged once."""
+def probe(name: str, device: str, dtype: torch.dtype = torch.float32) -> str:
+    """Return "" if the backend works on a device type in a precision, else the reason why not; kept and logged once."""
     if name not in BACKENDS:
         return f"unknown; known are {', '.join(BACKENDS)}"
     backend = BACKENDS[name]
     if device not in backend.devices:
         return f"made for {' and '.join(backend.devices)}, not for {device}"
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(5, 4, 16, generator=generator).to(device)
-    k, v = (torch.randn(5, 2, 16, generator=generator).to(device) for _ in range(2))
-    cu = np.array([0, 2, 5], np.int32)
+    if dtype not in backend.dtypes:
+        return f"takes {' and '.join(str(known) for known in backend.dtypes)}, not {dtype}"
     try:
-        got = backend.attend(q, k, v, cu, cu, True)
-    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        same = _agrees(backend.attend, device, dtype)
+    except (RuntimeError, AttributeError, NotImplementedError, ImportError, TypeError, ValueError) as error:
         reason = f"does not run with torch {torch.__version__}: {error}"
     else:
-        want = reference(q, k, v, cu, cu, True)
-        same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want))
         reason = "" if same else f"disagrees with the reference under torch {torch.__version__}"
-    log.info("attention backend %s on %s: %s", name, device, reason or "works")
+    log.info("attention backend %s on %s in %s: %s", name, device, dtype, reason or "works")
     return reason
 
 
-def choose(name: str | None, device: str) -> Backend:
-    """Return the named backend, or with None the first one that works on the device type.
+def _agrees(attend: Attend, device: str, dtype: torch.dtype) -> bool:
+    """Whether a backend gives the reference's answers on the same rounded inputs, to twice the precision's rounding step.
+
+    Rows and heads differ in number, so that sums the wrong way round have the wrong shape; one query per segment is a problem of
+    its own, because kernels treat it as one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(5, heads, 16, generator=generator).to(device, dtype) for heads in (4, 2, 2))
+    cu, single = np.array([0, 2, 5], np.int32), np.arange(3, dtype=np.int32)
+    allowed = max(1e-5, 2 * torch.finfo(dtype).eps)
+    for rows, cu_q, causal in ((q, cu, True), (q, cu, False), (q[:2], single, False)):
+        pairs = zip(attend(rows, k, v, cu_q, cu, causal), reference(rows, k, v, cu_q, cu, causal))
+        if not all(torch.allclose(got.float(), want.float(), atol=allowed, rtol=allowed) for got, want in pairs):
+            return False
+    return True
+
+
+def choose(name: str | None, device: str, dtype: torch.dtype = torch.float32) -> Backend:
+    """Return the named backend, or with None the first one that works on the device type in the precision.
 
     Raises BackendMissing with every reason if the named one (or, with None, each one) cannot run.
     """
     if name is not None:
-        if reason := probe(name, device):
+        if reason := probe(name, device, dtype):
             raise BackendMissing(f'attention backend "{name}" cannot run on {device}: {reason}')
         return BACKENDS[name]
     reasons = {}
     for candidate in BACKENDS:
-        reasons[candidate] = probe(candidate, device)
+        reasons[candidate] = probe(candidate, device, dtype)
         if not reasons[candidate]:
             if candidate == "reference":
-                log.warning("only the slow reference attention works on %s: %s", device, reasons)
+                log.warning("only the slow reference attention works on %s in %s: %s", device, dtype, reasons)
             return BACKENDS[candidate]
-    raise BackendMissing(f"no attention backend runs on {device}: {reasons}")
+    raise BackendMissing(f"no attention backend runs on {device} in {dtype}: {reasons}")

@@ -32,7 +32,10 @@ Logits = npt.NDArray[np.float32]
 JOINT = Joint.name
 TILE = 256
 """Rows of every matrix product in deterministic mode."""
-CACHE_BYTES = 256 << 20
+CACHE_BYTES = {True: 256 << 20, False: 4 << 30}
+"""Bytes of kept prefixes, on a CPU and elsewhere (a prefix of 1,024 tokens of a 3B model holds 112 MiB)."""
+PASS_ROWS = {True: 8_192, False: 32_768}
+"""Tokens of one pass, on a CPU and elsewhere."""
 
 
 class Engine:
@@ -51,23 +54,24 @@ class Engine:
         backend: str | None = None,
         limits: Limits | None = None,
         deterministic: bool = False,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int | None = None,
         revision: str = "",
     ) -> None:
         """`revision` names the weights in the cache's keys. Raises LabelError, BackendMissing and UnsupportedModel."""
         weights = Weights.of(model)
         embedding = model.get_input_embeddings().weight
+        cpu = embedding.device.type == "cpu"
         _check_labels(label_ids, len(embedding))
         self.model, self.label_ids, self.deterministic = model.eval(), tuple(label_ids), deterministic
-        self.limits = limits or Limits(max_positions=longest_text(model))
-        self.cache = PrefixCache(cache_bytes, f"{revision}|{embedding.dtype}")
+        self.limits = limits or Limits(max_tokens=PASS_ROWS[cpu], max_positions=longest_text(model))
+        self.cache = PrefixCache(CACHE_BYTES[cpu] if cache_bytes is None else cache_bytes, f"{revision}|{embedding.dtype}")
         self._lock = threading.Lock()
         self.loop = "modules" if weights is None else "lean"
         device, dtype = embedding.device, embedding.dtype
         if weights is None:
             if deterministic:
                 raise BackendMissing("deterministic scores need plain weights; merge the LoRA first")
-            chosen = choose(None if backend in (None, JOINT) else backend, device.type)
+            chosen = choose(None if backend in (None, JOINT) else backend, device.type, dtype)
             self.backend, self._modules = chosen.name, Layers(model, cascade(chosen.attend))
             log.info("projections are wrapped: the layer loop calls the modules and keeps no prefixes")
         else:
@@ -210,7 +214,7 @@ def _attention(name: str | None, device: str, dtype: torch.dtype, tile: int | No
         return Joint(tile)
     if name == JOINT:
         raise BackendMissing(f'attention backend "{JOINT}" is made for cpu, not for {device}')
-    chosen = choose(name, device)
+    chosen = choose(name, device, dtype)
     return Cascade(chosen.name, chosen.attend)
 
 

@@ -14,17 +14,19 @@ Legend: P prefix tokens, L tokens of an item, a queries of an item (L, or 1 wher
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ranking.prefill.attend import Bounds, equal_runs
+from ranking.prefill.attend import Bounds, Run, equal_runs
 from ranking.prefill.workspace import Workspace
 
 SCORES = 1_600_000
 """Scores of one block: a few megabytes in the last-level cache, and enough rows for the products to run at full speed."""
+FEW_ROWS = 512
+"""Items of different lengths share a product, other items masked, up to so many rows: below, calls cost more than the waste."""
 PREFIX_ROWS = 256
 STEADY_ROWS = 64
 """Rows of one block of a prefix; the deterministic mode starts them at multiples of this from position 0."""
@@ -76,7 +78,12 @@ class Joint:
         item with as many queries as keys is causal; with fewer, its last rows ask and see all of it.
         """
         for (prefix_k, prefix_v), cu_q, cu_k in zip(prefixes, queries, keys):
-            for run in equal_runs(cu_q, cu_k):
+            for runs in _gathered(equal_runs(cu_q, cu_k), 0 if self._tile else FEW_ROWS):
+                if len(runs) > 1:
+                    asking, own = _span(runs)
+                    self._mixed(q[asking], k[own], v[own], prefix_k, prefix_v, _own_item(runs, q), out[asking])
+                    continue
+                (run,) = runs
                 step = self._items_per_block(len(prefix_k), run.queries, run.keys)
                 for first in range(0, run.segments, step):
                     count = min(step, run.segments - first)
@@ -115,6 +122,21 @@ class Joint:
         if answer is not out:
             out.copy_(answer[: len(out)])
 
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, mask: Tensor, out: Tensor) -> None:
+        """Few rows of items of many lengths: one product against all of them, other items' scores masked away."""
+        seen = len(prefix_k)
+        for head in range(q.shape[1]):
+            group = head * k.shape[1] // q.shape[1]
+            scores, weights = self._rows(len(q), seen + len(k), q)
+            _products(q[:, head], prefix_k[:, group], scores[:, :seen])
+            own = scores[:, seen:]
+            _products(q[:, head], k[:, group], own)
+            own.add_(mask)
+            torch.softmax(scores, -1, out=weights)
+            found = out[:, head]
+            torch.mm(weights[:, :seen], prefix_v[:, group], out=found)
+            torch.addmm(found, weights[:, seen:], v[:, group], out=found)
+
     def _padded(self, name: str, rows: Tensor, count: int) -> Tensor:
         """The rows at the head of a fresh block of `count`: one place in memory and one shape, whatever came before."""
         block = self._space.take(name, (count, *rows.shape[1:]), rows.dtype, rows.device)
@@ -128,6 +150,39 @@ class Joint:
             self._space.take("scores", shape, like.dtype, like.device),
             self._space.take("weights", shape, like.dtype, like.device),
         )
+
+
+def _gathered(runs: Iterable[Run], few: int) -> Iterator[list[Run]]:
+    """The runs, neighbours of together at most `few` keys in one list."""
+    waiting: list[Run] = []
+    rows = 0
+    for run in runs:
+        size = run.segments * run.keys
+        if waiting and rows + size > few:
+            yield waiting
+            waiting, rows = [], 0
+        waiting.append(run)
+        rows += size
+    if waiting:
+        yield waiting
+
+
+def _span(runs: Sequence[Run]) -> tuple[slice, slice]:
+    """The query rows and the key rows of consecutive runs."""
+    last = runs[-1]
+    asking = slice(runs[0].first_q, last.first_q + last.segments * last.queries)
+    return asking, slice(runs[0].first_k, last.first_k + last.segments * last.keys)
+
+
+def _own_item(runs: Sequence[Run], like: Tensor) -> Tensor:
+    """[queries, keys]: minus infinity where a query would see another item, or in its own what comes after it."""
+    asking = np.concatenate([np.full(run.segments, run.queries) for run in runs])
+    held = np.concatenate([np.full(run.segments, run.keys) for run in runs])
+    numbers = np.arange(len(held))
+    place = np.arange(held.sum()) - np.repeat(np.cumsum(held) - held, held)
+    reach = np.arange(asking.sum()) - np.repeat(np.cumsum(asking) - asking, asking) + np.repeat(held - asking, asking)
+    seen = (np.repeat(numbers, asking)[:, None] == np.repeat(numbers, held)) & (place <= reach[:, None])
+    return torch.from_numpy(np.where(seen, np.float32(0), np.float32(-np.inf))).to(like)
 
 
 def _products(asking: Tensor, keys: Tensor, out: Tensor) -> None:

@@ -25,8 +25,10 @@ from ranking.prefill.plan import Chunk
 from ranking.prefill.weights import Block, Linear, Weights, into
 from ranking.prefill.workspace import Workspace
 
-ROWS = 2048
-"""Rows of a block. Fewer waste matrix products, more fall out of the cache between two steps."""
+ROWS = 2_048
+"""Rows of a block on a CPU. Fewer waste matrix products, more fall out of the cache between two steps."""
+ROWS_ELSEWHERE = 32_768
+"""On a GPU a block bounds memory only: each one costs its launches."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -231,11 +233,11 @@ class Lean:
     def _embed(self, tokens: Ints, vectors: Tensor | None) -> Tensor:
         """The embeddings of T tokens in a buffer of `_padded(T)` rows, the surplus zero."""
         x = self._take("x", self._padded(len(tokens)), self.weights.hidden)
-        ids = torch.from_numpy(tokens).to(x.device)
-        words = ids if vectors is None else ids.clamp(min=0)
-        torch.index_select(self.weights.embedding, 0, words, out=x[: len(tokens)])
-        if vectors is not None and len(given := (ids < 0).nonzero()[:, 0]):
-            x[given] = vectors[-1 - ids[given]].to(x.dtype)
+        ids = torch.from_numpy(np.maximum(tokens, 0)).to(x.device)
+        torch.index_select(self.weights.embedding, 0, ids, out=x[: len(tokens)])
+        if vectors is not None and len(given := np.flatnonzero(tokens < 0)):
+            rows = torch.from_numpy(-1 - tokens[given]).to(x.device)
+            x[torch.from_numpy(given).to(x.device)] = vectors[rows].to(x.dtype)
         x[len(tokens) :] = 0
         return x
 
@@ -251,7 +253,7 @@ class Lean:
         return rows if self._tile is None else -(-rows // self._tile) * self._tile
 
     def _blocks(self, rows: int) -> Iterator[slice]:
-        step = self._tile or ROWS
+        step = self._tile or (ROWS if self.weights.embedding.device.type == "cpu" else ROWS_ELSEWHERE)
         for first in range(0, rows, step):
             yield slice(first, min(first + step, rows))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from retrieval.learn.checkpoint import TrainingError, load_state, save_state, weight_groups
+
+SPEED_STEPS = 5
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) steps."""
@@ -119,3 +122,13 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     """The share of the full learning rate at a step: a function of the step alone, so that a rerun takes the same path."""
     rising = max(1, round(warmup * steps))
     return min((step + 1) / rising, max(0.0, (steps - step) / max(1, steps - rising)))
+
+
+def seconds_per_step(loop: Loop, steps: int = SPEED_STEPS) -> float:
+    """The median duration of `steps` further steps: a burst of other work on the machine must not decide a training's length."""
+    took = []
+    for _ in range(steps):
+        began = time.monotonic()
+        loop.run(loop.done + 1)
+        took.append(time.monotonic() - began)
+    return statistics.median(took)

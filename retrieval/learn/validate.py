@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedModel
 
 from retrieval.counts import Counts
 from retrieval.data.schema import DAY, Dataset
@@ -18,15 +20,17 @@ from retrieval.encoder import Encoder
 from retrieval.evidence.protocol import EvidenceError, Queries, last_after_cut, member_views
 from retrieval.learn.checkpoint import TrainingError
 from retrieval.learn.choose import choose_rate
+from retrieval.learn.loop import SPEED_STEPS, seconds_per_step
 from retrieval.learn.start import EncoderPlan, start
 from retrieval.learn.train import Trainer
 from retrieval.records import NEWEST
+from retrieval.writer import Writer
 
 VALIDATION_SHARE = 0.35
 """Share of all steps that goes to trials and validation run; the refit gets the rest."""
 VALIDATION_QUERIES = 400
 VALIDATION_DAYS = 3
-LOOKS = (0.5, 0.75, 1.0)
+LOOKS = (0.6, 1.0)
 """Shares of the validation run at which recall is read."""
 WORTH = 0.02
 """Recall by which another rate or an earlier look must be better to be taken: with VALIDATION_QUERIES queries less is noise."""
@@ -36,8 +40,9 @@ TRIAL_SHARE = 0.2
 """Share of the validation steps that goes to the trials together: a quarter of what is left to the run itself."""
 TRIAL_LEAST = 20
 """Steps below which a trial would tell nothing about a rate: then the default is taken untried."""
-SPEED_STEPS = 4
+LEAST_STEPS = 10
 
+Ints = npt.NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total)."""
 
@@ -64,15 +69,17 @@ def decide(
         return Decision(plan.steps or _affordable(dataset, plan, None, None, 0.0), plan.rate), None
     began = time.monotonic()
     first = start(dataset, dataset.meta.cut_valid, plan, 1, identity)
-    steps = plan.steps or _affordable(dataset, plan, first, queries, time.monotonic() - began)
+    prepared = time.monotonic() - began
+    exam = Exam(dataset, first.sampler.writer, queries)
+    steps = plan.steps or _affordable(dataset, plan, first, exam, prepared + time.monotonic() - began)
     total = max(1, round(steps * VALIDATION_SHARE / (1 - VALIDATION_SHARE)))
-    rate, trials, spent = _choose_rate(dataset, plan, first, queries, total, report)
+    rate, trials, spent = _choose_rate(plan, first, exam, total, report)
     trainer = first.again(total - spent, rate)
     found: dict[int, float] = {}
     for look in LOOKS if plan.steps is None else LOOKS[-1:]:
         until = max(1, round(look * trainer.steps))
         trainer.run(until, lambda done, of: report("validate", done, of))
-        found[until] = recall_at_100(trainer, dataset, queries)
+        found[until] = exam.recall(trainer.model)
     best = max(found, key=lambda step: found[step])
     if found[best] > found[trainer.steps] + WORTH:
         steps = max(1, round(best * steps / trainer.steps))
@@ -80,7 +87,7 @@ def decide(
 
 
 def _choose_rate(
-    dataset: Dataset, plan: EncoderPlan, first: Trainer, queries: Queries, total: int, report: Progress
+    plan: EncoderPlan, first: Trainer, exam: Exam, total: int, report: Progress
 ) -> tuple[float, dict[float, float], int]:
     """The learning rate, what each tried one reached after a short whole schedule, and the steps that this took."""
     each = int(total * TRIAL_SHARE / len(RATES))
@@ -90,31 +97,48 @@ def _choose_rate(
     def judged(rate: float) -> float:
         trainer = first.again(each, rate)
         trainer.run(each, lambda done, of: report(f"try rate {rate:g}", done, of))
-        return recall_at_100(trainer, dataset, queries)
+        return exam.recall(trainer.model, last_day=True)
 
     rate, trials = choose_rate([share * plan.rate for share in RATES], judged, WORTH, plan.rate)
     return rate, trials, each * len(RATES)
 
 
-def recall_at_100(trainer: Trainer, dataset: Dataset, queries: Queries) -> float:
-    """Mean Recall@100 with live counts over the queries, whole catalogue, history excluded.
+class Exam:
+    """Questions of some days, written out as id rows once: a look at recall then costs the encoding alone.
 
-    Equal scores (and no numbers) count against the target: weights that a rate has wrecked must not look good.
+    The rows belong to one writer; the weights may change from look to look.
     """
-    encoder = Encoder(trainer.model, trainer.sampler.writer, "", {})
-    counts = Counts.from_dataset(dataset, dataset.meta.cut_test)
-    records = [dataset.items[row] for row in range(len(dataset.items))]
-    recalls = np.zeros(len(queries))
-    for day in np.unique(queries.day):
-        asked = np.flatnonzero(queries.day == day)
-        vectors = encoder.items(records, counts.as_of(int(day) * DAY))
-        members = encoder.members(member_views(dataset, queries.take(asked), newest=NEWEST))
-        scores = members @ vectors.T
-        for row, query in enumerate(asked.tolist()):
-            scores[row, queries.excluded[query]] = -np.inf
-            own = scores[row, queries.targets[query]]
-            recalls[query] = (scores.shape[1] - (scores[row] < own[:, None]).sum(1) <= 100).mean()
-    return float(recalls.mean())
+
+    def __init__(self, dataset: Dataset, writer: Writer, queries: Queries) -> None:
+        self.queries = queries
+        self._writer = writer
+        self._days: list[tuple[Ints, list[list[int]], list[list[int]]]] = []
+        counts = Counts.from_dataset(dataset, dataset.meta.cut_test)
+        records = [dataset.items[row] for row in range(len(dataset.items))]
+        for day in np.unique(queries.day).tolist():
+            asked = np.flatnonzero(queries.day == day)
+            members = writer.members(member_views(dataset, queries.take(asked), newest=NEWEST))
+            self._days.append((asked, writer.items(records, counts.as_of(day * DAY)), members))
+
+    @property
+    def days(self) -> int:
+        """How many days ask."""
+        return len(self._days)
+
+    def recall(self, model: PreTrainedModel, *, last_day: bool = False) -> float:
+        """Mean Recall@100 with live counts over the queries (of the last day only), whole catalogue, history excluded.
+
+        Equal scores (and no numbers) count against the target: weights that a rate has wrecked must not look good.
+        """
+        encoder = Encoder(model, self._writer, "", {})
+        recalls: list[float] = []
+        for asked, items, members in self._days[-1:] if last_day else self._days:
+            scores = encoder.embed(members) @ encoder.embed(items).T
+            for row, query in enumerate(asked.tolist()):
+                scores[row, self.queries.excluded[query]] = -np.inf
+                own = scores[row, self.queries.targets[query]]
+                recalls.append(float((scores.shape[1] - (scores[row] < own[:, None]).sum(1) <= 100).mean()))
+        return float(np.mean(recalls))
 
 
 def validation_queries(dataset: Dataset) -> Queries | None:
@@ -130,23 +154,23 @@ def validation_queries(dataset: Dataset) -> Queries | None:
     return queries.take(np.flatnonzero(np.isin(queries.day, kept))).sample(VALIDATION_QUERIES)
 
 
-def _affordable(dataset: Dataset, plan: EncoderPlan, first: Trainer | None, queries: Queries | None, prepared: float) -> int:
-    """Steps of the refit that fit into the minutes, with both preparations and every look at recall counted in.
+def _affordable(dataset: Dataset, plan: EncoderPlan, first: Trainer | None, exam: Exam | None, prepared: float) -> int:
+    """Steps of the refit that fit into the minutes, with `prepared` seconds of all preparations and every look counted in.
 
-    `first` is the start of the validation run, which took `prepared` seconds; both are missing where there is no such run.
+    `first` is the start of the validation run and `exam` its questions; both are missing where there is no such run.
     """
     assert plan.minutes is not None
     began = time.monotonic()
     trainer = first.again(1_000, plan.rate) if first else start(dataset, dataset.meta.cut_test, plan, 1_000)
     trainer.run(1)  # the first step pays for what is done once
     ready = time.monotonic()
-    trainer.run(1 + SPEED_STEPS)
-    each = (time.monotonic() - ready) / SPEED_STEPS
-    if queries is None:
-        return max(10, int((plan.minutes * 60 - 2 * (ready - began)) / each))
+    each = seconds_per_step(trainer)
+    if exam is None:
+        return max(LEAST_STEPS, int((plan.minutes * 60 - 2 * (ready - began)) / each))
     looked = time.monotonic()
-    recall_at_100(trainer, dataset, queries)
+    exam.recall(trainer.model, last_day=True)
     look = time.monotonic() - looked
-    looks = 1 + len(LOOKS) + (len(RATES) if plan.learning_rate is None and plan.base is None else 0)
-    left = plan.minutes * 60 - 2 * prepared - (ready - began) - SPEED_STEPS * each - looks * look
-    return max(10, int(left / each * (1 - VALIDATION_SHARE)))
+    trials = len(RATES) if plan.learning_rate is None and plan.base is None else 0
+    looks = 1 + trials + len(LOOKS) * exam.days
+    left = plan.minutes * 60 - prepared - (ready - began) - SPEED_STEPS * each - looks * look
+    return max(LEAST_STEPS, int(left / each * (1 - VALIDATION_SHARE)))

@@ -83,7 +83,8 @@ def redis_url(folder: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def cluster_port() -> Iterator[int]:
     with tempfile.TemporaryDirectory(prefix="bl") as path:
-        port = free_port()
+        # the bus of a cluster node listens 10,000 ports higher, which must be a port too
+        port = next(port for port in iter(free_port, None) if port <= 65_535 - 10_000)
         options = ("--port", str(port), "--cluster-enabled", "yes", "--bind", "127.0.0.1", "--cluster-announce-ip", "127.0.0.1")
         process, client = start(Path(path), *options, "--cluster-require-full-coverage", "no")
         client.execute_command("CLUSTER ADDSLOTS", *range(16_384))

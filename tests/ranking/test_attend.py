@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ranking.prefill import attend as attention
 from ranking.prefill.attend import BACKENDS, Backend, BackendMissing, choose, equal_runs, merge, probe, reference
+from ranking.prefill.kernels import TILE, ForwardOnly, cuda_varlen, segment_mask
 
 WORKING = [name for name in BACKENDS if not probe(name, "cpu")]
 
@@ -27,6 +33,12 @@ def bounds(*lengths: int) -> np.ndarray:
 def test_cpu_flash_works_on_the_torch_we_test_with() -> None:
     assert "cpu_flash" in WORKING, probe("cpu_flash", "cpu")
     assert choose(None, "cpu").name == "cpu_flash"
+    assert probe("cpu_flash", "cpu", torch.bfloat16) == ""
+
+
+def test_flex_checks_the_others_and_is_never_the_default() -> None:
+    assert "flex" in WORKING, probe("flex", "cpu")
+    assert list(BACKENDS).index("flex") > list(BACKENDS).index("reference")
 
 
 @pytest.mark.parametrize("name", WORKING)
@@ -88,6 +100,8 @@ def test_a_missing_required_backend_is_an_error_with_its_reason() -> None:
         choose("warp", "cpu")
     with pytest.raises(BackendMissing, match="not for cuda"):
         choose("cpu_flash", "cuda")
+    with pytest.raises(BackendMissing, match=r"takes torch\.bfloat16 and torch\.float16, not torch\.float32"):
+        choose("cuda_varlen", "cuda")
 
 
 @pytest.mark.parametrize("broken", ["raises", "wrong"])
@@ -107,3 +121,40 @@ def test_a_backend_that_fails_its_probe_is_not_chosen(monkeypatch: pytest.Monkey
             choose("cpu_flash", "cpu")
     finally:
         probe.cache_clear()
+
+
+def test_the_kernels_of_torch_are_imported_on_first_use() -> None:
+    code = "import sys, ranking.prefill.attend; sys.exit('torch.nn.attention.varlen' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("lengths", [(4,), (3, 2), (1, 1, 1), (1, 1, 1, 1)])
+def test_varlen_is_called_as_this_torch_declares_it(heads: tuple[int, int], lengths: tuple[int, ...]) -> None:
+    """On the device that computes shapes only: the kernel itself needs CUDA, but its declaration is the one CUDA gets."""
+    q, k = (torch.empty(sum(lengths), some, 16, dtype=torch.bfloat16, device="meta") for some in heads)
+    steady = ["cuda_varlen_steady"] if "num_splits" in inspect.signature(varlen_attn).parameters else []
+    for name in ["cuda_varlen", *steady]:
+        out, lse = BACKENDS[name].attend(q, k, k, bounds(*lengths), bounds(*lengths), True)
+        assert out.shape == q.shape and lse.shape == q.shape[:2] and lse.dtype == torch.float32
+
+
+def test_varlen_refuses_to_learn() -> None:
+    q = rows(2, 2, 8).requires_grad_()
+    with pytest.raises(ForwardOnly, match="no gradient"):
+        cuda_varlen(q, q, q, bounds(2), bounds(2), False)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [(1,), (TILE, TILE), (200, 1, 1, 300), (5,) * 60, (130, 120, 7)])
+def test_the_mask_by_hand_lists_the_blocks_that_torch_finds(lengths: tuple[int, ...], causal: bool) -> None:
+    made = segment_mask(bounds(*lengths), bounds(*lengths), causal, torch.device("cpu"))
+    rows_, device = sum(lengths), "cpu"
+    found = create_block_mask(made.mask_mod, None, None, rows_, rows_, device=device, BLOCK_SIZE=TILE)
+    assert torch.equal(made.to_dense(), found.to_dense())
+
+
+def test_the_mask_by_hand_of_few_queries_and_many_keys() -> None:
+    made = segment_mask(bounds(1, 1, 130), bounds(300, 5, 200), False, torch.device("cpu"))
+    found = create_block_mask(made.mask_mod, None, None, 132, 505, device="cpu", BLOCK_SIZE=TILE)
+    assert torch.equal(made.to_dense(), found.to_dense())

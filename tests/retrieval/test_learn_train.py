@@ -24,7 +24,7 @@ from retrieval.learn.prepare import NothingToLearn, known_items
 from retrieval.learn.sessions import NOTE, with_sessions
 from retrieval.learn.start import EncoderPlan, start
 from retrieval.learn.train import LoopSettings, Trainer
-from retrieval.learn.validate import recall_at_100
+from retrieval.learn.validate import Exam
 from retrieval.llama import Size, new_llama
 
 PLAN = EncoderPlan(
@@ -48,7 +48,8 @@ def test_training_learns_the_tiny_shop_from_random_words(tiny_dataset: Dataset) 
     assert np.mean([point["loss"] for point in trainer.curve[-5:]]) < trainer.curve[0]["loss"] - 0.3
     assert recall_at_k(trainer, tiny_dataset, 10) > before + 0.2
     queries = last_after_cut(tiny_dataset, "valid")
-    assert recall_at_100(trainer, tiny_dataset, queries) == 1.0, "60 items: the top 100 hold every candidate"
+    exam = Exam(tiny_dataset, trainer.sampler.writer, queries)
+    assert exam.recall(trainer.model) == 1.0, "60 items: the top 100 hold every candidate"
 
 
 def test_warm_words_know_the_topics_before_any_training(tiny_dataset: Dataset) -> None:
