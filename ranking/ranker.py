@@ -20,8 +20,7 @@ from index.errors import BrewlineError
 from ranking.calibrate import Calibrator
 from ranking.prefill.engine import Engine
 from ranking.prefill.load import ready
-from ranking.prefill.plan import Limits, Request
-from ranking.prefill.weights import longest_text
+from ranking.prefill.request import Limits, Request
 from ranking.prompts import RANK_TEMPLATE, RankBudgets, RankPrompts, label_id
 from ranking.tasks import Task, task_named
 from retrieval.data.schema import Item, MemberView
@@ -57,7 +56,7 @@ class RankerFacts:
 
 
 class Ranker:
-    """Probabilities of a task's positive answer for candidates before one member. Not safe for concurrent calls."""
+    """Probabilities of a task's positive answer for candidates before one member. Threads that call it wait for each other."""
 
     def __init__(self, prompts: RankPrompts, facts: RankerFacts, fingerprint: str, engine: Engine) -> None:
         self.prompts, self.facts, self.fingerprint, self.engine = prompts, facts, fingerprint, engine
@@ -99,7 +98,7 @@ class Ranker:
     ) -> Ranker:
         """A ranker over parts that are already in memory."""
         ids = list(dict.fromkeys(token for pair in facts.labels.values() for token in pair))
-        limits = Limits(max_tokens=max_tokens, max_positions=longest_text(model))
+        limits = Limits(max_tokens=max_tokens)
         return cls(prompts, facts, fingerprint, Engine(model, ids, backend=backend, limits=limits, revision=fingerprint))
 
     @property
@@ -171,6 +170,8 @@ def read_facts(folder: Path) -> RankerFacts:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RankerError(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise RankerError(f"{path}: holds a {type(found).__name__}, expected an object; train the ranker again")
     for name, expected in (("format", FORMAT), ("template", TEMPLATE_VERSION), ("rank_template", RANK_TEMPLATE)):
         if found.get(name) != expected:
             raise RankerError(f"{path}: {name} is {found.get(name)!r}, this version reads {expected!r}; train the ranker again")

@@ -31,7 +31,7 @@ TORCH_FREE = (
     "retrieval.records",
     "ranking.tasks",
     "ranking.prefill.plan",
-    "ranking.prefill.errors",
+    "ranking.prefill.request",
     "ranking.prefill.operations",
     "ranking.prefill.onnx_engine",
     "ranking.cli.",

@@ -20,11 +20,6 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps `train` a subcommand while it is the only one."""
-
-
 @app.command()
 def train(
     data: Annotated[Path, typer.Argument(help="The data folder.", show_default=False)],
@@ -80,6 +75,29 @@ def train(
     with stages() as stage:
         report = train_ranker(dataset, out, plan, stage)
     emit(vars(report), as_json=as_json, table=lambda: _table(report))
+
+
+@app.command()
+def export(
+    ranker: Annotated[Path, typer.Argument(help="The ranker folder.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="The data folder whose groups the two engines are compared on.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    int8: Annotated[bool, typer.Option("--int8", help="Products in int8; refused unless the ranking stays the same.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
+) -> None:
+    """Write the ranker's prefill engine for onnxruntime, to score token ids where there is no torch, and compare it.
+
+    What it takes and gives is in docs/prefill.md. An int8 engine that orders candidates differently is not admitted.
+
+    Example: `brewline ranker export my-ranker --data my-data --out my-ranker-onnx`
+    """
+    from ranking.cli.output import emit
+    from ranking.cli.train_report import facts_table
+    from ranking.export import export_ranker
+    from retrieval.data.read import read_dataset
+
+    facts = export_ranker(ranker, read_dataset(data), out, int8=int8)
+    emit(facts, as_json=as_json, table=lambda: facts_table(facts))
 
 
 def _table(report: TrainReport) -> Table:

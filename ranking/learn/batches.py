@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ranking.learn.examples import Ints, Pool
-from ranking.prefill.plan import Request
+from ranking.prefill.request import Request
 from ranking.prompts import RankPrompts, admitted, relations_of
 from ranking.tasks import Task
 from retrieval import records

@@ -16,7 +16,8 @@ from ranking.learn.attention import training_mixer
 from ranking.learn.batches import Batch, GroupWriter, Order
 from ranking.learn.examples import Pool
 from ranking.prefill.llama import Layers
-from ranking.prefill.plan import Limits, plan
+from ranking.prefill.plan import plan
+from ranking.prefill.request import Limits
 from retrieval.learn.loop import Loop, Pace
 
 

@@ -16,7 +16,6 @@ from ranking.learn.examples import Pool, pools_of, teaches
 from ranking.learn.loop import Trainer
 from ranking.learn.start import Origins, RankerPlan, start
 from ranking.prefill.engine import Engine
-from ranking.prefill.plan import Limits
 from retrieval.data.schema import Dataset
 from retrieval.learn.checkpoint import TrainingError
 from retrieval.learn.choose import choose_rate
@@ -117,7 +116,7 @@ def _try_rates(
 def judge(trainer: Trainer, writer: GroupWriter, pools: Mapping[str, Pool], candidates: int = VALIDATION_CANDIDATES) -> Judged:
     """Raw scores of a fixed sample of each task's groups through the serving engine, and their answers."""
     ids = list(dict.fromkeys(token for pair in trainer.labels.values() for token in pair))
-    engine = Engine(trainer.model, ids, limits=Limits(max_positions=trainer.model.config.max_position_embeddings))
+    engine = Engine(trainer.model, ids)
     found: Judged = {}
     for place, (name, pool) in enumerate(pools.items()):
         yes, no = (engine.label_ids.index(token) for token in trainer.labels[name])

@@ -1,8 +1,8 @@
 """Keys and values of member prefixes, kept across requests and reused where a new prefix begins like an old one.
 
 A prefix is cut into blocks of 64 tokens, each named by a hash of all tokens up to its end, so the longest known beginning is
-found block by block. A member with two new events reuses all but the end of yesterday's history; another member of the same
-task reuses the instruction. Entries are never shared between models: the chain of hashes starts with the model's revision.
+found block by block, and within the last block by comparing tokens. A member with two new events reuses all of yesterday's
+history; another member of the same task reuses the instruction. The chain of hashes starts with the model's revision.
 
 Legend: P prefix tokens, G key heads, D dims of a head.
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
+SHARING = 8
+"""Entries with one beginning that are remembered under its name, newest first; more are found by their whole prefix only."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -61,7 +64,7 @@ class Keys:
 @dataclass
 class CacheStats:
     """Counts since the engine was made: prefixes found whole (hits), in part (partial), not at all (misses); tokens reused and
-    computed; bytes held now and evicted so far."""
+    computed; bytes held now and evicted so far (entries that a longer one replaced included)."""
 
     hits: int = 0
     partial: int = 0
@@ -77,43 +80,51 @@ class PrefixCache:
 
     def __init__(self, budget: int, revision: str) -> None:
         """`budget` 0 keeps nothing. `revision` names the weights and their precision."""
-        self.budget, self.stats = budget, CacheStats()
+        self.budget, self._stats = budget, CacheStats()
         self._root = hashlib.sha256(revision.encode()).digest()
         self._entries: OrderedDict[int, Keys] = OrderedDict()
-        self._named: dict[bytes, Keys] = {}
+        self._named: dict[bytes, list[Keys]] = {}
         self._lock = threading.Lock()
+
+    @property
+    def stats(self) -> CacheStats:
+        """The counts of now."""
+        with self._lock:
+            return replace(self._stats)
 
     def longest(self, tokens: Ints, *, whole_blocks: bool) -> tuple[Keys | None, int]:
         """The entry, pinned, that shares most tokens with the beginning of `tokens`, and how many; (None, 0) if there is none.
 
         With `whole_blocks` a beginning counts in multiples of BLOCK only, unless it is all of `tokens`.
         """
-        names = self._chain(tokens)
+        names = self._names(tokens)
         with self._lock:
             for name in reversed(names):
-                entry = self._named.get(name)
-                if entry is None:
-                    continue
-                shared = _shared(entry.tokens[: entry.length], tokens)
+                found = [(_shared(entry.tokens[: entry.length], tokens), entry) for entry in self._named.get(name, ())]
+                shared, entry = max(found, key=lambda pair: pair[0], default=(0, None))
                 if whole_blocks and shared < len(tokens):
                     shared -= shared % BLOCK
-                if not shared:
-                    continue
-                entry.pins += 1
-                self._entries.move_to_end(id(entry))
-                return entry, shared
+                if entry is not None and shared:
+                    entry.pins += 1
+                    self._entries.move_to_end(id(entry))
+                    return entry, shared
         return None, 0
 
     def keep(self, entry: Keys) -> None:
-        """The entry, computed whole and pinned by the caller, is found from now on."""
-        entry.names = tuple(self._chain(entry.tokens))
+        """The entry, computed whole and pinned by the caller, is found from now on, and entries that it covers are dropped.
+
+        One larger than the whole budget is not kept.
+        """
+        entry.names = tuple(self._names(entry.tokens))
         with self._lock:
-            if not self.budget:
+            if entry.bytes > self.budget:
                 return
+            covered = {id(old): old for name in entry.names for old in self._named.get(name, ()) if not old.pins}
+            self._drop(old for old in covered.values() if _shared(old.tokens, entry.tokens) == len(old.tokens))
             self._entries[id(entry)] = entry
-            self.stats.bytes += entry.bytes
+            self._stats.bytes += entry.bytes
             for name in entry.names:
-                self._named[name] = entry
+                self._named[name] = [entry, *self._named.get(name, ())][:SHARING]
             self._evict()
 
     def release(self, entry: Keys) -> None:
@@ -127,36 +138,43 @@ class PrefixCache:
         with self._lock:
             self._entries.clear()
             self._named.clear()
-            self.stats.bytes = 0
+            self._stats.bytes = 0
 
     def count(self, reused: int, computed: int) -> None:
         """One more prefix, of whose tokens so many were found and so many had to be computed."""
         with self._lock:
-            self.stats.hits += not computed
-            self.stats.partial += bool(computed and reused)
-            self.stats.misses += not reused
-            self.stats.tokens_reused += reused
-            self.stats.tokens_computed += computed
+            self._stats.hits += not computed
+            self._stats.partial += bool(computed and reused)
+            self._stats.misses += not reused
+            self._stats.tokens_reused += reused
+            self._stats.tokens_computed += computed
 
     def _evict(self) -> None:
-        while self.stats.bytes > self.budget:
+        while self._stats.bytes > self.budget:
             oldest = next((entry for entry in self._entries.values() if not entry.pins), None)
             if oldest is None:
                 return
-            del self._entries[id(oldest)]
-            self.stats.bytes -= oldest.bytes
-            self.stats.evicted_bytes += oldest.bytes
-            for name in oldest.names:
-                if self._named.get(name) is oldest:
-                    del self._named[name]
+            self._drop([oldest])
 
-    def _chain(self, tokens: Ints) -> list[bytes]:
-        """The names of the beginnings that end with each block; the first is that of the empty beginning."""
+    def _drop(self, entries: Iterable[Keys]) -> None:
+        for entry in entries:
+            del self._entries[id(entry)]
+            self._stats.bytes -= entry.bytes
+            self._stats.evicted_bytes += entry.bytes
+            for name in entry.names:
+                left = [other for other in self._named.get(name, ()) if other is not entry]
+                if left:
+                    self._named[name] = left
+                else:
+                    self._named.pop(name, None)
+
+    def _names(self, tokens: Ints) -> list[bytes]:
+        """The names of the beginnings that end with each block, the empty one first, and last of the whole prefix."""
         name, names = self._root, [self._root]
         for first in range(0, len(tokens) - BLOCK + 1, BLOCK):
             name = hashlib.sha256(name + tokens[first : first + BLOCK].tobytes()).digest()
             names.append(name)
-        return names
+        return [*names, hashlib.sha256(b"whole" + name + tokens[len(tokens) // BLOCK * BLOCK :].tobytes()).digest()]
 
 
 def _shared(left: Ints, right: Ints) -> int:

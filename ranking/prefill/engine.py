@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ranking.prefill.attend import BackendMissing, choose
-from ranking.prefill.cache import CacheStats, Keys, PrefixCache
-from ranking.prefill.errors import LabelError, UnknownToken, UnknownVector
+from ranking.prefill.cache import BLOCK, CacheStats, Keys, PrefixCache
+from ranking.prefill.errors import UnknownToken, UnknownVector
 from ranking.prefill.joint import Joint
 from ranking.prefill.lean import Attention, Cascade, Lean
 from ranking.prefill.llama import Layers, cascade
-from ranking.prefill.plan import Limits, Plan, Request, plan
-from ranking.prefill.weights import Weights, longest_text
+from ranking.prefill.plan import Plan, plan
+from ranking.prefill.request import Limits, Request, check_labels, check_prefix
+from ranking.prefill.weights import Weights, check_family, longest_text, state_of
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ Logits = npt.NDArray[np.float32]
 JOINT = Joint.name
 TILE = 256
 """Rows of every matrix product in deterministic mode."""
-CACHE_BYTES = {True: 256 << 20, False: 4 << 30}
+CACHE_BYTES = {True: 1 << 30, False: 4 << 30}
 """Bytes of kept prefixes, on a CPU and elsewhere (a prefix of 1,024 tokens of a 3B model holds 112 MiB)."""
 PASS_ROWS = {True: 8_192, False: 32_768}
 """Tokens of one pass, on a CPU and elsewhere."""
@@ -43,7 +45,8 @@ class Engine:
 
     `backend` names the attention in use, `loop` the layer loop ("lean", or "modules" where LoRA wraps the projections),
     `label_ids` the tokens whose logits are read: in float32, from float32 copies of the label rows, whatever the precision of
-    the body. Calls from several threads wait for each other. When a weight is written to in place, the kept prefixes are dropped.
+    the body. Calls from several threads wait for each other. When a parameter is replaced, moved or written to in place, the
+    engine follows and drops what it kept; a write through `.data` is not seen.
     """
 
     def __init__(
@@ -57,28 +60,39 @@ class Engine:
         cache_bytes: int | None = None,
         revision: str = "",
     ) -> None:
-        """`revision` names the weights in the cache's keys. Raises LabelError, BackendMissing and UnsupportedModel."""
-        weights = Weights.of(model)
+        """`revision` names the weights in the cache's keys; a prefix and its items stay within the model's positions whatever
+        `limits` say. Raises LabelError, BackendMissing and UnsupportedModel."""
+        check_family(model)
         embedding = model.get_input_embeddings().weight
-        cpu = embedding.device.type == "cpu"
-        _check_labels(label_ids, len(embedding))
-        self.model, self.label_ids, self.deterministic = model.eval(), tuple(label_ids), deterministic
-        self.limits = limits or Limits(max_tokens=PASS_ROWS[cpu], max_positions=longest_text(model))
+        self.label_ids = check_labels(label_ids, len(embedding))
+        cpu, known = embedding.device.type == "cpu", longest_text(model)
+        limits = limits or Limits(max_tokens=PASS_ROWS[cpu])
+        self.limits = replace(limits, max_positions=min(known, limits.max_positions or known))
+        self.model, self.deterministic = model.eval(), deterministic
         self.cache = PrefixCache(CACHE_BYTES[cpu] if cache_bytes is None else cache_bytes, f"{revision}|{embedding.dtype}")
+        self._wanted = backend
         self._lock = threading.Lock()
-        self.loop = "modules" if weights is None else "lean"
+        self._attach()
+
+    def _attach(self) -> None:
+        """The loop reads the model's parameters of now, and no prefix is kept that others made."""
+        self._state = state_of(self.model)
+        self.cache.clear()
+        embedding = self.model.get_input_embeddings().weight
         device, dtype = embedding.device, embedding.dtype
+        weights = Weights.of(self.model)
+        self.loop = "modules" if weights is None else "lean"
         if weights is None:
-            if deterministic:
+            if self.deterministic:
                 raise BackendMissing("deterministic scores need plain weights; merge the LoRA first")
-            chosen = choose(None if backend in (None, JOINT) else backend, device.type, dtype)
-            self.backend, self._modules = chosen.name, Layers(model, cascade(chosen.attend))
+            chosen = choose(None if self._wanted in (None, JOINT) else self._wanted, device.type, dtype)
+            self.backend, self._modules = chosen.name, Layers(self.model, cascade(chosen.attend))
             log.info("projections are wrapped: the layer loop calls the modules and keeps no prefixes")
         else:
-            attention = _attention(backend, device.type, dtype, TILE if deterministic else None)
-            self.backend, self._lean = attention.name, Lean(weights, attention, TILE if deterministic else None)
-            self._version = weights.version
-        self._head = model.get_output_embeddings().weight.detach()
+            tile = TILE if self.deterministic else None
+            attention = _attention(self._wanted, device.type, dtype, tile)
+            self.backend, self._lean = attention.name, Lean(weights, attention, tile)
+        self._head = self.model.get_output_embeddings().weight.detach()
         self._rows = torch.tensor(self.label_ids, device=device)
 
     @property
@@ -91,41 +105,40 @@ class Engine:
 
         Each row is what the model says about `prefix + item` alone. Raises the errors of `plan`, and UnknownToken.
         """
-        lean = self.loop == "lean"
-        planned = plan(requests, self.limits, hoist=not self.deterministic, apart=lean)
-        if planned.vectors is not None and not lean:
-            raise UnknownVector("items of vectors need plain weights; merge the LoRA first")
-        self._check(planned)
         with self._lock, torch.inference_mode():
-            self._drop_stale()
+            self._follow()
+            lean = self.loop == "lean"
+            planned = plan(requests, self.limits, hoist=not self.deterministic, apart=lean)
+            if planned.vectors is not None and not lean:
+                raise UnknownVector("items of vectors need plain weights; merge the LoRA first")
+            self._check(planned)
             logits = self._lean_logits(planned) if lean else self._module_logits(planned)
         return [logits[rows] for rows in planned.fan_out]
 
     def prefill(self, prefix: Sequence[int]) -> int:
-        """The keys and values of a prefix are in the cache; returns how many of its tokens had to be computed.
+        """The keys and values of a prefix are in the cache, if they fit its budget; returns how many tokens were computed.
 
-        Raises UnknownToken, and BackendMissing if this engine keeps no prefixes.
+        Raises EmptyPrefix, PrefixTooLong, UnknownToken, and BackendMissing if this engine keeps no prefixes.
         """
         if self.loop != "lean" or not self.cache.budget:
             raise BackendMissing("this engine keeps no prefixes: it has wrapped projections or a cache of 0 bytes")
+        check_prefix(prefix, self.limits)
         tokens = np.array(prefix, np.int64)
         self._check_tokens(tokens, lowest=0)
-        before = self.stats.tokens_computed
         with self._lock, torch.inference_mode():
-            self._drop_stale()
-            self._give_back(self._keys(tokens))
-        return self.stats.tokens_computed - before
+            self._follow()
+            _, entry, computed = self._keys(tokens)
+            self.cache.release(entry)
+        return computed
 
-    def _drop_stale(self) -> None:
-        """No prefix is kept that other weights made, and the label rows are the head's of now."""
-        if self.loop == "lean" and (version := self._lean.weights.version) != self._version:
-            self.cache.clear()
-            self._version = version
+    def _follow(self) -> None:
+        if state_of(self.model) != self._state:
+            self._attach()
 
     def _lean_logits(self, planned: Plan) -> Logits:
         logits = np.empty((planned.unique_items, len(self.label_ids)), np.float32)
-        vectors = None if planned.vectors is None else torch.from_numpy(planned.vectors).to(self._head.device)
-        held: dict[int, tuple[Keys, Keys]] = {}
+        vectors = self._vectors(planned)
+        held: dict[int, tuple[Keys, Keys, int]] = {}
         try:
             for chunk in planned.chunks:
                 for piece in chunk.pieces:
@@ -135,11 +148,21 @@ class Engine:
                 logits[chunk.unique] = self._read(found)
                 for piece in chunk.pieces:
                     if not piece.keep:
-                        self._give_back(held.pop(piece.request))
+                        self.cache.release(held.pop(piece.request)[1])
         finally:
-            for pair in held.values():
-                self._give_back(pair)
+            for _, entry, _ in held.values():
+                self.cache.release(entry)
         return logits
+
+    def _vectors(self, planned: Plan) -> Tensor | None:
+        if planned.vectors is None:
+            return None
+        if planned.vectors.shape[1] != self._head.shape[1]:
+            raise UnknownVector(f"vectors of {planned.vectors.shape[1]} dimensions, the model reads {self._head.shape[1]}")
+        vectors = torch.from_numpy(planned.vectors).to(self._head.device, self._head.dtype)
+        if not vectors.isfinite().all():
+            raise UnknownVector(f"a vector is not finite in the model's {self._head.dtype}")
+        return vectors
 
     def _module_logits(self, planned: Plan) -> Logits:
         logits = np.empty((planned.unique_items, len(self.label_ids)), np.float32)
@@ -159,32 +182,26 @@ class Engine:
             parts.append((full @ labels.T)[: len(some)].cpu().numpy())
         return np.concatenate(parts) if parts else np.empty((0, len(self.label_ids)), np.float32)
 
-    def _keys(self, tokens: npt.NDArray[np.int64]) -> tuple[Keys, Keys]:
-        """A prefix's keys and values, found or computed, and the cache entry that is pinned for them."""
+    def _keys(self, tokens: npt.NDArray[np.int64]) -> tuple[Keys, Keys, int]:
+        """A prefix's keys and values, the cache entry that is pinned for them, and how many tokens were computed."""
         entry, shared = self.cache.longest(tokens, whole_blocks=self.deterministic)
         self.cache.count(shared, len(tokens) - shared)
         if entry is not None and shared == len(tokens):
-            return (entry if entry.length == shared else Keys(entry.tensor, tokens, shared)), entry
-        weights = self._lean.weights
-        made = Keys.empty(
-            tokens,
-            len(weights.blocks),
-            self._lean.capacity(len(tokens)),
-            weights.kv_heads,
-            weights.dims,
-            weights.embedding,
-        )
+            return (entry if entry.length == shared else Keys(entry.tensor, tokens, shared)), entry, 0
+        weights, capacity = self._lean.weights, self._lean.capacity(len(tokens))
+        try:
+            made = Keys.empty(tokens, len(weights.blocks), capacity, weights.kv_heads, weights.dims, weights.embedding)
+            if entry is not None:
+                made.begin_like(entry, shared)
+        finally:
+            if entry is not None:
+                self.cache.release(entry)
         made.pins = 1
-        if entry is not None:
-            made.begin_like(entry, shared)
-            self.cache.release(entry)
-        for first in range(shared, len(tokens), self.limits.max_tokens):
-            self._lean.extend(tokens[first : first + self.limits.max_tokens], made)
+        step = max(BLOCK, self.limits.max_tokens // BLOCK * BLOCK)
+        for first in range(shared, len(tokens), step):
+            self._lean.extend(tokens[first : first + step], made)
         self.cache.keep(made)
-        return made, made
-
-    def _give_back(self, pair: tuple[Keys, Keys]) -> None:
-        self.cache.release(pair[1])
+        return made, made, len(tokens) - shared
 
     def _check(self, planned: Plan) -> None:
         held = 0 if planned.vectors is None else len(planned.vectors)
@@ -192,8 +209,6 @@ class Engine:
             self._check_tokens(chunk.tokens, lowest=-held)
         for prefix in planned.prefixes.values():
             self._check_tokens(prefix, lowest=0)
-        if planned.vectors is not None and planned.vectors.shape[1] != self._head.shape[1]:
-            raise UnknownVector(f"vectors of {planned.vectors.shape[1]} dimensions, the model reads {self._head.shape[1]}")
 
     def _check_tokens(self, tokens: npt.NDArray[np.int64], lowest: int) -> None:
         low, high = int(tokens.min()), int(tokens.max())
@@ -216,10 +231,3 @@ def _attention(name: str | None, device: str, dtype: torch.dtype, tile: int | No
         raise BackendMissing(f'attention backend "{JOINT}" is made for cpu, not for {device}')
     chosen = choose(name, device, dtype)
     return Cascade(chosen.name, chosen.attend)
-
-
-def _check_labels(label_ids: Sequence[int], vocabulary: int) -> None:
-    if not label_ids or len(set(label_ids)) != len(label_ids):
-        raise LabelError(f"labels need distinct token ids, got {list(label_ids)}")
-    if min(label_ids) < 0 or max(label_ids) >= vocabulary:
-        raise LabelError(f"label ids {list(label_ids)} do not fit a vocabulary of {vocabulary}")

@@ -22,12 +22,16 @@ class ItemTooLong(BrewlineError):
 
 
 class UnknownVector(BrewlineError):
-    """A prefix holds a vector's id, an item one that the request has no vector for, or the vectors do not fit the model."""
+    """The id of a vector where there is none, or vectors that are not finite or do not fit the model."""
 
 
 class UnknownToken(BrewlineError):
-    """A token id that the model has no embedding for."""
+    """A token id that the model has no embedding for, or none could have."""
 
 
 class LabelError(BrewlineError):
     """Label ids that cannot be read: none, repeated, or outside the vocabulary."""
+
+
+class BadLimits(BrewlineError):
+    """Limits that no plan can keep."""

@@ -13,6 +13,7 @@ Legend: P prefix tokens, L tokens of an item, a queries of an item (L, or 1 wher
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -25,6 +26,8 @@ from ranking.prefill.workspace import Workspace
 
 SCORES = 1_600_000
 """Scores of one block: a few megabytes in the last-level cache, and enough rows for the products to run at full speed."""
+LONG = 4 * SCORES
+"""Scores of one item from which on its rows pass in several blocks."""
 FEW_ROWS = 512
 """Items of different lengths share a product, other items masked, up to so many rows: below, calls cost more than the waste."""
 PREFIX_ROWS = 256
@@ -77,20 +80,27 @@ class Joint:
         `queries` and `keys` int32: for each prefix the bounds of its items' queries and keys on the axes of q and of k, v. An
         item with as many queries as keys is causal; with fewer, its last rows ask and see all of it.
         """
-        for (prefix_k, prefix_v), cu_q, cu_k in zip(prefixes, queries, keys):
+        for pair, cu_q, cu_k in zip(prefixes, queries, keys):
             for runs in _gathered(equal_runs(cu_q, cu_k), 0 if self._tile else FEW_ROWS):
                 if len(runs) > 1:
                     asking, own = _span(runs)
-                    self._mixed(q[asking], k[own], v[own], prefix_k, prefix_v, _own_item(runs, q), out[asking])
-                    continue
-                (run,) = runs
-                step = self._items_per_block(len(prefix_k), run.queries, run.keys)
-                for first in range(0, run.segments, step):
-                    count = min(step, run.segments - first)
-                    a, b = run.first_q + first * run.queries, run.first_k + first * run.keys
-                    rows = slice(a, a + count * run.queries), slice(b, b + count * run.keys)
-                    full = step if self._tile else count
-                    self._block(q[rows[0]], k[rows[1]], v[rows[1]], prefix_k, prefix_v, full, count, out[rows[0]])
+                    mask = _own_item(tuple((run.segments, run.queries, run.keys) for run in runs), q.dtype)
+                    self._mixed(q[asking], k[own], v[own], *pair, mask, out[asking])
+                else:
+                    self._run(runs[0], q, k, v, pair, out)
+
+    def _run(self, run: Run, q: Tensor, k: Tensor, v: Tensor, prefix: Pair, out: Tensor) -> None:
+        """Items of one length, as many at a time as fit a block."""
+        long = self._tile is None and run.queries * (len(prefix[0]) + run.keys) > LONG
+        step = 1 if long else self._items_per_block(len(prefix[0]), run.queries, run.keys)
+        for first in range(0, run.segments, step):
+            count = min(step, run.segments - first)
+            a, b = run.first_q + first * run.queries, run.first_k + first * run.keys
+            asking, own = slice(a, a + count * run.queries), slice(b, b + count * run.keys)
+            if long:
+                self._long(q[asking], k[own], v[own], *prefix, out[asking])
+            else:
+                self._block(q[asking], k[own], v[own], *prefix, step if self._tile else count, count, out[asking])
 
     def _items_per_block(self, prefix: int, queries: int, length: int) -> int:
         if self._tile is not None:
@@ -121,6 +131,14 @@ class Joint:
             found.view(items, queries, -1).add_(mine)
         if answer is not out:
             out.copy_(answer[: len(out)])
+
+    def _long(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor) -> None:
+        """One item with as many queries as keys whose scores would not fit a block: its rows pass in several."""
+        step = max(1, SCORES // (len(prefix_k) + len(k)))
+        for first in range(0, len(q), step):
+            last = min(first + step, len(q))
+            mask = torch.cat([q.new_zeros(last - first, first), _causal(last - first, q)], 1)
+            self._mixed(q[first:last], k[:last], v[:last], prefix_k, prefix_v, mask, out[first:last])
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, mask: Tensor, out: Tensor) -> None:
         """Few rows of items of many lengths: one product against all of them, other items' scores masked away."""
@@ -174,15 +192,17 @@ def _span(runs: Sequence[Run]) -> tuple[slice, slice]:
     return asking, slice(runs[0].first_k, last.first_k + last.segments * last.keys)
 
 
-def _own_item(runs: Sequence[Run], like: Tensor) -> Tensor:
-    """[queries, keys]: minus infinity where a query would see another item, or in its own what comes after it."""
-    asking = np.concatenate([np.full(run.segments, run.queries) for run in runs])
-    held = np.concatenate([np.full(run.segments, run.keys) for run in runs])
+@functools.lru_cache(maxsize=64)
+def _own_item(runs: tuple[tuple[int, int, int], ...], dtype: torch.dtype) -> Tensor:
+    """[queries, keys] of runs of (items, queries, keys): minus infinity where a query would see another item, or what comes
+    after it in its own. Kept, because every layer of a pass asks for the same."""
+    asking = np.concatenate([np.full(items, queries) for items, queries, _ in runs])
+    held = np.concatenate([np.full(items, keys) for items, _, keys in runs])
     numbers = np.arange(len(held))
     place = np.arange(held.sum()) - np.repeat(np.cumsum(held) - held, held)
     reach = np.arange(asking.sum()) - np.repeat(np.cumsum(asking) - asking, asking) + np.repeat(held - asking, asking)
     seen = (np.repeat(numbers, asking)[:, None] == np.repeat(numbers, held)) & (place <= reach[:, None])
-    return torch.from_numpy(np.where(seen, np.float32(0), np.float32(-np.inf))).to(like)
+    return torch.from_numpy(np.where(seen, np.float32(0), np.float32(-np.inf))).to(dtype)
 
 
 def _products(asking: Tensor, keys: Tensor, out: Tensor) -> None:

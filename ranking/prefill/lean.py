@@ -115,7 +115,8 @@ class Lean:
         """The keys and values of `tokens` int64 [t] follow those that `prefix` holds."""
         start, rows = prefix.length, len(tokens)
         x = self._embed(tokens, None)
-        cos, sin = self._angles(np.arange(start, start + len(x)))
+        # Padding repeats the last position: a later one could change what some rotary scalings do to all.
+        cos, sin = self._angles(np.minimum(np.arange(start, start + len(x)), start + rows - 1))
         q, mixed = self._heads("q", len(x), self.weights.heads), self._heads("mixed", len(x), self.weights.heads)
         layers = self.weights.blocks
         for number, layer in enumerate(layers):

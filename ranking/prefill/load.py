@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ranking.prefill.engine import Engine
-from ranking.prefill.plan import Request
+from ranking.prefill.request import Request
 from ranking.prefill.weights import fuse
 from retrieval.llama import load_llama
 
@@ -35,10 +35,13 @@ def load_engine(
 
     Raises CheckpointError, UnsupportedModel, LabelError and BackendMissing.
     """
-    chosen = fastest(device) if arithmetic == "auto" else getattr(torch, arithmetic)
+    if arithmetic == "auto":
+        chosen = torch.float32 if deterministic else fastest(device)
+    else:
+        chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16}[arithmetic]
     model = load_llama(folder, causal_lm=True, dtype=chosen).to(device)
     ready(model)
-    return Engine(model, label_ids, backend=backend, deterministic=deterministic, revision=str(folder.resolve()))
+    return Engine(model, label_ids, backend=backend, deterministic=deterministic)
 
 
 def probabilities(engine: Engine, prefix: Sequence[int], items: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:

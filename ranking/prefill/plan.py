@@ -17,42 +17,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from ranking.prefill.errors import EmptyItem, EmptyPrefix, ItemTooLong, PrefixTooLong, UnknownVector
+from ranking.prefill.errors import UnknownVector
+from ranking.prefill.request import Limits, Request, Tokens, check_ids, check_prefix, fit
 
-Tokens = Sequence[int]
-TooLong = Literal["error", "keep_end", "keep_start"]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prefix and the items that each continue it, as token ids.
-
-    `vectors` float [V, hidden] are embeddings that items may hold among their words: the id -1 stands for row 0, -2 for row 1 and
-    so on. An item may be a few vectors instead of its text (MixLM, arXiv 2512.07846).
-    """
-
-    prefix: Tokens
-    items: Sequence[Tokens]
-    vectors: npt.NDArray[np.float32] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """`max_tokens` of one pass, `max_item` tokens of one item, `max_positions` the model knows, what to do with a longer item.
-
-    "keep_end" and "keep_start" say which part of a too long item is kept. The score is read at the last token, so
-    "keep_start" drops a question that stands at the end of the item.
-    """
-
-    max_tokens: int = 8192
-    max_item: int | None = None
-    max_positions: int | None = None
-    too_long: TooLong = "error"
+HELD = 4
+"""Prefix tokens that the requests of one pass may hold together, in multiples of a pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +122,7 @@ def plan(requests: Sequence[Request], limits: Limits | None = None, *, hoist: bo
         fan_out=tuple(fan_out),
         unique_items=total,
         prefixes={job.request: np.array(job.prefix, np.int64) for job in jobs},
-        vectors=np.concatenate(vectors) if vectors else None,
+        vectors=_together(vectors),
     )
 
 
@@ -167,17 +140,17 @@ def common_prefix(items: Sequence[Tokens]) -> int:
 
 
 def _prepare(number: int, request: Request, limits: Limits, offset: int, hoist: bool) -> tuple[_Job, npt.NDArray[np.int64]]:
-    if len(request.prefix) == 0:
-        raise EmptyPrefix(f"request {number} has an empty prefix; a prefix needs at least one token")
+    check_prefix(request.prefix, limits, number)
     slots: dict[tuple[int, ...], int] = {}
     order = np.empty(len(request.items), np.int64)
     for row, item in enumerate(request.items):
-        tokens = _fit(item, number, row, limits)
+        tokens = fit(item, number, row, limits)
         order[row] = slots.setdefault(tokens, len(slots))
     unique = [list(tokens) for tokens in slots]
     prefix = list(request.prefix)
-    _check_positions(number, len(prefix), unique, limits)
-    _check_vectors(number, prefix, unique, request.vectors)
+    if unique:
+        check_prefix(prefix, limits, number, max(map(len, unique)))
+    check_ids(number, prefix, unique, request.vectors)
     shared = common_prefix(unique) if hoist and len(unique) > 1 else 0
     shared = next((place for place, token in enumerate(unique[0][:shared]) if token < 0), shared) if shared else 0
     if shared:
@@ -188,40 +161,10 @@ def _prepare(number: int, request: Request, limits: Limits, offset: int, hoist: 
     return job, order + offset
 
 
-def _fit(item: Tokens, number: int, row: int, limits: Limits) -> tuple[int, ...]:
-    if len(item) == 0:
-        raise EmptyItem(f"item {row} of request {number} has no tokens; an item needs at least one")
-    if limits.max_item is None or len(item) <= limits.max_item:
-        return tuple(item)
-    if limits.too_long == "error":
-        raise ItemTooLong(
-            f"item {row} of request {number} has {len(item)} tokens, the limit is {limits.max_item}; "
-            'shorten it or choose the policy "keep_end" or "keep_start"'
-        )
-    kept = item[-limits.max_item :] if limits.too_long == "keep_end" else item[: limits.max_item]
-    return tuple(kept)
-
-
-def _check_positions(number: int, prefix: int, items: Sequence[Tokens], limits: Limits) -> None:
-    if limits.max_positions is None or not items:
-        return
-    longest = max(len(item) for item in items)
-    if prefix + longest > limits.max_positions:
-        raise PrefixTooLong(
-            f"request {number} has a prefix of {prefix} tokens and an item of {longest}, together more than the "
-            f"{limits.max_positions} positions of the model; give the prefix a smaller token budget"
-        )
-
-
-def _check_vectors(number: int, prefix: Tokens, items: Sequence[Tokens], vectors: npt.NDArray[np.float32] | None) -> None:
-    if min(prefix) < 0:
-        raise UnknownVector(f"the prefix of request {number} holds the id {min(prefix)}; vectors may stand in items only")
-    lowest = min((min(item) for item in items), default=0)
-    held = 0 if vectors is None else len(vectors)
-    if lowest < -held:
-        raise UnknownVector(
-            f"an item of request {number} holds the id {lowest}, but the request has {held} vectors (-1 to {-held})"
-        )
+def _together(vectors: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32] | None:
+    if len(widths := {part.shape[1] for part in vectors}) > 1:
+        raise UnknownVector(f"the requests of one call have vectors of {sorted(widths)} dimensions; expected one width")
+    return np.concatenate(vectors) if vectors else None
 
 
 def _shifted(item: list[int], rows: int) -> list[int]:
@@ -249,9 +192,13 @@ class _Part:
 def _split(jobs: Sequence[_Job], budget: int, apart: bool) -> Iterator[list[_Part]]:
     """Fill passes up to the budget; a job that does not fit goes on in the next pass without its prefix."""
     parts: list[_Part] = []
-    used = 0
+    used = held = 0
     for job in jobs:
         prefix = 0 if apart else len(job.prefix)
+        if parts and apart and held + len(job.prefix) > HELD * budget:
+            yield parts
+            parts, used, held = [], 0, 0
+        held += len(job.prefix)
         start, room = 0, prefix
         for row, item in enumerate(job.items):
             fits = used + room + len(item) <= budget
@@ -259,7 +206,7 @@ def _split(jobs: Sequence[_Job], budget: int, apart: bool) -> Iterator[list[_Par
                 if row > start:
                     parts.append(_Part(job, start, row))
                 yield parts
-                parts, used, start = [], 0, row
+                parts, used, held, start = [], 0, len(job.prefix), row
                 room = prefix if row == 0 else 0
             used += room + len(item)
             room = 0

@@ -99,14 +99,6 @@ class Weights:
         """The width of the residual stream."""
         return self.embedding.shape[1]
 
-    @property
-    def version(self) -> int:
-        """A number that grows whenever a weight is written to in place."""
-        linear = [part for one in self.blocks for part in (*one.qk, one.q, one.k, one.v, one.o, *one.gate_up, one.down)]
-        gains = [gain for one in self.blocks for gain in (one.before, one.after, one.q_gain, one.k_gain)]
-        tensors = [self.embedding, self.norm, *gains, *(part.weight for part in linear), *(part.bias for part in linear)]
-        return sum(tensor._version for tensor in tensors if tensor is not None)
-
     @classmethod
     def of(cls, model: PreTrainedModel) -> Weights | None:
         """The weights of a family member, or None if a projection is wrapped (LoRA in training) and has no plain matrix.
@@ -115,9 +107,7 @@ class Weights:
         """
         check_family(model)
         config, body = model.config, model.model
-        halves = [half for layer in body.layers for half in (layer.self_attn, layer.mlp)]
-        projections = [part for half in halves for name, part in half.named_children() if name.endswith("_proj")]
-        if any(type(part) is not nn.Linear for part in projections):
+        if not is_plain(model):
             return None
         return cls(
             embedding=body.embed_tokens.weight.detach(),
@@ -152,6 +142,17 @@ def check_family(model: PreTrainedModel) -> None:
         )
 
 
+def is_plain(model: PreTrainedModel) -> bool:
+    """Whether every projection is a plain matrix, none wrapped."""
+    halves = [half for layer in model.model.layers for half in (layer.self_attn, layer.mlp)]
+    return all(type(part) is nn.Linear for half in halves for name, part in half.named_children() if name.endswith("_proj"))
+
+
+def state_of(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
+    """Changes whenever a parameter is replaced, moved or written to in place (not by a write through `.data`)."""
+    return tuple((weight.data_ptr(), weight._version) for weight in model.parameters())
+
+
 def longest_text(model: PreTrainedModel) -> int:
     """The positions that every token may use: all the model knows, or the original ones where more would change the angles."""
     rope = model.config.rope_parameters
@@ -168,8 +169,11 @@ def head_dims(model: PreTrainedModel) -> int:
 def fuse(model: PreTrainedModel) -> None:
     """The weights that read the same rows lie side by side, and the model's parameters are views of the joint matrices.
 
-    For a model that only serves: its optimizer, if it had one, would not know.
+    For a model that only serves: its optimizer, if it had one, would not know. Raises UnsupportedModel if LoRA wraps them.
     """
+    check_family(model)
+    if not is_plain(model):
+        raise UnsupportedModel("the projections are wrapped (LoRA); merge them into the weights first")
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         for parts in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from ranking.prefill.engine import Engine
 from ranking.prefill.errors import LabelError, UnknownToken
-from ranking.prefill.plan import Limits, Request
+from ranking.prefill.request import Limits, Request
 from ranking.prefill.weights import UnsupportedModel
 
 LABELS = (5, 9, 40)

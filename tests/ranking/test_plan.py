@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranking.prefill.errors import EmptyItem, EmptyPrefix, ItemTooLong, PrefixTooLong
-from ranking.prefill.plan import Chunk, Limits, Plan, Request, common_prefix, plan
+from ranking.prefill.plan import Chunk, Plan, common_prefix, plan
+from ranking.prefill.request import Limits, Request
 
 
 def unpack(planned: Plan) -> dict[int, tuple[list[int], list[int]]]:

@@ -4,86 +4,39 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from ranking.prefill.attend import BackendMissing
 from ranking.prefill.cache import BLOCK
 from ranking.prefill.engine import Engine
 from ranking.prefill.errors import PrefixTooLong, UnknownVector
 from ranking.prefill.load import load_engine, probabilities, ready
-from ranking.prefill.plan import Limits, Request
+from ranking.prefill.request import Limits, Request
 
 LABELS = (5, 9)
-FAMILY = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {"mlp_bias": True, "attention_bias": True}),
-    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
-}
-
-
-def tiny(kind: str = "llama", **more: object) -> PreTrainedModel:
-    torch.manual_seed(1)
-    config, model, extra = FAMILY[kind]
-    shape = {
-        "vocab_size": 60,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 600,
-        "initializer_range": 0.3,
-    }
-    made = model(config(**{**shape, **extra, **more})).eval()
-    with torch.no_grad():
-        for name, weight in made.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                weight.add_(0.3 * torch.randn_like(weight))
-    return made
-
-
-def alone(model: PreTrainedModel, asked: Request) -> np.ndarray:
-    with torch.inference_mode():
-        rows = [model(torch.tensor([[*asked.prefix, *item]])).logits[0, -1, list(LABELS)] for item in asked.items]
-    return torch.stack(rows).float().numpy()
-
-
-def request(prefix: int, lengths: list[int], seed: int = 0) -> Request:
-    rng = np.random.default_rng(seed)
-    return Request(rng.integers(0, 60, prefix).tolist(), [rng.integers(0, 60, n).tolist() for n in lengths])
+KINDS = ["llama", "mistral", "qwen2", "qwen3"]
 
 
 @pytest.mark.parametrize("backend", ["cpu_joint", "cpu_flash", "reference"])
-@pytest.mark.parametrize("kind", list(FAMILY))
-def test_every_member_of_the_family_scores_as_alone(kind: str, backend: str) -> None:
-    model, asked = tiny(kind), request(70, [3, 1, 9, 3, 5])
-    np.testing.assert_allclose(Engine(model, LABELS, backend=backend).score([asked])[0], alone(model, asked), atol=1e-5)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_member_of_the_family_scores_as_alone(kind: str, backend: str, toy: Any) -> None:
+    model, asked = toy.model(kind), toy.request(70, [3, 1, 9, 3, 5])
+    np.testing.assert_allclose(Engine(model, LABELS, backend=backend).score([asked])[0], toy.alone(model, asked), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", list(FAMILY))
-def test_fused_weights_are_the_modules_own(kind: str, tmp_path: Path) -> None:
-    model, asked = tiny(kind), request(20, [4, 2, 4])
-    before, want = alone(model, asked), Engine(model, LABELS).score([asked])[0]
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_weights_are_the_modules_own(kind: str, tmp_path: Path, toy: Any) -> None:
+    model, asked = toy.model(kind), toy.request(20, [4, 2, 4])
+    before, want = toy.alone(model, asked), Engine(model, LABELS).score([asked])[0]
     held = {weight.data_ptr() for weight in model.parameters()}
     engine = Engine(ready(model), LABELS)
     assert len(engine._lean.weights.blocks[0].qk) == 1 and len(engine._lean.weights.blocks[0].gate_up) == 1
     np.testing.assert_allclose(engine.score([asked])[0], want, atol=1e-6)
-    np.testing.assert_array_equal(alone(model, asked), before)
+    np.testing.assert_array_equal(toy.alone(model, asked), before)
     assert len({weight.data_ptr() for weight in model.parameters()}) == len(held)
     model.save_pretrained(tmp_path)
     loaded = load_engine(tmp_path, LABELS, arithmetic="float32")
@@ -92,37 +45,37 @@ def test_fused_weights_are_the_modules_own(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_scalings_by_length_are_exact_up_to_the_original_length_and_refused_beyond(rope: str) -> None:
+def test_scalings_by_length_are_exact_up_to_the_original_length_and_refused_beyond(rope: str, toy: Any) -> None:
     parameters = {"rope_type": rope, "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
     if rope == "longrope":
         parameters |= {"short_factor": [1.5] * 4, "long_factor": [3.0] * 4}
-    model = tiny(rope_parameters=parameters, max_position_embeddings=64 if rope == "dynamic" else 256)
-    engine, asked = Engine(model, LABELS), request(40, [3, 20])
-    np.testing.assert_allclose(engine.score([asked])[0], alone(model, asked), atol=1e-5)
+    model = toy.model(rope_parameters=parameters, max_position_embeddings=64 if rope == "dynamic" else 256)
+    engine, asked = Engine(model, LABELS), toy.request(40, [3, 20])
+    np.testing.assert_allclose(engine.score([asked])[0], toy.alone(model, asked), atol=1e-5)
     with pytest.raises(PrefixTooLong, match="64 positions"):
-        engine.score([request(40, [3, 25])])
+        engine.score([toy.request(40, [3, 25])])
 
 
 @pytest.mark.parametrize("backend", ["cpu_joint", "cpu_flash"])
-def test_a_grown_history_reuses_what_came_before(backend: str) -> None:
-    model = tiny()
+def test_a_grown_history_reuses_what_came_before(backend: str, toy: Any) -> None:
+    model = toy.model()
     engine = Engine(model, LABELS, backend=backend)
-    first = request(300, [4, 4, 7])
+    first = toy.request(300, [4, 4, 7])
     grown = Request([*first.prefix, *range(30)], first.items)
     shorter = Request(first.prefix[: 2 * BLOCK + 9], first.items)
     assert engine.prefill(first.prefix) == 300
     for asked, computed in ((first, 0), (grown, 30), (grown, 0), (shorter, 0)):
         before = engine.stats.tokens_computed
-        np.testing.assert_allclose(engine.score([asked])[0], alone(model, asked), atol=1e-5)
+        np.testing.assert_allclose(engine.score([asked])[0], toy.alone(model, asked), atol=1e-5)
         assert engine.stats.tokens_computed - before == computed
     assert (engine.stats.hits, engine.stats.partial, engine.stats.misses) == (3, 1, 1)
 
 
-def test_the_cache_stays_within_its_budget_and_drops_the_least_recently_used() -> None:
-    model = tiny()
+def test_the_cache_stays_within_its_budget_and_drops_the_least_recently_used(toy: Any) -> None:
+    model = toy.model()
     one = 3 * 2 * 100 * 2 * 8 * 4  # layers, k and v, tokens, key heads, dims, float32
     engine = Engine(model, LABELS, cache_bytes=2 * one)
-    a, b, c = (request(100, [3, 3], seed) for seed in (1, 2, 3))
+    a, b, c = (toy.request(100, [3, 3], seed) for seed in (1, 2, 3))
     engine.score([a])
     engine.score([b])
     engine.score([a])
@@ -130,25 +83,28 @@ def test_the_cache_stays_within_its_budget_and_drops_the_least_recently_used() -
     assert engine.stats.bytes == 2 * one and engine.stats.evicted_bytes == one
     assert engine.prefill(a.prefix) == 0 and engine.prefill(b.prefix) > 0
     none = Engine(model, LABELS, cache_bytes=0)
-    np.testing.assert_allclose(none.score([a])[0], alone(model, a), atol=1e-5)
+    np.testing.assert_allclose(none.score([a])[0], toy.alone(model, a), atol=1e-5)
     assert none.stats.bytes == 0
     with pytest.raises(BackendMissing, match="keeps no prefixes"):
         none.prefill(a.prefix)
 
 
-def test_a_prefix_in_use_is_never_evicted() -> None:
-    engine = Engine(tiny(), LABELS, cache_bytes=1)
-    tokens = np.arange(50)
-    keys, entry = engine._keys(tokens)
-    assert engine.stats.bytes == keys.bytes
-    engine._give_back((keys, entry))
-    assert engine.stats.bytes == 0 and engine.stats.evicted_bytes == keys.bytes
+def test_a_prefix_in_use_is_never_evicted(toy: Any) -> None:
+    one = 3 * 2 * 50 * 2 * 8 * 4
+    engine = Engine(toy.model(), LABELS, cache_bytes=one)
+    used, other = np.arange(50), np.arange(50)[::-1].copy()
+    _, entry, _ = engine._keys(used)
+    assert engine.prefill(other.tolist()) == 50
+    assert engine.stats.bytes == one and engine.stats.evicted_bytes == one
+    assert engine.prefill(used.tolist()) == 0
+    engine.cache.release(entry)
+    assert engine.prefill(other.tolist()) == 50 and engine.prefill(used.tolist()) == 50
 
 
-def test_threads_share_an_engine() -> None:
-    model = tiny()
+def test_threads_share_an_engine(toy: Any) -> None:
+    model = toy.model()
     engine = Engine(model, LABELS)
-    asked = [request(90, [3, 5, 5], seed) for seed in range(6)]
+    asked = [toy.request(90, [3, 5, 5], seed) for seed in range(6)]
     found: dict[int, np.ndarray] = {}
 
     def work(number: int) -> None:
@@ -161,23 +117,23 @@ def test_threads_share_an_engine() -> None:
     for thread in threads:
         thread.join()
     for number, one in enumerate(asked):
-        np.testing.assert_allclose(found[number], alone(model, one), atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(found[number], toy.alone(model, one), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_a_deterministic_score_is_the_same_bit_for_bit_in_any_company(kind: str) -> None:
-    model = tiny(kind)
+def test_a_deterministic_score_is_the_same_bit_for_bit_in_any_company(kind: str, toy: Any) -> None:
+    model = toy.model(kind)
     engine = Engine(model, LABELS, deterministic=True)
-    asked = request(150, [6, 3, 6, 11, 3, 6, 3, 2])
+    asked = toy.request(150, [6, 3, 6, 11, 3, 6, 3, 2])
     base = engine.score([asked])[0]
-    np.testing.assert_allclose(base, alone(model, asked), atol=1e-5)
+    np.testing.assert_allclose(base, toy.alone(model, asked), atol=1e-5)
     one_each = [engine.score([Request(asked.prefix, [item])])[0][0] for item in asked.items]
     np.testing.assert_array_equal(np.array(one_each), base)
     order = np.random.default_rng(0).permutation(8)
     shuffled = engine.score([Request(asked.prefix, [asked.items[row] for row in order])])[0]
     np.testing.assert_array_equal(shuffled, base[order])
-    many = Request(asked.prefix, [*asked.items, *request(1, [6, 3, 11] * 60, 5).items])
-    np.testing.assert_array_equal(engine.score([request(40, [2, 6], 3), many])[1][:8], base)
+    many = Request(asked.prefix, [*asked.items, *toy.request(1, [6, 3, 11] * 60, 5).items])
+    np.testing.assert_array_equal(engine.score([toy.request(40, [2, 6], 3), many])[1][:8], base)
     small = Engine(model, LABELS, deterministic=True, limits=Limits(max_tokens=64))
     np.testing.assert_array_equal(small.score([asked])[0], base)
     cold = Engine(model, LABELS, deterministic=True, cache_bytes=0)
@@ -186,16 +142,16 @@ def test_a_deterministic_score_is_the_same_bit_for_bit_in_any_company(kind: str)
     np.testing.assert_array_equal(engine.score([grown])[0], cold.score([grown])[0])
 
 
-def test_deterministic_scores_need_the_backend_that_gives_them() -> None:
+def test_deterministic_scores_need_the_backend_that_gives_them(toy: Any) -> None:
     with pytest.raises(BackendMissing, match="cpu_joint"):
-        Engine(tiny(), LABELS, deterministic=True, backend="cpu_flash")
+        Engine(toy.model(), LABELS, deterministic=True, backend="cpu_flash")
 
 
 @pytest.mark.parametrize("backend", ["cpu_joint", "cpu_flash"])
-def test_an_item_of_vectors_scores_as_the_same_embeddings(backend: str) -> None:
-    model = tiny()
+def test_an_item_of_vectors_scores_as_the_same_embeddings(backend: str, toy: Any) -> None:
+    model = toy.model()
     table = model.get_input_embeddings().weight.detach()
-    words = request(33, [4, 6, 4], 2)
+    words = toy.request(33, [4, 6, 4], 2)
     given = [17, 23, 41]
     spelled = Request(words.prefix, [[17, 3, 4], [23, 41, 3, 4], *words.items, [17, 3, 4]])
     mixed = Request(words.prefix, [[-1, 3, 4], [-2, -3, 3, 4], *words.items, [-1, 3, 4]], table[given].numpy())
@@ -205,8 +161,8 @@ def test_an_item_of_vectors_scores_as_the_same_embeddings(backend: str) -> None:
     np.testing.assert_allclose(both[2], both[1], atol=1e-6)
 
 
-def test_vectors_that_are_not_there_or_do_not_fit_are_refused() -> None:
-    engine, vectors = Engine(tiny(), LABELS), np.zeros((2, 32), np.float32)
+def test_vectors_that_are_not_there_or_do_not_fit_are_refused(toy: Any) -> None:
+    engine, vectors = Engine(toy.model(), LABELS), np.zeros((2, 32), np.float32)
     for wrong in (
         Request([1, -1], [[2]], vectors),
         Request([1], [[-3, 2]], vectors),

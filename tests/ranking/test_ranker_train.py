@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from index.errors import BrewlineError
 from ranking.calibrate import auc
+from ranking.export import export_ranker
 from ranking.learn import validate
 from ranking.learn.batches import GroupWriter
 from ranking.learn.examples import SAMPLED, GroupSettings, pools_of
@@ -20,6 +21,8 @@ from ranking.learn.loop import LoopSettings
 from ranking.learn.start import RankerPlan, start
 from ranking.learn.train import TrainReport, train_ranker
 from ranking.learn.validate import judge
+from ranking.prefill.onnx_engine import NotAdmitted, OnnxEngine
+from ranking.prefill.request import Request
 from ranking.prompts import RankBudgets
 from ranking.ranker import Ranker
 from ranking.tasks import tasks_of
@@ -180,3 +183,19 @@ def test_the_command_trains_and_prints_one_object(tiny_dataset: Dataset, tmp_pat
     assert (printed["steps"], printed["learning_rate"]) == (1, 1e-3) and printed["fingerprint"] == Ranker.load(out).fingerprint
     both = CliRunner().invoke(app, ["train", str(tmp_path / "data"), "--out", str(out), "--steps", "1", "--minutes", "1"])
     assert isinstance(both.exception, TrainingError)
+
+
+def test_an_exported_ranker_scores_as_the_original_and_int8_passes_a_gate_or_is_refused(
+    trained: tuple[Path, TrainReport], tiny_dataset: Dataset, tmp_path: Path
+) -> None:
+    facts = export_ranker(trained[0], tiny_dataset, tmp_path / "float", int8=False)
+    assert facts["max_abs_diff"] < 1e-4 and facts["kendall"] > 0.999 and facts["arithmetic"] == "float32"
+    ranker, asked = Ranker.load(trained[0]), [Request([3, 4, 5], [[6, 7], [8]])]
+    np.testing.assert_allclose(OnnxEngine(tmp_path / "float").score(asked)[0], ranker.engine.score(asked)[0], atol=1e-4)
+    try:
+        export_ranker(trained[0], tiny_dataset, tmp_path / "int8", int8=True)
+    except NotAdmitted:
+        with pytest.raises(NotAdmitted):
+            OnnxEngine(tmp_path / "int8")
+    else:
+        assert OnnxEngine(tmp_path / "int8").facts.quantized

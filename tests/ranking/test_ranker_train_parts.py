@@ -16,7 +16,8 @@ from ranking.learn.examples import GroupSettings, pools_of
 from ranking.prefill.attend import reference
 from ranking.prefill.engine import Engine
 from ranking.prefill.llama import Layers, cascade
-from ranking.prefill.plan import Limits, Request, plan
+from ranking.prefill.plan import plan
+from ranking.prefill.request import Limits, Request
 from ranking.prompts import RankBudgets, RankPrompts, relations_of
 from ranking.tasks import tasks_of
 from retrieval.counts import Counts
