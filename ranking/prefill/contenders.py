@@ -1,17 +1,18 @@
-"""What the engine is measured against: plain Hugging Face, as cheap as its public classes allow, and bare matrix products.
+"""What the engine is measured against: ways to score N items with plain Hugging Face classes, as cheap as those allow.
 
-Nothing is held back in the plain ways: inference mode, SDPA, no head over the vocabulary, no copy that
-the library does not make itself. The score is read at the last token through float32 label rows, as in the engine.
+All run in inference mode with SDPA and without the head over the vocabulary; the score is read at each item's last token through
+float32 label rows, as in the engine. Left out is what needs another model or a compiler: the library's last layer computes every
+row, its caches join keys by copying, and `torch.compile`, static caches and attention functions of one's own are not tried.
 
-Legend: P prefix tokens, N items, L tokens of an item, T = P + N * L.
+Items int64 [l] may differ in length: they are sorted, so that padding (at the right, where no earlier token sees it) is small.
+
+Legend: P prefix tokens, N items, l tokens of one item, T = P + the tokens of all items.
 """
 
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,22 +22,17 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from index.errors import BrewlineError
-from ranking.prefill.engine import Engine
-from ranking.prefill.lean import ROWS
-from ranking.prefill.operations import Body, PrefillShape
-from ranking.prefill.weights import Weights
 
 Ids = npt.NDArray[np.int64]
+Items = Sequence[Ids]
 Logits = npt.NDArray[np.float32]
-Way = Callable[[Ids, Ids, int], Logits]
+Reader = Callable[[Items, int], Logits]
+"""Scores items, so many in one pass, after a prefix that was given before."""
+Begin = Callable[[Ids], Reader]
+
 MASK_BYTES = 1 << 30
 """Larger T x T masks are not built."""
-ATTENTION_ROWS = 3000
-WAYS = ("one_by_one", "prefix_cache")
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
-SWEEP_PROMPTS, SWEEP_ITEMS = 8, 64
-"""Items that show which batch is best: a full prompt costs the same whatever their number, a cached prefix is shared by them."""
-TIMED_ITEMS = 64
+WAYS = ("one_by_one", "prefix_cache", "prefix_packed")
 
 
 class UnfairContender(BrewlineError):
@@ -48,7 +44,7 @@ class MaskTooLarge(BrewlineError):
 
 
 class Plain:
-    """One Hugging Face model and the rows of its head that are read. Prefixes are int64 [P], items int64 [N, L]."""
+    """One Hugging Face model and the rows of its head that are read."""
 
     def __init__(self, model: PreTrainedModel, label_ids: Sequence[int]) -> None:
         """Raises UnfairContender if the model's attention is not SDPA."""
@@ -58,155 +54,91 @@ class Plain:
         self._labels = model.get_output_embeddings().weight.detach()[list(label_ids)].float()
         self.dtype: torch.dtype = model.dtype
 
-    def one_by_one(self, prefix: Ids, items: Ids, batch: int) -> Logits:
-        """The label logits [N, labels] of full prompts, `batch` of them in a pass."""
-        with torch.inference_mode():
-            parts = [self._last(np.hstack([np.tile(prefix, (len(some), 1)), some])) for some in _batches(items, batch)]
-        return np.concatenate(parts)
+    def ways(self) -> dict[str, Begin]:
+        """The ways by their names in `WAYS`."""
+        return dict(zip(WAYS, (self.one_by_one, self.prefix_cache, self.prefix_packed)))
 
-    def prefix_cache(self, prefix: Ids, items: Ids, batch: int) -> Logits:
-        """The same, the prefix once and the items over its keys and values, `batch` in a pass.
+    def one_by_one(self, prefix: Ids) -> Reader:
+        """Reads the label logits [N, labels] of full prompts."""
+        return lambda items, batch: _in_groups(
+            items, batch, lambda some: self._last([np.concatenate([prefix, one]) for one in some])
+        )
+
+    def prefix_cache(self, prefix: Ids) -> Reader:
+        """The prefix is computed once; reads items, one per row of a batch, over its keys and values.
 
         The cache of a batch is a view of the prefix's one; the library copies it when it appends the items' keys.
         """
-        with torch.inference_mode():
-            kept = DynamicCache()
-            self._body(input_ids=torch.from_numpy(prefix)[None], past_key_values=kept, use_cache=True)
-            parts = [self._last(some, _expanded(kept, len(some))) for some in _batches(items, batch)]
-        return np.concatenate(parts)
+        kept = self._kept(prefix)
+        return lambda items, batch: _in_groups(items, batch, lambda some: self._last(some, _following(kept, len(some))))
 
-    def packed_dense(self, prefix: Ids, items: Ids, mask: Tensor) -> Logits:
-        """The same in one packed sequence with restarted positions under `mask` [1, 1, T, T] of `dense_mask`."""
-        count, length = items.shape
-        ids = torch.from_numpy(np.concatenate([prefix, items.ravel()]))[None]
-        places = np.concatenate([np.arange(len(prefix)), np.tile(np.arange(length) + len(prefix), count)])
-        with torch.inference_mode():
-            found = self._body(input_ids=ids, attention_mask=mask, position_ids=torch.from_numpy(places)[None], use_cache=False)
-            return self._read(found.last_hidden_state[0, len(prefix) + length - 1 :: length])
+    def prefix_packed(self, prefix: Ids) -> Reader:
+        """The prefix is computed once; reads groups of items in one sequence behind it, apart by a mask, positions restarted.
 
-    def dense_mask(self, shape: PrefillShape) -> Tensor:
-        """[1, 1, T, T] in the model's dtype, added to the scores: 0 where a row may look, else minus infinity.
-
-        It depends on the shape alone, so its making counts for nobody. Raises MaskTooLarge.
+        Its keys are never repeated for the items; each group starts from the prefix's own tensors, which appending leaves alone.
         """
-        rows = shape.prefix + shape.item_rows
+        kept = self._kept(prefix)
+        return lambda items, batch: _in_groups(items, batch, lambda some: self._pack(kept, some))
+
+    def packed_dense(self, prefix: Ids, items: Items, mask: Tensor) -> Logits:
+        """The label logits of one packed pass without a cache, under `mask` [T, T] of `dense_mask`."""
+        lengths = [len(one) for one in items]
+        ids = torch.from_numpy(np.concatenate([prefix, *items]))[None]
+        places = torch.from_numpy(np.concatenate([np.arange(len(prefix)), _places(lengths, len(prefix))]))[None]
+        with torch.inference_mode():
+            found = self._body(input_ids=ids, attention_mask=mask[None, None], position_ids=places, use_cache=False)
+            return self._read(found.last_hidden_state[0, len(prefix) + np.cumsum(lengths) - 1])
+
+    def dense_mask(self, prefix: int, lengths: Sequence[int]) -> Tensor:
+        """[T, T], added to the scores: 0 where a row may look, else minus infinity. Raises MaskTooLarge."""
+        rows = prefix + sum(lengths)
         if (size := rows * rows * self.dtype.itemsize) > MASK_BYTES:
             raise MaskTooLarge(f"a mask of {rows} x {rows} needs {size} bytes, the limit is {MASK_BYTES}")
-        mask = torch.full((rows, rows), float("-inf"), dtype=self.dtype)
-        mask[:, : shape.prefix] = 0
-        mask[: shape.prefix, : shape.prefix] = _ahead(shape.prefix, self.dtype)
-        place = shape.prefix * (rows + 1)
-        own = mask.as_strided((shape.items, shape.length, shape.length), (shape.length * (rows + 1), rows, 1), place)
-        own.copy_(_ahead(shape.length, self.dtype))
-        return mask[None, None]
+        return _apart(prefix, tuple(lengths), prefix, self.dtype)
 
-    def _last(self, rows: Ids, cache: DynamicCache | None = None) -> Logits:
-        found = self._body(input_ids=torch.from_numpy(rows), past_key_values=cache, use_cache=cache is not None)
-        return self._read(found.last_hidden_state[:, -1])
+    def _kept(self, prefix: Ids) -> DynamicCache:
+        kept = DynamicCache()
+        with torch.inference_mode():
+            self._body(input_ids=torch.from_numpy(prefix)[None], past_key_values=kept, use_cache=True)
+        return kept
+
+    def _last(self, rows: Items, cache: DynamicCache | None = None) -> Logits:
+        """The logits at the ends of rows of a padded batch."""
+        lengths = [len(row) for row in rows]
+        ids = np.zeros((len(rows), max(lengths)), np.int64)
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = row
+        found = self._body(input_ids=torch.from_numpy(ids), past_key_values=cache, use_cache=cache is not None)
+        return self._read(found.last_hidden_state[torch.arange(len(rows)), torch.tensor(lengths) - 1])
+
+    def _pack(self, kept: DynamicCache, items: Items) -> Logits:
+        lengths, before = tuple(len(one) for one in items), kept.get_seq_length()
+        found = self._body(
+            input_ids=torch.from_numpy(np.concatenate(items))[None],
+            attention_mask=_group_mask(before, lengths, self.dtype)[None, None],
+            position_ids=torch.from_numpy(_places(lengths, before))[None],
+            past_key_values=_following(kept, 1),
+            use_cache=True,
+        )
+        return self._read(found.last_hidden_state[0, np.cumsum(lengths) - 1])
 
     def _read(self, hidden: Tensor) -> Logits:
         return (hidden.float() @ self._labels.T).numpy()
 
 
-@dataclass(frozen=True)
-class Entrant:
-    """One plain way at its best batch size, timed on the first `items` of the N, which stand for all of them."""
-
-    name: str
-    dtype: torch.dtype
-    batch: int
-    items: int
-    score: Callable[[Ids, Ids], Logits]
-
-    @property
-    def key(self) -> tuple[str, torch.dtype]:
-        """What tells it from the others."""
-        return self.name, self.dtype
+def _in_groups(items: Items, batch: int, score: Callable[[Items], Logits]) -> Logits:
+    """What `score` says of the items, `batch` at a time, shortest first; answers in input order."""
+    order = sorted(range(len(items)), key=lambda row: len(items[row]))
+    with torch.inference_mode():
+        parts = [score([items[row] for row in order[first : first + batch]]) for first in range(0, len(order), batch)]
+    found = np.concatenate(parts)
+    logits = np.empty_like(found)
+    logits[order] = found
+    return logits
 
 
-def best_batch(way: Way, prefix: Ids, items: Ids, least: int) -> int:
-    """The batch size with the least time per item, each tried twice on at least `least` items (as far as there are so many)."""
-    way(prefix, items[:1], 1)
-
-    def pace(batch: int) -> float:
-        some = items[: max(batch, least)]
-        return min(timed(way, prefix, some, batch) for _ in range(2)) / len(some)
-
-    return min((batch for batch in BATCHES if batch <= len(items)), key=pace)
-
-
-def entrants_of(plain: Plain, prefix: Ids, items: Ids) -> Iterator[Entrant]:
-    """Yields the ways of one model at the batch sizes that were best on this request."""
-    best = best_batch(plain.one_by_one, prefix, items, SWEEP_PROMPTS)
-    enough = min(len(items), max(TIMED_ITEMS, 2 * best))
-    yield Entrant("one_by_one", plain.dtype, best, enough, functools.partial(plain.one_by_one, batch=best))
-    best = best_batch(plain.prefix_cache, prefix, items, SWEEP_ITEMS)
-    yield Entrant("prefix_cache", plain.dtype, best, len(items), functools.partial(plain.prefix_cache, batch=best))
-
-
-def timed(call: Callable[..., object], *given: object) -> float:
-    """Seconds of one call."""
-    began = time.perf_counter()
-    call(*given)
-    return time.perf_counter() - began
-
-
-class Products:
-    """The engine's linear layers and its attention as bare matrix products into preallocated outputs, equal shapes and counts."""
-
-    def __init__(self, engine: Engine, body: Body, shape: PrefillShape) -> None:
-        weights = Weights.of(engine.model)
-        assert weights is not None, "the model has plain weights"
-        self._layers, self._body, self._shape = weights.blocks, body, shape
-        like = weights.embedding
-        self._x = {width: torch.randn(ROWS, width).to(like) for width in {body.hidden, body.heads * body.dims, body.mlp}}
-        widest = max(2 * body.mlp, body.hidden, (body.heads + body.kv_heads) * body.dims)
-        self._out = torch.empty(ROWS * widest, dtype=like.dtype)
-        full = max(shape.length, engine.limits.max_tokens // shape.length * shape.length)
-        self._rows = [*_cut(shape.prefix, engine.limits.max_tokens), *_cut(shape.item_rows, full)]
-        self._read = [rows // shape.length for rows in _cut(shape.item_rows, full)]
-        width = shape.prefix + shape.length
-        self._q, self._k, self._v = (torch.randn(rows, body.dims).to(like) for rows in (ATTENTION_ROWS, width, width))
-        self._scores = torch.empty(ATTENTION_ROWS * width, dtype=like.dtype)
-        self._mixed = torch.empty(ATTENTION_ROWS, body.dims, dtype=like.dtype)
-
-    def linear(self) -> None:
-        """Every linear layer's products of one cold request are done."""
-        with torch.inference_mode():
-            for number, layer in enumerate(self._layers):
-                last = number == len(self._layers) - 1
-                keys = (layer.k, layer.v) if last else (*layer.qk, layer.v)
-                rest = (layer.o, *layer.gate_up, layer.down)
-                self._multiply([part.weight for part in (keys if last else (*keys, *rest))], self._rows)
-                if last:
-                    self._multiply([part.weight for part in (layer.q, *rest)], self._read)
-
-    def attention(self) -> None:
-        """Scores and mixtures of one cold request are multiplied, as many pairs as attention has."""
-        shape = self._shape
-        own = shape.prefix, (shape.prefix + 1) // 2
-        item = shape.item_rows, shape.prefix + (shape.length + 1) // 2
-        read = shape.items, shape.prefix + shape.length
-        with torch.inference_mode():
-            for rows, keys in [own, item] * (self._body.layers - 1) + [read]:
-                for _ in range(self._body.heads):
-                    self._attend(rows, keys)
-
-    def _multiply(self, weights: list[torch.Tensor], passes: list[int]) -> None:
-        for rows in (some for one in passes for some in _cut(one, ROWS)):
-            for weight in weights:
-                out = self._out[: rows * len(weight)].view(rows, len(weight))
-                torch.mm(self._x[weight.shape[1]][:rows], weight.t(), out=out)
-
-    def _attend(self, rows: int, keys: int) -> None:
-        for some in _cut(rows, ATTENTION_ROWS):
-            scores = self._scores[: some * keys].view(some, keys)
-            torch.mm(self._q[:some], self._k[:keys].t(), out=scores)
-            torch.mm(scores, self._v[:keys], out=self._mixed[:some])
-
-
-def _expanded(kept: DynamicCache, batch: int) -> DynamicCache:
-    """A cache for `batch` rows that all begin like the one row of `kept`, as views."""
+def _following(kept: DynamicCache, batch: int) -> DynamicCache:
+    """A cache for `batch` rows that all begin like the one row of `kept`, as views; appending to it leaves `kept` as it is."""
     cache = DynamicCache()
     for layer in kept.layers:
         wide = DynamicLayer()
@@ -216,16 +148,31 @@ def _expanded(kept: DynamicCache, batch: int) -> DynamicCache:
     return cache
 
 
-def _batches(items: Ids, batch: int) -> Iterator[Ids]:
-    for first in range(0, len(items), batch):
-        yield items[first : first + batch]
+def _places(lengths: Sequence[int], start: int) -> Ids:
+    """Positions of packed items that all begin at `start`."""
+    return np.concatenate([np.arange(start, start + length) for length in lengths])
+
+
+@functools.lru_cache(maxsize=2)
+def _group_mask(prefix: int, lengths: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The mask of one group [tokens, P + tokens]. Groups of equal items share it, so that its making counts for nobody."""
+    return _apart(prefix, lengths, 0, dtype)
+
+
+def _apart(prefix: int, lengths: tuple[int, ...], top: int, dtype: torch.dtype) -> Tensor:
+    """[top + tokens, P + tokens]: each item sees the prefix and, causally, itself; `top` rows of the prefix see it causally."""
+    tokens = sum(lengths)
+    mask = torch.full((top + tokens, prefix + tokens), float("-inf"), dtype=dtype)
+    mask[top:, :prefix] = 0
+    mask[:top, :prefix] = _ahead(prefix, dtype)[:top]
+    ahead, first = _ahead(max(lengths), dtype), 0
+    for length in lengths:
+        last = first + length
+        mask[top + first : top + last, prefix + first : prefix + last] = ahead[:length, :length]
+        first = last
+    return mask
 
 
 def _ahead(size: int, dtype: torch.dtype) -> Tensor:
     """[size, size]: minus infinity above the diagonal, else 0."""
     return torch.full((size, size), float("-inf"), dtype=dtype).triu(1)
-
-
-def _cut(total: int, step: int) -> list[int]:
-    """`total` in parts of `step`, the last one smaller."""
-    return [min(step, total - first) for first in range(0, total, step)]

@@ -13,20 +13,39 @@ Legend: P prefix tokens, N items, L tokens of an item, H query heads, D dims of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Lengths = Literal["equal", "mixed"]
 
 
 @dataclass(frozen=True)
 class PrefillShape:
-    """P prefix tokens, N items of L tokens each."""
+    """P prefix tokens, N items of L tokens each ("equal"), or spread evenly from L/2 to 3L/2 with the mean L ("mixed")."""
 
     prefix: int
     items: int
     length: int
+    lengths: Lengths = "equal"
 
     @property
     def item_rows(self) -> int:
         """N * L."""
         return self.items * self.length
+
+    @property
+    def item_lengths(self) -> tuple[int, ...]:
+        """Tokens of each of the N items; their sum is N * L whatever the lengths."""
+        if self.lengths == "equal":
+            return (self.length,) * self.items
+        pairs, half = self.items // 2, self.length // 2
+        apart = [round(half * (pairs - place) / pairs) for place in range(pairs)]
+        middle = (self.length,) * (self.items % 2)
+        return (*(self.length - more for more in apart), *middle, *(self.length + more for more in reversed(apart)))
+
+    @property
+    def own_pairs(self) -> int:
+        """Pairs of a query and a key inside the items, none of them looking ahead."""
+        return self.items * _causal(self.length) if self.lengths == "equal" else sum(map(_causal, self.item_lengths))
 
 
 @dataclass(frozen=True)
@@ -66,16 +85,9 @@ def linear_operations(body: Body, shape: PrefillShape, *, warm: bool = False) ->
 def attention_operations(body: Body, shape: PrefillShape, *, warm: bool = False) -> int:
     """Operations of attention when no query meets a key that it must not see; `warm`: the prefix is cached."""
     prefix = 0 if warm else _causal(shape.prefix)
-    pairs = prefix + shape.item_rows * shape.prefix + shape.items * _causal(shape.length)
-    return body.pair * ((body.layers - 1) * pairs + _read_pairs(shape))
-
-
-def joint_operations(body: Body, shape: PrefillShape, block: int, *, warm: bool = False) -> int:
-    """What `ranking.prefill.joint` multiplies: a prefix row meets its whole block of `block` rows, an item row its whole item."""
-    firsts = range(0, 0 if warm else shape.prefix, block)
-    prefix = sum((min(first + block, shape.prefix) - first) * min(first + block, shape.prefix) for first in firsts)
-    pairs = prefix + shape.item_rows * (shape.prefix + shape.length)
-    return body.pair * ((body.layers - 1) * pairs + _read_pairs(shape))
+    pairs = prefix + shape.item_rows * shape.prefix + shape.own_pairs
+    last = shape.items * shape.prefix + shape.item_rows
+    return body.pair * ((body.layers - 1) * pairs + last)
 
 
 def lower_bound(body: Body, shape: PrefillShape) -> int:
@@ -90,13 +102,20 @@ def warm_lower_bound(body: Body, shape: PrefillShape) -> int:
 
 def one_by_one(body: Body, shape: PrefillShape) -> int:
     """Operations of N full prompts through the plain model, whose last layer computes every row."""
-    return shape.items * _whole(body, shape.prefix + shape.length, _causal(shape.prefix + shape.length))
+    pairs = shape.items * _causal(shape.prefix) + shape.item_rows * shape.prefix + shape.own_pairs
+    return _whole(body, shape.items * shape.prefix + shape.item_rows, pairs)
 
 
 def prefix_cached(body: Body, shape: PrefillShape) -> int:
     """Operations of the plain model with the prefix once and the items over its keys and values."""
-    pairs = _causal(shape.prefix) + shape.item_rows * shape.prefix + shape.items * _causal(shape.length)
+    pairs = _causal(shape.prefix) + shape.item_rows * shape.prefix + shape.own_pairs
     return _whole(body, shape.prefix + shape.item_rows, pairs)
+
+
+def packed_dense(body: Body, shape: PrefillShape) -> int:
+    """Operations of the plain model on one packed sequence under a mask, which hides scores but saves none."""
+    rows = shape.prefix + shape.item_rows
+    return _whole(body, rows, rows * rows)
 
 
 def _whole(body: Body, rows: int, pairs: int) -> int:
@@ -105,7 +124,3 @@ def _whole(body: Body, rows: int, pairs: int) -> int:
 
 def _causal(rows: int) -> int:
     return rows * (rows + 1) // 2
-
-
-def _read_pairs(shape: PrefillShape) -> int:
-    return shape.items * (shape.prefix + shape.length)

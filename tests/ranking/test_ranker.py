@@ -171,3 +171,12 @@ def test_pieces_that_do_not_belong_together_are_refused(
     spoil(copy)
     with pytest.raises(BrewlineError, match=says):
         Ranker.load(copy)
+
+
+def test_a_warm_prefix_changes_no_score_and_saves_its_tokens(
+    folder: Path, ranker: Ranker, tiny_dataset: Dataset, view: MemberView
+) -> None:
+    tokens, fresh = candidates(ranker, tiny_dataset), Ranker.load(folder)
+    assert fresh.prefill_prefix(view) == len(fresh.prefix(view))
+    np.testing.assert_allclose(fresh.score(view, tokens), ranker.score(view, tokens), atol=1e-6)
+    assert fresh.engine.stats.tokens_reused == len(fresh.prefix(view))
