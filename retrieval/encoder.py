@@ -2,7 +2,7 @@
 
 A folder is complete (weights, tokenizer, quantizer, prompt template, budgets, pooling) and has one fingerprint; nothing about it
 can be overridden at load. sentence-transformers opens the same folder and gives the same vectors for a rendered prompt.
-Mean pooling over all tokens and cosine similarity follow arXiv 2510.14223.
+Mean pooling over all tokens and cosine similarity follow arXiv 2510.14223; the state of the last token is there to compare.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ VALIDATION = "validation"
 """Folder inside an encoder's folder: the encoder of the validation run, which saw nothing at or after `cut_valid`. What is itself
 judged on the validation window starts from this one. It is not there if the data asks nothing between the cuts."""
 
+Pooling = Literal["mean", "last"]
 Vectors = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
 
@@ -47,27 +48,48 @@ class EncoderError(BrewlineError):
 
 
 class Encoder:
-    """Items and members as unit vectors float32 [n, D]."""
+    """Items and members as unit vectors float32 [n, D], D the model's width or the first `dims` entries of it."""
 
-    def __init__(self, model: PreTrainedModel, writer: Writer, fingerprint: str, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, writer: Writer, fingerprint: str, facts: Mapping[str, Any], dims: int | None = None
+    ) -> None:
         self.model = model.eval()
         self.writer = writer
         self.fingerprint = fingerprint
         self.facts = facts
+        self.pooling: Pooling = facts.get("pooling", "mean")
+        self._dims = dims
 
     @property
     def dims(self) -> int:
         """D, the length of every vector."""
-        return int(self.model.config.hidden_size)
+        return self._dims or int(self.model.config.hidden_size)
+
+    def truncated(self, dims: int) -> Encoder:
+        """The encoder whose vectors are the first `dims` entries of this one's, made unit again, under a fingerprint of its own.
+
+        `facts["matryoshka"]` lists the lengths that training looked at; others lose more. Raises EncoderError if it is longer.
+        """
+        if not 0 < dims <= self.dims:
+            raise EncoderError(f"vectors of {dims} dims were asked for; this encoder has {self.dims}")
+        return Encoder(self.model, self.writer, f"{self.fingerprint}-{dims}", self.facts, dims)
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> Encoder:
-        """The encoder of a complete folder. Raises EncoderError, MissingPart, TokenizerError or CheckpointError."""
+    def load(cls, folder: Path, device: str = "cpu", *, whole_log: bool = False) -> Encoder:
+        """The encoder of a complete folder. Raises EncoderError, MissingPart, TokenizerError or CheckpointError.
+
+        `whole_log`: the caller hands in every action of a member. An encoder that reads whole histories is refused without it,
+        since records in the service keep engagements only.
+        """
         facts = read_facts(folder)
+        if facts.get("history") == "full" and not whole_log:
+            raise EncoderError(
+                f"{folder} reads every action of a member, and what is kept of members is engagements only; "
+                "it can be judged by `brewline experiment run`, but not served. Train with --history positives"
+            )
         fingerprint = folder_fingerprint(folder, FINGERPRINTED)
-        writer = Writer(
-            Tokens.load(folder), Quantizer.load(folder / QUANTIZER), Budgets(**facts["budgets"]), tuple(facts["actions"])
-        )
+        budgets, whole = Budgets(**facts["budgets"]), facts.get("history") == "full"
+        writer = Writer(Tokens.load(folder), Quantizer.load(folder / QUANTIZER), budgets, tuple(facts["actions"]), whole)
         return cls(load_llama(folder, causal_lm=False).to(device), writer, fingerprint, facts)
 
     def items(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray], progress: Progress | None = None) -> Vectors:
@@ -90,7 +112,9 @@ class Encoder:
             for batch in length_batches([len(row) for row in rows], TOKENS_PER_BATCH):
                 ids, lengths = pad_rows([rows[number] for number in batch], self.writer.tokens.pad)
                 device = self.model.device
-                vectors = encode(self.model, ids.to(device), lengths.to(device))
+                vectors = encode(self.model, ids.to(device), lengths.to(device), self.pooling)
+                if self._dims is not None:
+                    vectors = functional.normalize(vectors[:, : self._dims], dim=-1)
                 found[batch] = vectors.float().cpu().numpy()
                 done += len(batch)
                 if progress is not None:
@@ -98,9 +122,11 @@ class Encoder:
         return found
 
 
-def encode(model: PreTrainedModel, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Unit vectors [B, D] of right-padded rows [B, T]: the mean of each row's last hidden states, normalised."""
+def encode(model: PreTrainedModel, ids: torch.Tensor, lengths: torch.Tensor, pooling: Pooling = "mean") -> torch.Tensor:
+    """Unit vectors [B, D] of right-padded rows [B, T]: the mean of each row's last hidden states, or the last of them."""
     hidden = model(input_ids=ids, use_cache=False).last_hidden_state
+    if pooling == "last":
+        return functional.normalize(hidden[torch.arange(len(ids), device=ids.device), lengths - 1].float(), dim=-1)
     real = torch.arange(ids.shape[1], device=ids.device)[None, :] < lengths[:, None]
     total = (hidden * real[..., None]).sum(1, dtype=torch.float32)
     return functional.normalize(total / lengths[:, None], dim=-1)
@@ -132,9 +158,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise EncoderError(f"{path}: not JSON ({error})") from error
-    for name, expected in (("format", FORMAT), ("template", TEMPLATE_VERSION), ("pooling", "mean")):
-        if facts.get(name) != expected:
-            raise EncoderError(f"{path}: {name} is {facts.get(name)!r}, this version reads {expected!r}; train the encoder again")
+    expected = {"format": (FORMAT,), "template": (TEMPLATE_VERSION,), "pooling": get_args(Pooling)}
+    for name, known in expected.items():
+        if facts.get(name) not in known:
+            reads = " or ".join(map(repr, known))
+            raise EncoderError(f"{path}: {name} is {facts.get(name)!r}, this version reads {reads}; train the encoder again")
     return facts
 
 
@@ -143,7 +171,15 @@ def stored_fingerprint(folder: Path) -> str:
     return folder_fingerprint(folder, FINGERPRINTED)
 
 
-def save_encoder(folder: Path, model: PreTrainedModel, writer: Writer, training: Mapping[str, Any]) -> str:
+def save_encoder(
+    folder: Path,
+    model: PreTrainedModel,
+    writer: Writer,
+    training: Mapping[str, Any],
+    *,
+    pooling: Pooling = "mean",
+    matryoshka: Sequence[int] = (),
+) -> str:
     """Writes a complete encoder folder, readable by sentence-transformers too, and returns its fingerprint."""
     folder.mkdir(parents=True, exist_ok=True)
     save_llama(model, folder)
@@ -156,19 +192,21 @@ def save_encoder(folder: Path, model: PreTrainedModel, writer: Writer, training:
     facts = {
         "format": FORMAT,
         "template": TEMPLATE_VERSION,
-        "pooling": "mean",
+        "pooling": pooling,
         "normalised": True,
         "dims": dims,
+        "matryoshka": list(matryoshka),
+        "history": "full" if writer.whole else "positives",
         "budgets": writer.budgets.facts(),
         "actions": list(writer.actions),
         "training": dict(training),
     }
     _write_json(folder / FACTS, facts)
-    _write_sentence_transformers(folder, dims, writer.budgets.member)
+    _write_sentence_transformers(folder, dims, writer.budgets.member, pooling)
     return folder_fingerprint(folder, FINGERPRINTED)
 
 
-def _write_sentence_transformers(folder: Path, dims: int, max_tokens: int) -> None:
+def _write_sentence_transformers(folder: Path, dims: int, max_tokens: int, pooling: Pooling) -> None:
     kind = "sentence_transformers.models"
     modules = [("0", "", "Transformer"), ("1", POOLING_MODULE, "Pooling"), ("2", "2_Normalize", "Normalize")]
     listed = [
@@ -179,7 +217,8 @@ def _write_sentence_transformers(folder: Path, dims: int, max_tokens: int) -> No
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
     _write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine", "prompts": {}})
     (folder / POOLING_MODULE).mkdir(exist_ok=True)
-    _write_json(folder / POOLING_MODULE / "config.json", {"word_embedding_dimension": dims, "pooling_mode_mean_tokens": True})
+    modes = {"pooling_mode_mean_tokens": pooling == "mean", "pooling_mode_lasttoken": pooling == "last"}
+    _write_json(folder / POOLING_MODULE / "config.json", {"word_embedding_dimension": dims, **modes})
     (folder / "2_Normalize").mkdir(exist_ok=True)
 
 

@@ -33,13 +33,15 @@ class Writer:
     """Writes items and members with one tokenizer, one quantizer and one set of budgets.
 
     `actions`: kinds of action that count as engagement; a member row shows these and nothing else of the history (empty: every
-    action but impressions).
+    action but impressions). `whole`: member rows show the other actions too and say of each what was done; what is
+    handed in must then hold them (`retrieval.learn.whole`).
     """
 
     tokens: Tokens
     quantizer: Quantizer
     budgets: Budgets
     actions: tuple[str, ...] = ()
+    whole: bool = False
 
     def items(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray]) -> list[list[int]]:
         """Id rows of items. `numbers` name -> float [N]: as-of numbers; an item's own static numbers are added here."""
@@ -52,9 +54,12 @@ class Writer:
         return [ids[: self.budgets.item] for ids in self.tokens.many(prompts)]
 
     def entries(self, history: Sequence[Engagement]) -> list[list[int]]:
-        """Id rows of history entries: title and category, without the action (only positives are shown here)."""
-        prompts = [entry_prompt(engagement, with_action=False) for engagement in history]
-        return [ids[: self.budgets.entry] for ids in self.tokens.many(prompts)]
+        """Id rows of history entries: title and category, and in a whole history what was done, which is never cut off."""
+        prompts = [entry_prompt(engagement, with_action=self.whole) for engagement in history]
+        if not self.whole:
+            return [ids[: self.budgets.entry] for ids in self.tokens.many(prompts)]
+        words, did = self.tokens.many([prompt[:-1] for prompt in prompts]), self.tokens.many([prompt[-1:] for prompt in prompts])
+        return [ids[: max(1, self.budgets.entry - len(end))] + end for ids, end in zip(words, did)]
 
     def profile(self, view: MemberView) -> list[int]:
         """What opens the member's row: profile, connections, the history's opening token."""
@@ -77,10 +82,12 @@ class Writer:
         return [self.member(self.profile(view), self.entries(self._shown(view.history))) for view in views]
 
     def _shown(self, history: Sequence[Engagement]) -> list[Engagement]:
-        first: dict[str, Engagement] = {}
-        for engagement in history:
+        first: dict[str | int, Engagement] = {}
+        for place, engagement in enumerate(history):
             kind = action_kind(engagement.action)
             if kind in self.actions if self.actions else kind != IMPRESSION:
                 first.setdefault(engagement.item.item_id, engagement)
+            elif self.whole:
+                first[place] = engagement
         # An entry has at least one token, so older ones can never fit.
         return list(first.values())[-self.budgets.member :]

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from retrieval.features import Kind
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,6 +14,13 @@ app = typer.Typer(
     epilog="Then: `brewline ranker train`, `brewline nightly`, `brewline serve`.",
 )
 
+NO_SETTINGS = ("data", "out", "more", "as_json")
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="Any other setting (docs/scale.md lists them); may be repeated.", show_default=False
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
@@ -37,8 +41,18 @@ def train(
     hidden: Annotated[int, typer.Option(help="From scratch: width.", min=16)] = 128,
     layers: Annotated[int, typer.Option(help="From scratch: depth.", min=1)] = 2,
     numbers: Annotated[
-        str, typer.Option(help="How numbers become words: percentile, log, percentile_text or raw.")
+        str, typer.Option(help="How numbers become words: percentile, log, percentile_text, raw or none.")
     ] = "percentile",
+    loss: Annotated[str, typer.Option(help="infonce, or bce to compare.")] = "infonce",
+    pooling: Annotated[str, typer.Option(help="mean over all tokens, or last.")] = "mean",
+    matryoshka: Annotated[str | None, typer.Option(help="Shorter lengths to train too, as 32,64.", show_default=False)] = None,
+    history: Annotated[str, typer.Option(help="positives, or full: other actions too (cannot be served).")] = "positives",
+    hard: Annotated[int, typer.Option(help="Hard negatives per target.", min=0)] = 0,
+    hard_from: Annotated[str, typer.Option(help="impressions passed over, or mined by the model.")] = "impressions",
+    precision: Annotated[str, typer.Option(help="float32 or bf16 (autocast).")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
+    cached: Annotated[bool, typer.Option("--cached", help="Large batches in the memory of one pass (GradCache).")] = False,
+    more: Sets = None,
     as_json: AsJson = False,
 ) -> None:
     """Train an encoder on a data folder: InfoNCE over day batches, counts as of each batch's day.
@@ -48,27 +62,34 @@ def train(
     OUT/validation. The refit takes every event before the test cut.
 
     --steps and --learning-rate as reported, with the same seed, reproduce the weights. A killed run goes on when the same command
-    is given on the same data. A folder without interactions trains on its text alone.
+    is given on the same data. A folder without interactions trains on its text alone. Under torchrun all
+    processes share each batch.
 
     Example: `brewline encoder train WORLD --out models/encoder --minutes 3 --seed 1`
     """
+    flags = dict(locals())
+    flags["matryoshka"] = matryoshka.split(",") if matryoshka else []
+    _train(data, out, {**flags, **further(more or [])}, as_json)
+
+
+def _train(data: Path, out: Path, flags: dict[str, Any], as_json: bool) -> None:
+    """Trains with the flags that are settings; `--set` can name any, so what is no setting and no flag is refused there."""
     from ranking.cli.memory import keep_freed_memory
     from ranking.cli.output import emit
     from ranking.cli.train_report import how_long, stages, training_table
     from retrieval.data.read import read_dataset
     from retrieval.learn.fit import train_encoder
-    from retrieval.learn.start import EncoderPlan
-    from retrieval.llama import Size
+    from retrieval.learn.ranks import joined
+    from retrieval.learn.settings import plan_of
 
     keep_freed_memory()
-    wanted = how_long(steps, minutes)
-    size = Size(hidden=hidden, layers=layers, heads=max(2, hidden // 32), kv_heads=max(1, hidden // 64), mlp=3 * hidden)
-    kind = quantizer_kind(numbers)
-    plan = EncoderPlan(steps, wanted, seed, base, lora_rank, learning_rate, quantizer=kind, size=size)
+    settings = {name: value for name, value in flags.items() if name not in NO_SETTINGS}
+    plan = plan_of({**settings, "minutes": how_long(flags["steps"], flags["minutes"])})
     dataset = read_dataset(data)
-    with stages() as stage:
-        report = train_encoder(dataset, out, plan, stage)
-    emit(vars(report), as_json=as_json, table=lambda: training_table("encoder", vars(report)))
+    with joined(plan.device) as ranks, stages() as stage:
+        report = train_encoder(dataset, out, plan, stage if ranks.leads else None)
+    if ranks.leads:
+        emit(vars(report), as_json=as_json, table=lambda: training_table("encoder", vars(report)))
 
 
 @app.command()
@@ -102,19 +123,22 @@ def export(
     """
     from ranking.cli.output import emit
     from ranking.cli.train_report import facts_table
-    from retrieval.encoder import Encoder
+    from retrieval.encoder import Encoder, EncoderError
     from retrieval.export import export_query, parity
 
     found = Encoder.load(encoder)
+    if found.pooling != "mean":
+        raise EncoderError(f"{encoder} pools {found.pooling}; only mean pooling can be exported yet. Train with --pooling mean")
     export_query(found, out)
     facts = {"file": str(out), "bytes": out.stat().st_size, "fingerprint": found.fingerprint, "max_abs_diff": parity(found, out)}
     emit(facts, as_json=as_json, table=lambda: facts_table(facts))
 
 
-def quantizer_kind(name: str) -> Kind:
-    """The quantizer kind of a flag. Raises typer.BadParameter."""
-    from retrieval.features import Kind
+def further(pairs: list[str]) -> dict[str, object]:
+    """Settings from NAME=VALUE, values read as YAML. Raises typer.BadParameter."""
+    import yaml
 
-    if name not in get_args(Kind):
-        raise typer.BadParameter(f"{name!r}; expected one of {', '.join(get_args(Kind))}", param_hint="--numbers")
-    return cast("Kind", name)
+    try:
+        return {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+    except yaml.YAMLError as error:
+        raise typer.BadParameter(f"{' '.join(str(error).split())}; expected NAME=VALUE", param_hint="--set") from error

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from index.errors import BrewlineError
-from ranking.cli import ask, bench, data, demo, encoder, evaluate, index, nightly, prompt, ranker, serve
+from ranking.cli import ask, bench, data, demo, encoder, evaluate, experiment, index, nightly, prompt, ranker, serve
 from ranking.cli.output import one_line
 
 BAD_REQUEST = 2
@@ -39,6 +39,7 @@ app.add_typer(ask.app, name="ask", rich_help_panel=SERVE)
 app.add_typer(index.app, name="index", rich_help_panel=SERVE)
 app.add_typer(prompt.app, name="prompt", rich_help_panel=LOOK)
 app.add_typer(evaluate.app, name="evaluate", rich_help_panel=LOOK)
+app.add_typer(experiment.app, name="experiment", rich_help_panel=LOOK)
 app.add_typer(bench.app, name="bench", rich_help_panel=LOOK)
 
 

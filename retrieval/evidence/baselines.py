@@ -70,13 +70,14 @@ class Past:
 
     def nearest(self, neighbours: int, shrink: float) -> sp.csr_matrix:
         """Float32 [N, N]: item-kNN similarities; the latest are kept, so that a grid of decays fits once."""
-        return self._keep(("nearest", neighbours, shrink), lambda: _nearest(self.together, shrink, neighbours))
+        return self.kept(("nearest", neighbours, shrink), lambda: _nearest(self.together, shrink, neighbours))
 
     def ease(self, head: npt.NDArray[np.int64], penalty: float) -> Floats:
         """Float32 [H, H]: EASE weights of the head items; the latest are kept."""
-        return self._keep(("ease", len(head), penalty), lambda: _ease_weights(self.together[head][:, head].toarray(), penalty))
+        return self.kept(("ease", len(head), penalty), lambda: _ease_weights(self.together[head][:, head].toarray(), penalty))
 
-    def _keep(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    def kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """Returns what was made under this key; only the latest key is remembered."""
         if self._kept.get("key") != key:
             self._kept.update(key=key, value=make())
         return self._kept["value"]

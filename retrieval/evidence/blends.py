@@ -1,4 +1,4 @@
-"""The tuned sum of simple models, and the choice of every baseline's settings on the validation window."""
+"""The tuned sum of simple models, and how a baseline's settings are chosen on the validation window."""
 
 from __future__ import annotations
 
@@ -8,20 +8,12 @@ from itertools import product
 
 import numpy as np
 
-from retrieval.data.schema import MISSING_TIME, Dataset
-from retrieval.evidence.baselines import (
-    Baseline,
-    Ease,
-    Floats,
-    ItemNeighbours,
-    Knowledge,
-    Past,
-    Random,
-)
+from retrieval.data.schema import Dataset
+from retrieval.evidence.baselines import Baseline, Ease, Floats, ItemNeighbours, Knowledge, Past
 from retrieval.evidence.popularity import Freshness, LivePopularity, Popularity
 from retrieval.evidence.protocol import EvidenceError, Queries, last_after_cut
-from retrieval.evidence.rank import Progress, Scorer, rank_targets
-from retrieval.evidence.text_baselines import Bm25, TfIdf
+from retrieval.evidence.rank import Scorer, rank_targets
+from retrieval.evidence.text_baselines import TfIdf
 
 TUNED_AT = 100
 """Settings are chosen by recall at this cut-off."""
@@ -65,29 +57,6 @@ def standardised(scores: Floats) -> Floats:
     return np.asarray(centred / np.where(deviation > 0, deviation, 1), np.float32)
 
 
-def families(dataset: Dataset) -> list[list[Baseline]]:
-    """Returns the settings tried for each simple model; a profile query only where members have words.
-
-    Live popularity of the last week always stands in the table, whatever window validation prefers.
-    """
-    listed: list[list[Baseline]] = [
-        [Random()],
-        [Popularity()],
-        [Popularity(float(days)) for days in (3, 7, 14, 30, 90, 365)],
-        [LivePopularity()],
-        [LivePopularity(days) for days in (1, 3, 7, 14, 30)],
-        [ItemNeighbours(k, shrink, decay) for k, shrink, decay in product((100, 1000), (0.0, 50.0), (0.7, 0.9, 1.0))],
-        [Ease(penalty, decay) for penalty, decay in product((20.0, 200.0, 2000.0), (0.7, 0.9, 1.0))],
-        [TfIdf(decay) for decay in (0.5, 0.7, 0.9, 1.0)],
-        [Bm25(newest) for newest in (1, 5, 20)],
-    ]
-    if (dataset.items.created_at != MISSING_TIME).any():
-        listed.append([Freshness()])
-    if dataset.members.profile:
-        listed.append([TfIdf(decay, weight) for decay, weight in product((0.9, 1.0), (0.2, 1.0))])
-    return listed
-
-
 def validation_recall(baseline: Baseline, past: Past, queries: Queries) -> float:
     """Returns mean recall at `TUNED_AT` on the validation queries."""
     return _recall(baseline.fit(past), queries, len(past.dataset.items))
@@ -105,26 +74,6 @@ def tuned(tried: Sequence[Baseline], past: Past, queries: Queries) -> Baseline:
     return max(tried, key=lambda baseline: validation_recall(baseline, past, queries))
 
 
-def choose_baselines(dataset: Dataset, progress: Progress | None = None) -> list[Baseline]:
-    """Returns one baseline per family and the two blends, all settings chosen on the validation window.
-
-    Where that window asks nothing, the first setting of each family is used (the blends weigh their parts equally).
-    """
-    listed = families(dataset)
-    past, queries = Past(dataset, "valid"), validation_queries(dataset)
-    chosen: list[Baseline] = []
-    for done, tried in enumerate(listed):
-        one = tried[0] if queries is None else tuned(tried, past, queries.sample(TUNING_QUERIES))
-        chosen += [] if one in chosen else [one]
-        if progress is not None:
-            progress(done + 1, len(listed) + 2)
-    for done, tried_blends in enumerate(_blends(chosen, past, queries)):
-        chosen.append(tried_blends[0] if queries is None else _weighted(tried_blends, past, queries.sample(BLEND_QUERIES)))
-        if progress is not None:
-            progress(len(listed) + done + 1, len(listed) + 2)
-    return chosen
-
-
 def validation_queries(dataset: Dataset) -> Queries | None:
     """Returns the validation queries, or None if that window asks nothing."""
     try:
@@ -133,8 +82,8 @@ def validation_queries(dataset: Dataset) -> Queries | None:
         return None
 
 
-def _blends(chosen: Sequence[Baseline], past: Past, queries: Queries | None) -> list[list[Blend]]:
-    """The frozen blend of the chosen baselines and the live one with either popularity window, not yet weighted."""
+def untuned_blends(chosen: Sequence[Baseline], past: Past, queries: Queries | None) -> list[list[Blend]]:
+    """Returns the frozen blend of the chosen baselines and the live one with either popularity window, not yet weighted."""
     collaborative = [one for one in chosen if isinstance(one, (ItemNeighbours, Ease))]
     best = collaborative[0] if queries is None else tuned(collaborative, past, queries.sample(TUNING_QUERIES))
     text = next(one for one in chosen if isinstance(one, TfIdf))
@@ -148,8 +97,8 @@ def _equal(parts: tuple[Baseline, ...], knowledge: Knowledge) -> Blend:
     return Blend(parts, (1.0,) * len(parts), knowledge)
 
 
-def _weighted(tried: Sequence[Blend], past: Past, queries: Queries) -> Blend:
-    """The blend and the weights of the grid that do best; each part is scored once."""
+def weighted(tried: Sequence[Blend], past: Past, queries: Queries) -> Blend:
+    """Returns the blend with the weights of the grid that do best; each part is scored once."""
     row_of = {member: row for row, member in enumerate(queries.member.tolist())}
     parts = {part: standardised(part.fit(past)(queries)) for blend in tried for part in blend.parts}
 

@@ -8,7 +8,7 @@ searched exactly.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ from retrieval.evidence.intervals import Estimate, paired_differences
 from retrieval.evidence.metrics import Quality, judge
 from retrieval.evidence.protocol import EvidenceError, Queries, Window, cold_items, last_after_cut, member_views
 from retrieval.evidence.rank import DEPTH, Floats, Progress, Ranked, Scorer, rank_queries
+from retrieval.evidence.similarity import Probe, Similarity
 
 
 class VectorModel(Protocol):
@@ -55,7 +56,8 @@ class RetrievalReport:
     """All runs on one window. `model` is None when only baselines were asked for; `ranked` are the model's lists.
 
     `best` names, for each metric, the simple baseline to beat: the highest on these very queries among those that know no
-    more than the model does. `differences` baseline -> metric -> model minus baseline, paired over members.
+    more than the model does. `differences` baseline -> metric -> model minus baseline, paired over members. `left_out`
+    baseline -> why it does not stand in the table though it does by default.
     """
 
     dataset: str
@@ -67,6 +69,8 @@ class RetrievalReport:
     best: Mapping[str, str]
     differences: Mapping[str, Mapping[str, Estimate]]
     ranked: Ranked | None
+    similarity: Similarity | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """The report ready for JSON: everything but the lists."""
@@ -82,10 +86,12 @@ class RetrievalReport:
             "baselines": [run.as_dict() for run in self.baselines],
             "best_baseline": dict(self.best),
             "model_minus_baseline": differences,
+            "similarity_against_popularity": None if self.similarity is None else self.similarity.as_dict(),
+            "baselines_left_out": dict(self.left_out),
         }
 
 
-def vector_scorer(dataset: Dataset, model: VectorModel, counts: Knowledge, cut: int) -> Scorer:
+def vector_scorer(dataset: Dataset, model: VectorModel, counts: Knowledge, cut: int, probe: Probe | None = None) -> Scorer:
     """Returns a scorer of query blocks. Item vectors are asked for once per day while the queries come in day order."""
     kept: dict[int, Floats] = {}
 
@@ -103,6 +109,8 @@ def vector_scorer(dataset: Dataset, model: VectorModel, counts: Knowledge, cut: 
         for moment in np.unique(moments).tolist():
             rows = np.flatnonzero(moments == moment)
             scores[rows] = members[rows] @ items_as_of(moment).T
+            if probe is not None:
+                probe.see(queries.take(rows), members[rows], items_as_of(moment), moment)
         return scores
 
     return score
@@ -121,10 +129,14 @@ def rank_with_vectors(
     counts: Knowledge,
     depth: int = DEPTH,
     progress: Progress | None = None,
+    probe: Probe | None = None,
 ) -> Ranked:
-    """Returns the model's lists in query order; the work is done in day order, so each night's vectors are built once."""
+    """Returns the model's lists in query order; the work is done in day order, so each night's vectors are built once.
+
+    `probe` looks at the vectors on the way.
+    """
     order = np.argsort(queries.timestamp, kind="stable")
-    scorer = vector_scorer(dataset, model, counts, queries.cut)
+    scorer = vector_scorer(dataset, model, counts, queries.cut, probe)
     ranked = rank_queries(queries.take(order), scorer, len(dataset.items), depth, progress)
     back = np.argsort(order)
     return Ranked(ranked.rows[back], ranked.scores[back])
@@ -158,19 +170,24 @@ def evaluate_retrieval(
     truth: Truth | None = None,
     window: Window = "test",
     progress: Progress | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> RetrievalReport:
     """Returns the model (if any) beside the baselines and, where the truth is known, the oracle.
 
-    `baselines` are ready settings (`blends.choose_baselines`). Raises EvidenceError if the window asks nothing.
+    `baselines` are ready settings (`choice.choose_baselines`), `left_out` (of the same choice) is only told.
+    Raises EvidenceError if the window asks nothing or there is nothing to judge.
     """
     queries = last_after_cut(dataset, window)
     asked = [*baselines, *([] if truth is None else [Oracle(truth)])]
+    if model is None and not asked:
+        raise EvidenceError("There is nothing to judge: no model, and every baseline is left out. Add one with --with NAME.")
     total = (len(asked) + (model is not None)) * len(queries)
     runs = run_baselines(dataset, queries, asked, _part_of(progress, 0, total))
     ours = ranked = None
+    probe = Probe(len(queries), len(dataset.items))
     if model is not None:
         tell = _part_of(progress, len(asked) * len(queries), total)
-        ranked = rank_with_vectors(dataset, queries, model, counts, progress=tell)
+        ranked = rank_with_vectors(dataset, queries, model, counts, progress=tell, probe=probe)
         ours = Run(model.name, counts, f"{counts} counts", judge(ranked, queries, len(dataset.items)))
     return RetrievalReport(
         dataset=dataset.meta.name,
@@ -182,6 +199,8 @@ def evaluate_retrieval(
         best=best_baselines(runs, counts),
         differences={} if ours is None else {run.name: differences(ours, run) for run in runs},
         ranked=ranked,
+        similarity=None if ours is None else probe.found(),
+        left_out=left_out or {},
     )
 
 

@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.evidence.intervals import Estimate, estimates
+from retrieval.evidence.intervals import Estimate, estimates, standard_error
 from retrieval.evidence.protocol import Queries, cold_items, cold_members, popularity_before_cut
 from retrieval.evidence.ragged import Ragged
 from retrieval.evidence.rank import Ranked
 
 CUTOFFS = (10, 100, 1000, 2000)
+CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+"""Where the recall curve is read."""
 SHORT_LIST = 10
+LIST_FACTS = (10, 100)
 _PLACES_AT_ONCE = 1 << 24
 
 Values = npt.NDArray[np.float64]
@@ -25,18 +28,23 @@ class Quality:
     """What one run achieved.
 
     `per_query` name -> float64 [B] in query order (for paired tests), `metrics` their means with uncertainty, `lists` facts
-    about the lists themselves (coverage, popularity), `slices` name -> metric -> value, with "n" members or cold targets.
+    about the lists themselves (coverage, popularity), `slices` name -> metric -> value, with "n" members or cold targets and
+    the standard error of each recall as "recall@K error"; `curve` K -> mean recall@K; `cold` recall@K -> float64 [B] over the
+    cold targets of each query, NaN where it has none (for paired tests).
     """
 
     per_query: dict[str, Values]
     metrics: dict[str, Estimate]
     lists: dict[str, float]
     slices: dict[str, dict[str, float]] = field(default_factory=dict)
+    curve: dict[int, float] = field(default_factory=dict)
+    cold: dict[str, Values] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """Everything but the columns per query, ready for JSON."""
         metrics = {name: value.as_dict() for name, value in self.metrics.items()}
-        return {"metrics": metrics, "lists": self.lists, "slices": self.slices}
+        curve = {str(cutoff): value for cutoff, value in self.curve.items()}
+        return {"metrics": metrics, "lists": self.lists, "slices": self.slices, "recall_curve": curve}
 
 
 def target_places(rows: npt.NDArray[np.int32], targets: Ragged) -> npt.NDArray[np.int64]:
@@ -76,46 +84,67 @@ def judge(ranked: Ranked, queries: Queries, items: int, seed: int = 0) -> Qualit
     A cut-off deeper than the lists is left out, unless the lists hold the whole catalogue: then nothing lies deeper.
     """
     depth = ranked.rows.shape[1]
-    cutoffs = tuple(cutoff for cutoff in CUTOFFS if cutoff <= depth or depth >= items)
+
+    def readable(wanted: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(cutoff for cutoff in wanted if cutoff <= depth or depth >= items)
+
+    cutoffs = readable(CUTOFFS)
     places = target_places(ranked.rows, queries.targets)
     per_query = per_query_values(places, queries.targets, cutoffs)
     metrics = estimates(per_query, seed)
     slices = member_slices(per_query, queries)
     slices["cold targets"] = cold_slice(places, queries, items, cutoffs)
-    return Quality(per_query, metrics, list_facts(ranked, queries, items), slices)
+    curve = {cutoff: float(_recall(places, queries.targets, cutoff).mean()) for cutoff in readable(CURVE)}
+    cold = cold_per_query(places, queries, items, cutoffs)
+    return Quality(per_query, metrics, list_facts(ranked, queries, items), slices, curve, cold)
 
 
 def member_slices(per_query: Mapping[str, Values], queries: Queries) -> dict[str, dict[str, float]]:
     """Returns the mean of each metric over members with short, middling and long histories (distinct items), and over
     members first seen after the cut; each slice says its size "n", an empty one holds nothing else."""
-    length = queries.excluded.lengths
-    masks = {
-        "history < 5": length < 5,
-        "history 5-20": (length >= 5) & (length <= 20),
-        "history > 20": length > 20,
-        "cold members": cold_members(queries),
-    }
+    masks = slice_masks(queries.excluded.lengths, cold_members(queries))
     return {name: _means(per_query, mask) for name, mask in masks.items()}
+
+
+def slice_masks(history: npt.NDArray[np.int64], new: npt.NDArray[np.bool_]) -> dict[str, npt.NDArray[np.bool_]]:
+    """Returns which queries [B] belong to each slice, from the distinct items of their history and who is new."""
+    return {
+        "history < 5": history < 5,
+        "history 5-20": (history >= 5) & (history <= 20),
+        "history > 20": history > 20,
+        "new members": new,
+    }
 
 
 def _means(per_query: Mapping[str, Values], mask: npt.NDArray[np.bool_]) -> dict[str, float]:
     means = {name: float(values[mask].mean()) for name, values in per_query.items()} if mask.any() else {}
-    return {"n": int(mask.sum()), **means}
+    errors = {f"{name} error": standard_error(per_query[name][mask]) for name in means if name.startswith("recall")}
+    return {"n": int(mask.sum()), **means, **errors}
 
 
 def cold_slice(places: npt.NDArray[np.int64], queries: Queries, items: int, cutoffs: tuple[int, ...]) -> dict[str, float]:
     """Returns recall over the targets that nobody had engaged with before the cut; "n" counts targets, not members."""
     cold = places[cold_items(queries, items)[queries.targets.values]]
-    recall = {f"recall@{cutoff}": float(_within(cold, cutoff).mean()) for cutoff in cutoffs} if len(cold) else {}
-    return {"n": len(cold), **recall}
+    found = {f"recall@{cutoff}": _within(cold, cutoff).astype(np.float64) for cutoff in cutoffs}
+    return {**_means(found, np.ones(len(cold), bool)), "n": len(cold)}
+
+
+def cold_per_query(places: npt.NDArray[np.int64], queries: Queries, items: int, cutoffs: tuple[int, ...]) -> dict[str, Values]:
+    """Returns recall@K of each query [B] over its cold targets, NaN where it has none."""
+    cold = cold_items(queries, items)[queries.targets.values]
+    rows, size = queries.targets.rows[cold], len(queries)
+    asked = np.bincount(rows, minlength=size)
+    found = {cutoff: np.bincount(rows, _within(places[cold], cutoff), size) for cutoff in cutoffs}
+    return {f"recall@{cutoff}": np.where(asked > 0, hits / np.maximum(asked, 1), np.nan) for cutoff, hits in found.items()}
 
 
 def list_facts(ranked: Ranked, queries: Queries, items: int) -> dict[str, float]:
-    """Returns what the top 10 lists are made of: share of the catalogue ever shown, mean engagements before the cut."""
-    shown = ranked.rows[:, :SHORT_LIST]
-    shown = shown[shown >= 0]
+    """Returns what the top 10 and top 100 are made of: share of the catalogue ever shown, mean engagements before the cut."""
     popularity = popularity_before_cut(queries, items)
-    return {
-        f"coverage@{SHORT_LIST}": len(np.unique(shown)) / items,
-        f"popularity@{SHORT_LIST}": float(popularity[shown].mean()) if len(shown) else 0.0,
-    }
+    facts = {}
+    for cutoff in LIST_FACTS:
+        shown = ranked.rows[:, :cutoff]
+        shown = shown[shown >= 0]
+        facts[f"coverage@{cutoff}"] = len(np.unique(shown)) / items
+        facts[f"popularity@{cutoff}"] = float(popularity[shown].mean()) if len(shown) else 0.0
+    return facts

@@ -1,11 +1,9 @@
-"""What an evaluation leaves behind: `metrics.json` for machines, `ranked.parquet` for checks, a table for people."""
+"""What an evaluation shows on a terminal: all systems, their settings, the model's lead, its slices."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal, TypedDict
 
 from rich.box import SIMPLE_HEAD, Box
@@ -13,10 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from retrieval.data.schema import Dataset
 from retrieval.evidence.evaluate import RetrievalReport
 from retrieval.evidence.intervals import Estimate
-from retrieval.evidence.rank import write_ranked
+from retrieval.evidence.similarity import Similarity
 
 
 class TableStyle(TypedDict):
@@ -29,19 +26,9 @@ class TableStyle(TypedDict):
 
 
 METRICS_FILE = "metrics.json"
-RANKED_FILE = "ranked.parquet"
 SHOWN = ("recall@10", "recall@100", "recall@2000", "ndcg@10")
 SLICE_SHOWN = ("recall@10", "recall@100", "recall@2000")
 PLAIN: TableStyle = {"box": SIMPLE_HEAD, "title_justify": "left", "title_style": "bold", "pad_edge": False}
-
-
-def write_report(report: RetrievalReport, dataset: Dataset, folder: Path) -> None:
-    """Writes metrics.json and, if a model was judged, ranked.parquet into `folder` (made if need be)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(without_nan(report.as_dict()), indent=1, allow_nan=False)
-    (folder / METRICS_FILE).write_text(text + "\n", encoding="utf-8")
-    if report.ranked is not None:
-        write_ranked(folder / RANKED_FILE, report.ranked, report.queries, dataset.members, dataset.items)
 
 
 def without_nan(value: object) -> object:
@@ -58,6 +45,8 @@ def report_table(report: RetrievalReport) -> Group:
     parts: list[RenderableType] = [systems_table(report), settings_line(report)]
     if report.model is not None:
         parts += [lead_table(report), slices_table(report)]
+    if report.similarity is not None:
+        parts.append(Text(similarity_line(report.similarity)))
     return Group(*parts)
 
 
@@ -74,12 +63,13 @@ def systems_table(report: RetrievalReport) -> Table:
     for run in runs:
         ours = run is report.model
         name = f"{run.name} ({run.knowledge})" if ours else run.name
-        cells = [_with_error(run.quality.metrics[metric], report.best.get(metric) == run.name) for metric in shown]
+        cells = [with_error(run.quality.metrics[metric], report.best.get(metric) == run.name) for metric in shown]
         table.add_row(name, *cells, style="bold" if ours else None, end_section=ours)
     return table
 
 
-def _with_error(estimate: Estimate, best: bool) -> str:
+def with_error(estimate: Estimate, best: bool = False) -> str:
+    """Returns a mean with its standard error; a star in front marks the best simple baseline."""
     error = "" if math.isnan(estimate.error) else f"±{short(estimate.error)}"
     return f"{'*' if best else ''}{short(estimate.value)}{error}"
 
@@ -90,10 +80,20 @@ def short(value: float) -> str:
     return text[1:] if text.startswith("0.") else text
 
 
+def similarity_line(found: Similarity) -> str:
+    """Returns how far the model's cosine follows popularity, in one sentence."""
+    within = found.within_member
+    return (
+        f"Cosine against log popularity over {len(found.cosine):,} pairs: Pearson {found.pearson:+.4f}, Spearman "
+        f"{found.spearman:+.4f}; within a member {within.value:+.4f} ({within.low:+.4f} .. {within.high:+.4f})."
+    )
+
+
 def settings_line(report: RetrievalReport) -> Text:
     """Returns the settings that the validation window chose, and what is frozen or live."""
     told = [f"{run.name} ({run.knowledge}): {run.setting}" for run in report.baselines]
-    return Text("Settings: " + "; ".join(told) + ". * marks the best simple baseline.\n", style="dim")
+    missing = "".join(f" Left out: {name}, {reason}." for name, reason in report.left_out.items())
+    return Text("Settings: " + "; ".join(told) + f". * marks the best simple baseline.{missing}\n", style="dim")
 
 
 def lead_table(report: RetrievalReport) -> Table:

@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from retrieval.counts import NEVER, Counts, appeared
-from retrieval.data.schema import DAY, Dataset, Engagement, MemberView
+from retrieval.data.schema import DAY, Dataset, MemberView
+from retrieval.evidence.protocol import engagements
+from retrieval.learn.passed import PassedOver
 from retrieval.learn.timeline import Ints, Timeline, day_runs
 from retrieval.writer import Writer
 
 Bools = npt.NDArray[np.bool_]
+HardSource = Literal["impressions", "mined"]
 
 
 @dataclass(frozen=True)
 class BatchSettings:
     """How a batch is drawn. `targets`: positives aimed at; `random_items`: easy negatives added, from the part of the catalogue
-    that had appeared by the batch's day."""
+    that had appeared by the batch's day.
+
+    `hard`: hard negatives per target, of `hard_from`: passed over in the request of the target, or among the best of the model
+    `mine_every` steps ago at most, the first `mine_skip` left out, drawn from the next `mine_window` (none before step
+    `mine_every`); each counts as `hard_weight` items. `recency_days`: a day teaches half as often for every so many days that
+    it is older than the newest. `share`: the share of members whose engagements are targets; the others still count and lend
+    their words.
+    """
 
     targets: int = 160
     targets_per_member: int = 8
     random_items: int = 160
+    hard: int = 0
+    hard_from: HardSource = "impressions"
+    hard_weight: float = 1.0
+    mine_every: int = 200
+    mine_skip: int = 10
+    mine_window: int = 50
+    recency_days: float | None = None
+    share: float = 1.0
+
+    @property
+    def mines(self) -> bool:
+        """Whether hard negatives come from the model."""
+        return self.hard > 0 and self.hard_from == "mined"
 
 
 @dataclass(frozen=True)
@@ -32,7 +57,8 @@ class Batch:
     `member_rows` id rows of S members; target t belongs to member row `owner[t]`, whose state is the mean over its first
     `prefix[t]` tokens (the history strictly before the target); `item_rows` id rows of C items, `positive[t]` the target's
     column; `log_q` float32 [C] log of the probability that the batch holds the column; `hidden` bool [P, C] columns that are
-    no negatives for the target: other copies of its item, and items that the member engages with anyway.
+    no negatives for the target: other copies of its item, and items that the member engages with anyway; `target` [P] positions
+    in the timeline, `columns` [C] rows of items, `day` the day of the batch.
     """
 
     member_rows: list[list[int]]
@@ -42,6 +68,9 @@ class Batch:
     positive: Ints
     log_q: npt.NDArray[np.float32]
     hidden: Bools
+    target: Ints
+    columns: Ints
+    day: int
 
 
 class Sampler:
@@ -49,16 +78,45 @@ class Sampler:
 
     def __init__(self, dataset: Dataset, writer: Writer, before: int, settings: BatchSettings, seed: int) -> None:
         """Targets and histories are the engagements strictly before `before`; counts are as of each batch's day."""
-        self.dataset, self.writer, self.settings, self.seed = dataset, writer, settings, seed
-        self.timeline = Timeline.of(dataset, before)
+        self.dataset, self.writer, self.settings, self.seed, self.before = dataset, writer, settings, seed, before
+        self.timeline = Timeline.of(dataset, before, whole=writer.whole)
         self.counts = Counts.from_dataset(dataset, before)
-        self.runs = day_runs(self.timeline.day, settings.targets)
-        sizes = np.array([len(run) for run in self.runs], np.float64)
-        self._share = sizes / sizes.sum() if len(sizes) else sizes
-        met = np.unique(self.timeline.log_item).tolist()
-        self._entries = dict(zip(met, writer.entries([Engagement(dataset.items[row], 0, "") for row in met])))
+        teachers = np.random.default_rng([seed, 6]).random(len(dataset.members)) < settings.share
+        taught = np.flatnonzero(teachers[self.timeline.member])
+        self.runs = [taught[run] for run in day_runs(self.timeline.day[taught], settings.targets)]
+        self._share = self._shares()
+        self._passed = PassedOver.of(dataset, self.timeline, before) if settings.hard and not settings.mines else None
+        met, first = np.unique(self._codes(np.arange(len(self.timeline.log_item))), return_index=True)
+        self._entries = dict(
+            zip(met.tolist(), writer.entries(engagements(dataset, dataset.events, self.timeline.log_event[first], {})))
+        )
         since = appeared(dataset)
         self._since = np.where(since < before, since // DAY, NEVER)
+
+    def there(self, day: int) -> Bools:
+        """Bool [N]: the items that had appeared by a day."""
+        return self._since <= day
+
+    @cached_property
+    def catalogue(self) -> list[list[int]]:
+        """Id rows of all N items with the numbers of the last day."""
+        rows = np.arange(len(self.dataset.items))
+        numbers = self.counts.at(rows, np.full(len(rows), self.before // DAY))
+        return self.writer.items([self.dataset.items[row] for row in rows.tolist()], numbers)
+
+    def _shares(self) -> npt.NDArray[np.float64]:
+        sizes = np.array([len(run) for run in self.runs], np.float64)
+        if self.settings.recency_days is not None and len(sizes):
+            day = np.array([np.median(self.timeline.day[run]) for run in self.runs])
+            sizes *= 0.5 ** ((day.max() - day) / self.settings.recency_days)
+        return sizes / sizes.sum() if len(sizes) else sizes
+
+    def _codes(self, rows: Ints) -> Ints:
+        """What tells apart the entries at positions of the log: the item and, in a whole history, what was done."""
+        log, events, item = self.timeline.log_event[rows], self.dataset.events, self.timeline.log_item[rows]
+        if not self.writer.whole:
+            return item
+        return item + len(self.dataset.items) * (3 * events.action[log].astype(np.int64) + events.label[log] + 1)
 
     def batch(self, step: int) -> Batch:
         """Batch number `step`."""
@@ -67,7 +125,33 @@ class Sampler:
         members = rng.permutation(np.unique(self.timeline.member[run]))
         chosen = self._targets_of(members, run, rng)
         rows, owner, prefix, target = self._member_side(chosen)
-        return self._with_items(rows, owner, prefix, target, run, rng)
+        batch = self._with_items(rows, owner, prefix, target, run, rng)
+        return batch if self._passed is None else self.with_hard(batch, self._passed.choose(target, self.settings.hard, rng))
+
+    def with_hard(self, batch: Batch, chosen: Ints) -> Batch:
+        """The batch with `chosen` item rows [P, n] (-1 none) as further negatives, each against its own target only.
+
+        With log-Q: a hard item is there because of its target, with probability one, so it stands for itself alone (log q = 0),
+        and a drawn copy of it, which would stand for it once more, is hidden from that target. The sum over columns thus
+        stays an unbiased estimate of the sum over the catalogue; what is hard is only known exactly instead of by chance. With a
+        `hard_weight` above 1 it counts as that many items (log q = - log weight): no estimate any more, but a lesson.
+        """
+        target, place = np.nonzero(chosen >= 0)
+        item = chosen[target, place]
+        keys, column = np.unique(item * _SPAN + self.timeline.day[batch.target[target]], return_inverse=True)
+        rows, days = keys // _SPAN, keys % _SPAN
+        item_rows = self.writer.items([self.dataset.items[row] for row in rows.tolist()], self.counts.at(rows, days))
+        hidden = np.concatenate([batch.hidden, np.ones((len(batch.target), len(keys)), bool)], 1)
+        for row, hard in zip(target.tolist(), item.tolist()):
+            hidden[row, : len(batch.columns)] |= batch.columns == hard
+        hidden[target, len(batch.columns) + column] = False
+        return replace(
+            batch,
+            item_rows=[*batch.item_rows, *item_rows],
+            log_q=np.concatenate([batch.log_q, np.full(len(keys), -np.log(self.settings.hard_weight), np.float32)]),
+            hidden=hidden,
+            columns=np.concatenate([batch.columns, rows]),
+        )
 
     def _targets_of(self, members: Ints, run: Ints, rng: np.random.Generator) -> list[Ints]:
         """Timeline positions of each drawn member's targets in the run, members drawn until there are enough targets."""
@@ -99,8 +183,9 @@ class Sampler:
         for mine in chosen:
             member = int(timeline.member[mine[0]])
             opening = self._opening(member, int(timeline.timestamp[mine[0]]))
-            items, times = timeline.history(member, int(timeline.timestamp[mine[-1]]))
-            known = [self._entries[item] for item in items.tolist()]
+            settled = int(timeline.day[mine[0]]) * DAY
+            shown = timeline.shown(member, int(timeline.timestamp[mine[-1]]), settled)
+            times, known = timeline.log_timestamp[shown], [self._entries[code] for code in self._codes(shown).tolist()]
             row = self.writer.member(opening, known)
             unseen = len(known) - _shown(row, opening, known)
             ends = len(opening) + np.concatenate([[0], np.cumsum([len(entry) for entry in known[unseen:]])])
@@ -134,7 +219,7 @@ class Sampler:
         hidden |= self._engaged_anyway(timeline.member[target], item)
         positive = positive[: len(target)]
         hidden[np.arange(len(target)), positive] = False
-        return Batch(rows, owner, prefix, item_rows, positive, log_q.astype(np.float32), hidden)
+        return Batch(rows, owner, prefix, item_rows, positive, log_q.astype(np.float32), hidden, target, item, day)
 
     def _inclusion(self, item: Ints, target: Ints, run: Ints, random: float, day: int) -> npt.NDArray[np.float64]:
         """Probability [C] that the batch holds each column: as a target of the run, or, if it is there by the day, as a random

@@ -11,6 +11,7 @@ from pathlib import Path
 from retrieval.data.schema import Dataset
 from retrieval.encoder import FACTS, VALIDATION, save_encoder
 from retrieval.learn.checkpoint import DECISION, check_room, remembered, write_json
+from retrieval.learn.ranks import Ranks
 from retrieval.learn.sessions import with_sessions
 from retrieval.learn.start import EncoderPlan, identity_of, start
 from retrieval.learn.train import Trainer
@@ -38,23 +39,23 @@ def train_encoder(dataset: Dataset, out: Path, plan: EncoderPlan, progress: Prog
     """Trains an encoder and leaves a complete folder at `out`, and the one of its validation run at `out`/validation.
 
     A killed run of the same plan on the same data goes on from its checkpoint; another plan or other data is a TrainingError.
+    Of several processes (`retrieval.learn.ranks`) the first writes; `out` is a folder that all of them see.
     """
-    started, report = time.monotonic(), progress or (lambda _stage, _done, _total: None)
+    started, report, ranks = time.monotonic(), progress or (lambda _stage, _done, _total: None), Ranks.here()
     check_room(out, FACTS, "an encoder")
     identity = identity_of(dataset, plan)
     dataset, note = with_sessions(dataset, plan.seed)
     work = out / "training"
     work.mkdir(parents=True, exist_ok=True)
+    ranks.wait()  # nobody writes before everybody has looked
     decision = _decision(dataset, out, plan, identity, note, report)
     chosen = replace(plan, learning_rate=decision.learning_rate)
     trainer = start(dataset, dataset.meta.cut_test, chosen, decision.steps, identity)
     checkpoint = work / "checkpoint"
     trainer.resume(checkpoint)
-    trainer.run(decision.steps, lambda done, total: report("train", done, total), checkpoint)
-    fingerprint = _save(out, trainer, plan, dataset, dataset.meta.cut_test, note, decision)
-    with (work / "curve.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(point) + "\n" for point in trainer.curve)
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    ranks.wait()
+    trainer.run(decision.steps, lambda done, total: report("train", done, total), checkpoint if ranks.leads else None)
+    fingerprint = _save(out, trainer, plan, dataset, dataset.meta.cut_test, note, decision) if ranks.leads else ""
     found = FitReport(
         folder=str(out),
         fingerprint=fingerprint,
@@ -66,7 +67,11 @@ def train_encoder(dataset: Dataset, out: Path, plan: EncoderPlan, progress: Prog
         validation=decision.validation,
         note=note,
     )
-    write_json(work / "report.json", asdict(found))
+    if ranks.leads:
+        with (work / "curve.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(point) + "\n" for point in trainer.curve)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        write_json(work / "report.json", asdict(found))
     return found
 
 
@@ -76,11 +81,14 @@ def _decision(
     """What a killed run of this training decided, or the outcome of the validation run, whose encoder is saved first."""
     work = out / "training"
     held = remembered(work, identity)
+    Ranks.here().wait()
     if held is not None:
         trials = {float(rate): recall for rate, recall in held["trials"].items()}
         validation = {int(step): recall for step, recall in held["validation"].items()}
         return Decision(held["steps"], held["learning_rate"], trials, validation)
     decision, trainer = decide(dataset, plan, identity, report)
+    if not Ranks.here().leads:
+        return decision
     if trainer is not None:
         _save(out / VALIDATION, trainer, plan, dataset, dataset.meta.cut_valid, note, decision)
     write_json(work / DECISION, {"identity": identity, **asdict(decision)})
@@ -102,4 +110,5 @@ def _save(folder: Path, trainer: Trainer, plan: EncoderPlan, dataset: Dataset, c
         "note": note,
         "trials": {str(rate): recall for rate, recall in decision.trials.items()},
     }
-    return save_encoder(folder, trainer.model, trainer.sampler.writer, facts)
+    loop = plan.loop
+    return save_encoder(folder, trainer.model, trainer.sampler.writer, facts, pooling=loop.pooling, matryoshka=loop.matryoshka)

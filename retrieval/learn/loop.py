@@ -65,6 +65,9 @@ class Loop(ABC):
     def step_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss (scalar, with gradient) of step `self.done`, and what the curve shall say of it beside the loss."""
 
+    def settle(self) -> None:  # noqa: B027 - gradients of one process are ready as they are
+        """Makes the gradients of one step ready; called after they were computed and before they are clipped."""
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold of the subclass's own position, as JSON."""
         return {}
@@ -94,6 +97,7 @@ class Loop(ABC):
             raise Diverged(f"the loss became {float(loss.detach())} at step {self.done}; lower the learning rate ({rate:.2g})")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.settle()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimizer.step()
         self.done += 1

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from retrieval.data.schema import Dataset
-from retrieval.features import Kind
+from retrieval.features import Kind, Quantizer
 from retrieval.learn.batches import BatchSettings, Sampler
-from retrieval.learn.checkpoint import DATA, dataset_digest
+from retrieval.learn.checkpoint import DATA, TrainingError, dataset_digest
 from retrieval.learn.prepare import NothingToLearn, base_tokens, fit_quantizer, fit_tokens
 from retrieval.learn.train import LoopSettings, Trainer
 from retrieval.learn.warm import start_from_words
@@ -23,7 +24,8 @@ from retrieval.writer import Budgets, Writer
 class EncoderPlan:
     """All that decides the weights, apart from the data. One of `steps` and `minutes` says how long; `learning_rate` takes the
     place of the one in `loop` and of its choice on the validation window; `warm_words` starts a model from scratch with
-    latent-semantic word vectors (`retrieval.learn.warm`)."""
+    latent-semantic word vectors (`retrieval.learn.warm`); `quantizer` "none" leaves all numbers out of the prompts; `history`
+    "full" shows what was not engaged, too (`retrieval.learn.whole`), which the service cannot. `device` decides by rounding."""
 
     steps: int | None = None
     minutes: float | None = 5.0
@@ -31,8 +33,10 @@ class EncoderPlan:
     base: str | None = None
     lora_rank: int | None = None
     learning_rate: float | None = None
-    quantizer: Kind = "percentile"
+    quantizer: Kind | Literal["none"] = "percentile"
     warm_words: bool = True
+    history: Literal["positives", "full"] = "positives"
+    device: str = "cpu"
     size: Size = field(default_factory=Size)
     budgets: Budgets = field(default_factory=Budgets)
     batch: BatchSettings = field(default_factory=BatchSettings)
@@ -55,7 +59,8 @@ def start(dataset: Dataset, before: int, plan: EncoderPlan, steps: int, identity
     `identity` is that of the whole training, if `dataset` and `plan` are not all there is to it.
     """
     torch.manual_seed(plan.seed)
-    quantizer = fit_quantizer(dataset, before, plan.quantizer, plan.seed)
+    kind = plan.quantizer
+    quantizer = Quantizer("percentile", {}) if kind == "none" else fit_quantizer(dataset, before, kind, plan.seed)
     if plan.base is None:
         tokens = fit_tokens(dataset, before, quantizer, plan.size.vocabulary)
         model: PreTrainedModel = new_llama(plan.size, len(tokens), causal_lm=False)
@@ -68,9 +73,13 @@ def start(dataset: Dataset, before: int, plan: EncoderPlan, steps: int, identity
         if plan.lora_rank:
             add_lora(model, plan.lora_rank)
     smooth_buckets(model, tokens, quantizer)
-    writer = Writer(tokens, quantizer, plan.budgets, dataset.meta.retrieval_actions)
+    writer = Writer(tokens, quantizer, plan.budgets, dataset.meta.retrieval_actions, plan.history == "full")
     sampler = Sampler(dataset, writer, before, plan.batch, plan.seed)
     if not sampler.runs:
         raise NothingToLearn(f"{dataset.meta.name}: no engagement before the cut; nothing to train on")
+    if max(plan.loop.matryoshka, default=0) >= model.config.hidden_size:
+        raise TrainingError(
+            f"matryoshka lengths {plan.loop.matryoshka} must be below the model's width {model.config.hidden_size}"
+        )
     settings = replace(plan.loop, learning_rate=plan.rate)
-    return Trainer(model, sampler, steps, settings, identity or identity_of(dataset, plan))
+    return Trainer(model.to(torch.device(plan.device)), sampler, steps, settings, identity or identity_of(dataset, plan))

@@ -1,38 +1,60 @@
-"""One step of the dual encoder: a batch of members and items in, the InfoNCE between them out."""
+"""One step of the dual encoder: a batch of members and items in, the loss between them out."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from retrieval.encoder import length_batches
+from retrieval.encoder import Pooling, length_batches
 from retrieval.learn.batches import Batch, Sampler
+from retrieval.learn.hard import Miner
 from retrieval.learn.loop import Loop, Pace
-from retrieval.learn.loss import info_nce
+from retrieval.learn.loss import Loss, Match, objective
+from retrieval.learn.ranks import Ranks
+from retrieval.learn.timeline import Ints
 from retrieval.llama import pad_rows
 
-FORWARD_TOKENS = 4_096
-"""Padded tokens of one forward pass; shorter rows go together, so little of it is padding."""
 MAX_SCALE = 100.0
+Precision = Literal["float32", "bf16"]
+Pool = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Hidden states [B, T, D], row [n] and length [n] of what is asked for: vectors [n, D], not yet of unit length."""
 
 
 @dataclass(frozen=True)
 class LoopSettings(Pace):
-    """How the encoder's weights move. `first_scale`: one over the temperature at the start; it is learned from there."""
+    """How the encoder's weights move.
+
+    `first_scale`: one over the temperature at the start; it is learned from there. `near` and `matryoshka` as `loss.objective`
+    takes them. `forward_tokens`: padded tokens of one forward pass; shorter rows go together, so little of it is padding.
+    `cached`: a pass keeps its vectors only and is done again when the gradient comes back (GradCache, Gao et al. 2021): the
+    memory of one pass for any batch, the same gradients. `recompute`: the same for each layer within a pass (gradient
+    checkpointing). `precision`: bf16 runs the trunk under autocast; weights, pooling and loss stay float32.
+    """
 
     learning_rate: float = 2e-3
     first_scale: float = 15.0
+    loss: Loss = "infonce"
+    near: float | None = None
+    matryoshka: tuple[int, ...] = ()
+    pooling: Pooling = "mean"
+    forward_tokens: int = 4_096
+    cached: bool = False
+    recompute: bool = False
+    precision: Precision = "float32"
 
 
 class Trainer(Loop):
-    """One run of a trunk and its temperature over a sampler's batches."""
+    """One run of a trunk and its temperature over a sampler's batches, alone or as one of several processes (`ranks`)."""
 
     model: PreTrainedModel
     settings: LoopSettings
@@ -45,8 +67,14 @@ class Trainer(Loop):
         settings: LoopSettings,
         identity: Mapping[str, object],
     ) -> None:
-        self.sampler = sampler
-        self.log_scale = nn.Parameter(torch.tensor(np.log(settings.first_scale), dtype=torch.float32))
+        self.sampler, self.ranks = sampler, Ranks.here()
+        scale = torch.tensor(np.log(settings.first_scale), dtype=torch.float32, device=model.device)
+        self.log_scale = nn.Parameter(scale)
+        if settings.recompute:
+            with warnings.catch_warnings():  # newer releases of the library have another name for it, older ones only this
+                warnings.simplefilter("ignore", FutureWarning)
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.miner = Miner.of(sampler, model) if sampler.settings.mines else None
         super().__init__(model, settings, steps, identity, {"log_scale": self.log_scale})
 
     def again(self, steps: int, learning_rate: float) -> Trainer:
@@ -55,57 +83,105 @@ class Trainer(Loop):
         return Trainer(copy.deepcopy(self.model), self.sampler, steps, settings, self.identity)
 
     def step_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
-        """The InfoNCE of batch number `done`, and the scale that it was taken at."""
+        """The loss of batch number `done`, and the scale that it was taken at."""
         with torch.no_grad():
             self.log_scale.clamp_(max=float(np.log(MAX_SCALE)))
+        if self.miner is not None and self.done and self.done % self.sampler.settings.mine_every == 0:
+            self.ranks.same(self.miner.refresh(self.model, self.settings.pooling))
         return self.loss(self.sampler.batch(self.done)), {"scale": float(self.log_scale.detach().exp())}
 
+    def settle(self) -> None:
+        """Sums the trunk's gradients over processes. The temperature's is whole in each; its mean takes out rounding."""
+        self.ranks.sum_gradients(self.model.parameters())
+        self.ranks.sum_gradients([self.log_scale])
+        if self.ranks.world > 1 and self.log_scale.grad is not None:
+            self.log_scale.grad /= self.ranks.world
+
     def loss(self, batch: Batch) -> torch.Tensor:
-        """The batch's InfoNCE."""
+        """The batch's loss. Mined negatives, if any, are chosen by the states of this very pass."""
         states = self._member_states(batch)
+        if self.miner is not None:
+            chosen = self.ranks.same(torch.from_numpy(self.miner.choose(batch, states.detach(), self.done)))
+            batch = self.sampler.with_hard(batch, chosen.numpy())
         items = self._item_vectors(batch)
-        return info_nce(
-            states,
-            items,
-            torch.from_numpy(batch.positive),
-            torch.from_numpy(batch.log_q),
-            torch.from_numpy(batch.hidden),
-            self.log_scale.exp(),
-        )
+        there = states.device
+        match = Match(*(torch.from_numpy(part).to(there) for part in (batch.positive, batch.log_q, batch.hidden)))
+        settings = self.settings
+        return objective(states, items, match, self.log_scale.exp(), settings.loss, settings.near, settings.matryoshka)
 
     def _member_states(self, batch: Batch) -> torch.Tensor:
-        """Unit vectors [P, D]: for each target the mean over the tokens of its member row up to its prefix.
+        """Unit vectors [P, D]: for each target the pool over the tokens of its member row up to its prefix.
 
         One causal pass serves every target of a member: a state at a prefix is exactly what a shorter row would give.
         """
-        parts, places = [], []
-        for chunk in length_batches([len(row) for row in batch.member_rows], FORWARD_TOKENS):
-            hidden = self._hidden([batch.member_rows[row] for row in chunk])
-            running = hidden.cumsum(1)
-            place_in_chunk = {int(row): place for place, row in enumerate(chunk)}
-            mine = np.flatnonzero(np.isin(batch.owner, chunk))
-            rows = torch.tensor([place_in_chunk[int(row)] for row in batch.owner[mine]])
-            prefix = torch.from_numpy(batch.prefix[mine])
-            parts.append(running[rows, prefix - 1] / prefix[:, None])
-            places.append(mine)
-        return functional.normalize(_in_order(parts, places), dim=-1)
+        pool = _prefix_means if self.settings.pooling == "mean" else _states_at_end
+        return self._vectors(batch.member_rows, batch.owner, batch.prefix, pool)
 
     def _item_vectors(self, batch: Batch) -> torch.Tensor:
-        parts, places = [], []
-        lengths = [len(row) for row in batch.item_rows]
-        for chunk in length_batches(lengths, FORWARD_TOKENS):
-            hidden = self._hidden([batch.item_rows[row] for row in chunk])
-            length = torch.tensor([lengths[row] for row in chunk])
-            real = torch.arange(hidden.shape[1])[None, :] < length[:, None]
-            parts.append((hidden * real[..., None]).sum(1) / length[:, None])
-            places.append(chunk)
-        return functional.normalize(_in_order(parts, places), dim=-1)
+        ends = np.array([len(row) for row in batch.item_rows], np.int64)
+        return self._vectors(batch.item_rows, None, ends, _whole_means if self.settings.pooling == "mean" else _states_at_end)
+
+    def _vectors(self, rows: Sequence[Sequence[int]], owner: Ints | None, ends: Ints, pool: Pool) -> torch.Tensor:
+        """Unit vectors [P, D] of the first `ends` tokens of the rows `owner` (None: each row once), read by all processes."""
+        lengths = np.array([len(row) for row in rows], np.int64)
+        parts: list[torch.Tensor] = []
+        places: list[Ints] = []
+        sizes: list[int] = []
+        for rank, share in enumerate(self.ranks.shares(lengths)):
+            before = len(places)
+            for chunk in length_batches(lengths[share].tolist(), self.settings.forward_tokens):
+                held = share[chunk]
+                mine = held if owner is None else np.flatnonzero(np.isin(owner, held))
+                places.append(mine)
+                if rank == self.ranks.rank:
+                    at = _places_of(mine if owner is None else owner[mine], held)
+                    parts.append(self._pass([rows[row] for row in held], at, torch.from_numpy(ends[mine]), pool))
+            sizes.append(sum(map(len, places[before:])))
+        own = torch.cat(parts) if parts else torch.zeros(0, self.model.config.hidden_size, device=self.model.device)
+        return functional.normalize(_in_order(self.ranks.gather(own, sizes), places), dim=-1)
+
+    def _pass(self, rows: Sequence[Sequence[int]], at: torch.Tensor, ends: torch.Tensor, pool: Pool) -> torch.Tensor:
+        """One forward pass, pooled; `cached` forgets it and does it again in the backward pass."""
+        there = self.model.device
+
+        def read() -> torch.Tensor:
+            return pool(self._hidden(rows), at.to(there), ends.to(there))
+
+        return checkpoint(read, use_reentrant=False) if self.settings.cached else read()
 
     def _hidden(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         ids, _ = pad_rows(rows, self.sampler.writer.tokens.pad)
-        return self.model(input_ids=ids, use_cache=False).last_hidden_state.float()
+        there = self.model.device
+        with torch.autocast(there.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            return self.model(input_ids=ids.to(there), use_cache=False).last_hidden_state.float()
+
+    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from super()._weights()
+        if self.miner is not None:
+            yield "mined_table", self.miner.table
 
 
-def _in_order(parts: Sequence[torch.Tensor], places: Sequence[np.ndarray]) -> torch.Tensor:
-    """Concatenated parts, each row back at its place."""
-    return torch.cat(list(parts))[torch.from_numpy(np.argsort(np.concatenate(list(places)), kind="stable"))]
+def _prefix_means(hidden: torch.Tensor, at: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return hidden.cumsum(1)[at, ends - 1] / ends[:, None]
+
+
+def _whole_means(hidden: torch.Tensor, _at: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Each row once, in the order of the rows."""
+    real = torch.arange(hidden.shape[1], device=hidden.device)[None, :] < ends[:, None]
+    return (hidden * real[..., None]).sum(1) / ends[:, None]
+
+
+def _states_at_end(hidden: torch.Tensor, at: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return hidden[at, ends - 1]
+
+
+def _places_of(wanted: Ints, held: Ints) -> torch.Tensor:
+    """Where each wanted row stands among those held (each of them is there)."""
+    order = np.argsort(held, kind="stable")
+    return torch.from_numpy(order[np.searchsorted(held[order], wanted)])
+
+
+def _in_order(parts: torch.Tensor, places: Sequence[Ints]) -> torch.Tensor:
+    """The rows, each back at its place."""
+    back = np.argsort(np.concatenate(list(places)), kind="stable")
+    return parts[torch.from_numpy(back).to(parts.device)]

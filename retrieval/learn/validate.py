@@ -16,13 +16,15 @@ from transformers import PreTrainedModel
 
 from retrieval.counts import Counts
 from retrieval.data.schema import DAY, Dataset
-from retrieval.encoder import Encoder
+from retrieval.encoder import Encoder, Pooling
 from retrieval.evidence.protocol import EvidenceError, Queries, last_after_cut, member_views
 from retrieval.learn.checkpoint import TrainingError
 from retrieval.learn.choose import choose_rate
 from retrieval.learn.loop import SPEED_STEPS, seconds_per_step
+from retrieval.learn.ranks import Ranks
 from retrieval.learn.start import EncoderPlan, start
 from retrieval.learn.train import Trainer
+from retrieval.learn.whole import whole_views
 from retrieval.records import NEWEST
 from retrieval.writer import Writer
 
@@ -66,12 +68,13 @@ def decide(
         raise TrainingError("neither steps nor minutes were given; say how long to train")
     queries = validation_queries(dataset)
     if queries is None:
-        return Decision(plan.steps or _affordable(dataset, plan, None, None, 0.0), plan.rate), None
+        return Decision(int(Ranks.here().agreed(plan.steps or _affordable(dataset, plan, None, None, 0.0))), plan.rate), None
     began = time.monotonic()
     first = start(dataset, dataset.meta.cut_valid, plan, 1, identity)
     prepared = time.monotonic() - began
-    exam = Exam(dataset, first.sampler.writer, queries)
-    steps = plan.steps or _affordable(dataset, plan, first, exam, prepared + time.monotonic() - began)
+    exam = Exam(dataset, first.sampler.writer, queries, plan.loop.pooling)
+    affordable = plan.steps or _affordable(dataset, plan, first, exam, prepared + time.monotonic() - began)
+    steps = int(first.ranks.agreed(affordable))
     total = max(1, round(steps * VALIDATION_SHARE / (1 - VALIDATION_SHARE)))
     rate, trials, spent = _choose_rate(plan, first, exam, total, report)
     trainer = first.again(total - spent, rate)
@@ -109,16 +112,17 @@ class Exam:
     The rows belong to one writer; the weights may change from look to look.
     """
 
-    def __init__(self, dataset: Dataset, writer: Writer, queries: Queries) -> None:
-        self.queries = queries
+    def __init__(self, dataset: Dataset, writer: Writer, queries: Queries, pooling: Pooling = "mean") -> None:
+        self.queries, self._pooling = queries, pooling
         self._writer = writer
         self._days: list[tuple[Ints, list[list[int]], list[list[int]]]] = []
         counts = Counts.from_dataset(dataset, dataset.meta.cut_test)
         records = [dataset.items[row] for row in range(len(dataset.items))]
         for day in np.unique(queries.day).tolist():
             asked = np.flatnonzero(queries.day == day)
-            members = writer.members(member_views(dataset, queries.take(asked), newest=NEWEST))
-            self._days.append((asked, writer.items(records, counts.as_of(day * DAY)), members))
+            mine = queries.take(asked)
+            views = whole_views(dataset, mine) if writer.whole else member_views(dataset, mine, newest=NEWEST)
+            self._days.append((asked, writer.items(records, counts.as_of(day * DAY)), writer.members(views)))
 
     @property
     def days(self) -> int:
@@ -129,8 +133,9 @@ class Exam:
         """Mean Recall@100 with live counts over the queries (of the last day only), whole catalogue, history excluded.
 
         Equal scores (and no numbers) count against the target: weights that a rate has wrecked must not look good.
+        Of several processes the first decides.
         """
-        encoder = Encoder(model, self._writer, "", {})
+        encoder = Encoder(model, self._writer, "", {"pooling": self._pooling})
         recalls: list[float] = []
         for asked, items, members in self._days[-1:] if last_day else self._days:
             scores = encoder.embed(members) @ encoder.embed(items).T
@@ -138,7 +143,7 @@ class Exam:
                 scores[row, self.queries.excluded[query]] = -np.inf
                 own = scores[row, self.queries.targets[query]]
                 recalls.append(float((scores.shape[1] - (scores[row] < own[:, None]).sum(1) <= 100).mean()))
-        return float(np.mean(recalls))
+        return Ranks.here().agreed(float(np.mean(recalls)))
 
 
 def validation_queries(dataset: Dataset) -> Queries | None:

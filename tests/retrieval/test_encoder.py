@@ -101,9 +101,9 @@ def test_a_changed_part_changes_the_fingerprint_and_a_missing_one_is_named(
 def test_facts_of_another_version_are_refused_with_both_values(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    facts = json.loads((copy / FACTS).read_text()) | {"pooling": "last"}
+    facts = json.loads((copy / FACTS).read_text()) | {"pooling": "first"}
     (copy / FACTS).write_text(json.dumps(facts))
-    with pytest.raises(EncoderError, match="pooling is 'last', this version reads 'mean'"):
+    with pytest.raises(EncoderError, match="pooling is 'first', this version reads 'mean' or 'last'"):
         Encoder.load(copy)
     with pytest.raises(EncoderError, match=r"no encoder\.json"):
         Encoder.load(tmp_path)
@@ -163,3 +163,31 @@ def test_the_onnx_query_side_gives_the_same_vectors(encoder: Encoder, tmp_path: 
     other = Encoder(encoder.model, encoder.writer, "another", {})
     with pytest.raises(ExportError, match=f"from encoder {encoder.fingerprint}, expected another"):
         OnnxQuery(tmp_path / "query.onnx", other)
+
+
+def test_the_last_state_is_read_the_same_everywhere_and_short_vectors_are_the_front_of_long_ones(
+    tiny_tokens: Tokens, tiny_quantizer: Quantizer, tiny_dataset: Dataset, tmp_path: Path
+) -> None:
+    torch.manual_seed(2)
+    writer = Writer(tiny_tokens, tiny_quantizer, Budgets(), ("like",))
+    save_encoder(tmp_path, new_llama(SMALL, len(tiny_tokens), causal_lm=False), writer, {}, pooling="last", matryoshka=(8, 16))
+    encoder = Encoder.load(tmp_path)
+    items, numbers = records(tiny_dataset)
+    whole = encoder.items(items, numbers)
+    texts = [render(item_prompt(item, row)) for item, row in zip(items, number_words(tiny_quantizer, numbers, len(items)))]
+    np.testing.assert_allclose(SentenceTransformer(str(tmp_path), device="cpu").encode(texts), whole, atol=2e-6)
+    assert encoder.facts["matryoshka"] == [8, 16] and encoder.facts["pooling"] == "last"
+    short = encoder.truncated(8)
+    front = whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True)
+    np.testing.assert_allclose(short.items(items, numbers), front, atol=1e-6)
+    assert short.dims == 8 and short.fingerprint != encoder.fingerprint
+    with pytest.raises(EncoderError, match="64 dims were asked for; this encoder has 32"):
+        encoder.truncated(64)
+
+
+def test_an_encoder_of_whole_histories_is_not_served(tiny_tokens: Tokens, tiny_quantizer: Quantizer, tmp_path: Path) -> None:
+    writer = Writer(tiny_tokens, tiny_quantizer, Budgets(), ("like",), whole=True)
+    save_encoder(tmp_path, new_llama(SMALL, len(tiny_tokens), causal_lm=False), writer, {})
+    with pytest.raises(EncoderError, match="reads every action of a member"):
+        Encoder.load(tmp_path)
+    assert Encoder.load(tmp_path, whole_log=True).writer.whole

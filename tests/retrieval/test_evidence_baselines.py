@@ -9,7 +9,8 @@ import pytest
 
 from retrieval.data.schema import DAY, Dataset
 from retrieval.evidence.baselines import Baseline, Ease, ItemNeighbours, Oracle, Past, Random
-from retrieval.evidence.blends import Blend, choose_baselines, families, standardised
+from retrieval.evidence.blends import Blend, standardised
+from retrieval.evidence.choice import choose_baselines, families
 from retrieval.evidence.metrics import judge
 from retrieval.evidence.popularity import Freshness, LivePopularity, Popularity
 from retrieval.evidence.protocol import EvidenceError, Queries, last_after_cut

@@ -15,11 +15,12 @@ from rich.console import Console
 
 from retrieval.data.schema import DAY, Dataset, MemberView
 from retrieval.evidence.baselines import ItemNeighbours, Random
-from retrieval.evidence.blends import choose_baselines
+from retrieval.evidence.choice import choose_baselines
 from retrieval.evidence.evaluate import evaluate_retrieval
 from retrieval.evidence.popularity import LivePopularity, Popularity
 from retrieval.evidence.protocol import EvidenceError, last_after_cut
-from retrieval.evidence.report import report_table, write_report
+from retrieval.evidence.report import report_table
+from retrieval.evidence.saved import write_report
 from retrieval.records import ItemWords, records_of, view_of
 
 
@@ -103,6 +104,14 @@ def test_a_model_that_knows_the_topics_beats_chance_and_popularity(tiny_dataset:
 def test_vectors_of_the_wrong_catalogue_are_refused(tiny_dataset: Dataset) -> None:
     with pytest.raises(EvidenceError, match=r"Topics returned vectors \(59, 4\), expected 60"):
         evaluate_retrieval(tiny_dataset, TopicModel(items=59), "live", [])
+
+
+def test_a_model_alone_is_judged_and_nothing_at_all_is_refused(tiny_dataset: Dataset) -> None:
+    report = evaluate_retrieval(tiny_dataset, TopicModel(), "live", [])
+    assert (report.best, report.differences) == ({}, {})
+    assert report_table(report)
+    with pytest.raises(EvidenceError, match="nothing to judge"):
+        evaluate_retrieval(tiny_dataset, None, "live", [])
 
 
 def test_a_live_baseline_is_no_rival_of_a_frozen_model(tiny_dataset: Dataset) -> None:

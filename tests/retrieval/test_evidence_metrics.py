@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from retrieval.data.schema import Dataset
 from retrieval.evidence.intervals import estimate, paired_differences
-from retrieval.evidence.metrics import judge, per_query_values, target_places
+from retrieval.evidence.metrics import judge, member_slices, per_query_values, target_places
 from retrieval.evidence.protocol import EvidenceError, last_after_cut
 from retrieval.evidence.ragged import Ragged
 from retrieval.evidence.rank import Ranked, rank_queries, rank_targets, tie_order, top_rows, write_ranked
@@ -106,6 +107,58 @@ def test_a_cutoff_deeper_than_the_lists_is_left_out(tiny_dataset: Dataset) -> No
     quality = judge(Ranked(rows, rows.astype(np.float32)), queries, items=60)
     assert "recall@10" in quality.metrics
     assert "recall@100" not in quality.metrics
+    assert list(quality.curve) == [1, 2, 5, 10, 20]
+
+
+def test_the_curve_and_the_slices_are_read_from_the_same_places(tiny_dataset: Dataset) -> None:
+    queries = last_after_cut(tiny_dataset)
+    items = len(tiny_dataset.items)
+    noise = np.random.default_rng(3).random((len(tiny_dataset.members), items)).astype(np.float32)
+    ranked = rank_queries(queries, lambda block: noise[block.member], items)
+    quality = judge(ranked, queries, items)
+    assert quality.curve[10] == quality.metrics["recall@10"].value
+    assert list(quality.curve.values()) == sorted(quality.curve.values())
+    assert 0 < quality.curve[5] < quality.curve[20] < quality.curve[2000] == 1
+    length = queries.excluded.lengths
+    long = quality.per_query["recall@10"][length > 20]
+    middle = quality.per_query["recall@10"][(length >= 5) & (length <= 20)]
+    found = quality.slices["history 5-20"]
+    assert (found["recall@10"], found["n"]) == (middle.mean(), len(middle))
+    np.testing.assert_allclose(found["recall@10 error"], middle.std(ddof=1) / np.sqrt(len(middle)))
+    assert quality.slices["history > 20"]["n"] == len(long)
+    first_seen = [queries.events.timestamp[queries.history[row][0]] for row in range(len(queries))]
+    assert quality.slices["new members"]["n"] == sum(moment >= queries.cut for moment in first_seen)
+
+
+def test_every_slice_holds_its_members_and_no_other(tiny_dataset: Dataset) -> None:
+    """Histories of 4, 5, 20 and 21 items by turns, and a cut before which half of the members did nothing."""
+    queries = last_after_cut(tiny_dataset)
+    size = len(queries)
+    lengths = np.resize([4, 5, 20, 21], size)
+    start = np.concatenate([[0], np.cumsum(lengths)])
+    oldest = queries.events.timestamp[queries.history.values[queries.history.start[:-1]]]
+    cut = int(np.median(oldest)) + 1
+    asked = replace(queries, excluded=Ragged(start, np.zeros(start[-1], np.int64)), cut=cut)
+    values = {"recall@10": np.arange(size, dtype=np.float64)}
+    slices = member_slices(values, asked)
+    for name, members in {
+        "history < 5": lengths == 4,
+        "history 5-20": (lengths == 5) | (lengths == 20),
+        "history > 20": lengths == 21,
+        "new members": oldest >= cut,
+    }.items():
+        assert 0 < members.sum() < size
+        assert (slices[name]["n"], slices[name]["recall@10"]) == (members.sum(), values["recall@10"][members].mean())
+
+
+def test_what_is_recommended_is_counted(tiny_dataset: Dataset) -> None:
+    """Everybody is shown items 0..9 in a turned order: ten of sixty items, with their own mean popularity."""
+    queries = last_after_cut(tiny_dataset)
+    rows = np.stack([np.roll(np.arange(10), row) for row in range(len(queries))]).astype(np.int32)
+    facts = judge(Ranked(rows, rows.astype(np.float32)), queries, items=60).lists
+    known = tiny_dataset.engagements.before(tiny_dataset.meta.cut_test)
+    assert facts["coverage@10"] == facts["coverage@100"] == 10 / 60
+    np.testing.assert_allclose(facts["popularity@10"], np.bincount(known.item, minlength=60)[:10].mean())
 
 
 def test_intervals_are_seeded_cover_the_mean_and_are_tighter_when_paired() -> None:

@@ -209,6 +209,36 @@ def test_the_command_fixes_the_rate_and_names_it(tiny_folder: Path, tmp_path: Pa
     assert Encoder.load(tmp_path / "out").facts["training"]["settings"]["loop"]["learning_rate"] == 0.001
 
 
+def test_the_command_passes_its_flags_on_and_names_wrong_ones(tiny_folder: Path, tmp_path: Path) -> None:
+    from ranking.cli.encoder import app
+
+    asked = ["train", str(tiny_folder), "--steps", "1", "--hidden", "32", "--layers", "1", "--json", "--out"]
+    flags = [
+        "--loss",
+        "bce",
+        "--matryoshka",
+        "8,16",
+        "--hard",
+        "1",
+        "--precision",
+        "bf16",
+        "--cached",
+        "--set",
+        "share=0.9",
+        "--set",
+        "recompute=true",
+    ]
+    result = CliRunner().invoke(app, [*asked, str(tmp_path / "out"), *flags])
+    assert result.exit_code == 0, result.output
+    facts = json.loads((tmp_path / "out" / FACTS).read_text())
+    loop, batch = facts["training"]["settings"]["loop"], facts["training"]["settings"]["batch"]
+    assert loop["loss"] == "bce" and loop["matryoshka"] == facts["matryoshka"] == [8, 16] and loop["cached"]
+    assert loop["precision"] == "bf16" and batch["hard"] == 1 and batch["share"] == 0.9
+    for wrong, said in (("sheer=1", "unknown settings sheer"), ("near=warm", "setting near is 'warm'")):
+        failed = CliRunner().invoke(app, [*asked, str(tmp_path / "no"), "--set", wrong])
+        assert isinstance(failed.exception, TrainingError) and said in str(failed.exception)
+
+
 def test_a_time_too_short_for_its_preparation_is_still_ten_steps(tiny_dataset: Dataset, tmp_path: Path) -> None:
     report = train_encoder(tiny_dataset, tmp_path / "encoder", replace(PLAN, steps=None, minutes=1e-6))
     assert report.steps in (5, 8, 10) and max(report.validation) == 5
