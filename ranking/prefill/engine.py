@@ -21,17 +21,16 @@ from transformers import PreTrainedModel
 from ranking.prefill.attend import BackendMissing, choose
 from ranking.prefill.cache import BLOCK, CacheStats, Keys, PrefixCache
 from ranking.prefill.errors import UnknownToken, UnknownVector
-from ranking.prefill.joint import Joint
 from ranking.prefill.lean import Attention, Cascade, Lean
 from ranking.prefill.llama import Layers, cascade
 from ranking.prefill.plan import Plan, plan
 from ranking.prefill.request import Limits, Request, check_labels, check_prefix
+from ranking.prefill.steady import Steady
 from ranking.prefill.weights import Weights, check_family, longest_text, state_of
 
 log = logging.getLogger(__name__)
 
 Logits = npt.NDArray[np.float32]
-JOINT = Joint.name
 TILE = 256
 """Rows of every matrix product in deterministic mode."""
 CACHE_BYTES = {True: 1 << 30, False: 4 << 30}
@@ -85,7 +84,7 @@ class Engine:
         if weights is None:
             if self.deterministic:
                 raise BackendMissing("deterministic scores need plain weights; merge the LoRA first")
-            chosen = choose(None if self._wanted in (None, JOINT) else self._wanted, device.type, dtype)
+            chosen = choose(self._wanted, device.type, dtype)
             self.backend, self._modules = chosen.name, Layers(self.model, cascade(chosen.attend))
             log.info("projections are wrapped: the layer loop calls the modules and keeps no prefixes")
         else:
@@ -219,15 +218,11 @@ class Engine:
 
 
 def _attention(name: str | None, device: str, dtype: torch.dtype, tile: int | None) -> Attention:
-    """The named attention, or the fastest that is exact enough here: joint products for float32 on a CPU, else blocked kernels.
-
-    In bfloat16 the joint products would round the scores before the softmax. Raises BackendMissing.
-    """
-    if tile is not None and (device != "cpu" or name not in (None, JOINT)):
-        raise BackendMissing(f'deterministic scores need the backend "{JOINT}" on a CPU, asked for {name or "any"} on {device}')
-    if device == "cpu" and (name == JOINT or tile is not None or (name is None and dtype == torch.float32)):
-        return Joint(tile)
-    if name == JOINT:
-        raise BackendMissing(f'attention backend "{JOINT}" is made for cpu, not for {device}')
-    chosen = choose(name, device, dtype)
-    return Cascade(chosen.name, chosen.attend)
+    """The named attention, or the fastest that works here; with `tile` the steady one. Raises BackendMissing."""
+    if tile is None:
+        chosen = choose(name, device, dtype)
+        return Cascade(chosen.name, chosen.attend)
+    if device != "cpu" or name not in (None, Steady.name):
+        asked = name or "any backend"
+        raise BackendMissing(f'deterministic scores need the backend "{Steady.name}" on a CPU, asked for {asked} on {device}')
+    return Steady(tile)

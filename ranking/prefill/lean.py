@@ -9,6 +9,7 @@ Legend: T packed rows, P prefix tokens, n items, H query heads, G key heads, D d
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -20,7 +21,6 @@ from torch.nn import functional
 
 from ranking.prefill.attend import Attend, Bounds, merge
 from ranking.prefill.cache import Keys
-from ranking.prefill.joint import Pair, split_bounds
 from ranking.prefill.plan import Chunk
 from ranking.prefill.weights import Block, Linear, Weights, into
 from ranking.prefill.workspace import Workspace
@@ -31,6 +31,7 @@ ROWS_ELSEWHERE = 32_768
 """On a GPU a block bounds memory only: each one costs its launches."""
 
 Ints = npt.NDArray[np.int64]
+Pair = tuple[Tensor, Tensor]
 
 
 class Attention(Protocol):
@@ -271,3 +272,9 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     torch.mul(heads, cos, out=out)
     out[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
     out[..., half:].addcmul_(heads[..., :half], sin[..., half:])
+
+
+def split_bounds(bounds: Bounds, items: Sequence[int]) -> list[Bounds]:
+    """The bounds of each request's items, on the same axis. `items` counts the items of each request."""
+    edges = np.cumsum([0, *items]).tolist()
+    return [bounds[first : last + 1] for first, last in itertools.pairwise(edges)]

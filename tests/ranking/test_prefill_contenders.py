@@ -14,7 +14,6 @@ from ranking.prefill.bench import Wishes, body_of, fresh_requests, model_of, twi
 from ranking.prefill.contenders import MaskTooLarge, Plain, Reader, UnfairContender
 from ranking.prefill.engine import Engine
 from ranking.prefill.entrants import Course, best_batch, course, entrants_of
-from ranking.prefill.joint import PREFIX_ROWS
 from ranking.prefill.load import ready
 from ranking.prefill.operations import (
     Body,
@@ -160,31 +159,35 @@ def test_operations_of_a_billion_weights() -> None:
     assert round(one_by_one(ONE_BILLION, shape) / prefix_cached(ONE_BILLION, shape), 1) == 30.1
 
 
-def joint_operations(body: Body, shape: PrefillShape, warm: bool) -> int:
-    """A prefix row meets its whole block, an item row its whole item, and in the last layer one row of each item asks."""
-    firsts = range(0, 0 if warm else shape.prefix, PREFIX_ROWS)
-    prefix = sum((min(first + PREFIX_ROWS, shape.prefix) - first) * min(first + PREFIX_ROWS, shape.prefix) for first in firsts)
-    seen = shape.prefix + shape.length
+def kernel_operations(body: Body, shape: PrefillShape, warm: bool) -> int:
+    """What the attention kernel is asked for: prefix rows see their prefix, item rows the prefix and their item, whole (the kernel
+    itself skips what comes after a row); in the last layer one row of each item asks."""
+    prefix, seen = 0 if warm else shape.prefix**2, shape.prefix + shape.length
     return body.pair * ((body.layers - 1) * (prefix + shape.item_rows * seen) + shape.items * seen)
+
+
+def asked_of_the_kernel(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
+    return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
 
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("shape", [PrefillShape(16, 8, 4), PrefillShape(300, 5, 3), PrefillShape(7, 3, 1)])
 @pytest.mark.parametrize("warm", [False, True])
 def test_the_engine_multiplies_no_more_than_its_formula(layers: int, shape: PrefillShape, warm: bool) -> None:
-    """Counted by torch under the engine: the linear layers' lower bound exactly, blocked attention, and the label rows."""
+    """Counted by torch under the engine: the linear layers' lower bound exactly, attention, and the label rows."""
     size = Size(hidden=32, layers=layers, heads=4, kv_heads=2, mlp=48, vocabulary=64)
     model = ready(model_of(size, Wishes()))
     engine, body = Engine(model, LABELS), body_of(model)
-    assert engine.backend == "cpu_joint"
+    assert engine.backend == "cpu_flash"
     prefix, items = drawn(shape)
     if warm:
         engine.prefill(prefix.tolist())
-    with FlopCounterMode(display=False) as counter:
+    kernel = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: asked_of_the_kernel}
+    with FlopCounterMode(display=False, custom_mapping=kernel) as counter:
         engine.score([Request(prefix.tolist(), [one.tolist() for one in items])])
     labels = 2 * shape.items * size.hidden * len(LABELS)
     linear = linear_operations(body, shape, warm=warm)
-    assert counter.get_total_flops() == linear + joint_operations(body, shape, warm) + labels
+    assert counter.get_total_flops() == linear + kernel_operations(body, shape, warm) + labels
 
 
 def test_bare_products_are_those_of_the_linear_layers() -> None:
