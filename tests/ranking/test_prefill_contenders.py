@@ -160,7 +160,7 @@ def test_operations_of_a_billion_weights() -> None:
 
 
 def kernel_operations(body: Body, shape: PrefillShape, warm: bool) -> int:
-    """What the attention kernel is asked for: prefix rows see their prefix, item rows the prefix and their item, whole (the kernel
+    """What the kernel is asked for: prefix rows see their prefix, item rows the prefix and their item, whole (the kernel
     itself skips what comes after a row); in the last layer one row of each item asks."""
     prefix, seen = 0 if warm else shape.prefix**2, shape.prefix + shape.length
     return body.pair * ((body.layers - 1) * (prefix + shape.item_rows * seen) + shape.items * seen)
