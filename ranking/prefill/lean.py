@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -55,6 +56,14 @@ class Attention(Protocol):
         out: Tensor,
     ) -> None:
         """Each item's queries see their request's prefix and the item itself (causally, if it asks from every row)."""
+
+
+@dataclass(frozen=True)
+class Entries:
+    """History entries that do not see each other: int32 bounds of their rows, and how many tokens of the prefix all see."""
+
+    bounds: Bounds
+    seen: int
 
 
 class Cascade:
@@ -112,8 +121,11 @@ class Lean:
         """The rows that must be allocated for a prefix of `rows` tokens."""
         return rows if self._tile is None else rows + self._tile
 
-    def extend(self, tokens: Ints, prefix: Keys) -> None:
-        """The keys and values of `tokens` int64 [t] follow those that `prefix` holds."""
+    def extend(self, tokens: Ints, prefix: Keys, entries: Entries | None = None) -> None:
+        """The keys and values of `tokens` int64 [t] follow those that `prefix` holds.
+
+        With `entries` the tokens are history entries that see the beginning of the prefix and themselves, not each other.
+        """
         start, rows = prefix.length, len(tokens)
         x = self._embed(tokens, None)
         # Padding repeats the last position: a later one could change what some rotary scalings do to all.
@@ -128,8 +140,13 @@ class Lean:
                     self._close(layers[number - 1], x[some], mixed[some])
                 there = slice(start + some.start, start + some.stop)
                 self._open(layer, x[some], cos[some], sin[some], None if last else q[some], keys[there], values[there])
-            if not last:
+            if last:
+                continue
+            if entries is None:
                 self.attention.prefix(q, keys, values, start, rows, mixed)
+            else:
+                new, known = slice(start, start + rows), [(keys[: entries.seen], values[: entries.seen])]
+                self.attention.items(q[:rows], keys[new], values[new], known, [entries.bounds], [entries.bounds], mixed[:rows])
         prefix.length = start + rows
 
     def read(self, chunk: Chunk, prefixes: Sequence[Keys], vectors: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ranking.prefill.errors import UnknownToken, UnknownVector
+from ranking.prefill.errors import BadHistory, UnknownToken, UnknownVector
 from ranking.prefill.onnx_folder import RESULT, NotAdmitted, open_folder, refusal
 from ranking.prefill.plan import Chunk, plan
 from ranking.prefill.request import Limits, Request
@@ -69,6 +69,8 @@ class OnnxEngine:
         for a request with vectors, which the graphs do not take.
         """
         planned = plan(requests, replace(self.limits, max_tokens=sys.maxsize), apart=True)  # rows are cut by request, below
+        if planned.histories:
+            raise BadHistory("this engine lets every history entry see the others; score such requests with the torch engine")
         if planned.vectors is not None:
             raise UnknownVector("an exported engine reads words only; score items of vectors with the torch engine")
         self._check(planned.prefixes.values())
