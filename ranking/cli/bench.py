@@ -148,18 +148,21 @@ def measure_grid(cells: Sequence[PrefillShape], words: Sequence[str], cell_secon
     """One row per cell, the smallest first; a cell that would take too long has only its shape and a reason `skipped`.
 
     Each cell is a process of its own, so that no cell's memory hides in an earlier one's. What the engine alone will take is
-    foretold from the fewest operations of the cell and the engine's rate in the cell before it; the contenders keep to what is
-    left. At twice the limit a cell is ended. `words` are the options that all cells share. Raises GridError.
+    foretold from the fewest operations of the cell and the engine's best rate so far (one disturbed cell must not rule out all
+    that follow); the contenders keep to what is left. At twice the limit a cell is ended. `words` are the options that all cells
+    share. Raises GridError.
     """
     from ranking.cli.output import progress_bar
     from ranking.prefill.operations import lower_bound
 
     rows: list[Row] = []
     last: Row | None = None
+    pace = math.inf
     with progress_bar("cells") as report:
         for done, cell in enumerate(sorted(cells, key=lambda cell: (cell.prefix + cell.item_rows, cell.prefix))):
             report(done, len(cells))
-            pace = last["seconds"] / last["lower_bound_operations"] if last else 0.0
+            if last:
+                pace = min(pace, last["seconds"] / last["lower_bound_operations"])
             foretold = OUR_REQUESTS * pace * lower_bound(_body(last), cell) if last else 0.0
             if foretold > cell_seconds:
                 found: Row = {"skipped": f"foretold {foretold:.0f} s for the engine alone, the limit is {cell_seconds:.0f} s"}
