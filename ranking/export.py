@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +23,12 @@ CANDIDATES = 2_000
 """Candidates that the two engines are compared on, about."""
 
 
-def export_ranker(folder: Path, dataset: Dataset, out: Path, *, int8: bool) -> dict[str, object]:
+def export_ranker(folder: Path, dataset: Dataset, out: Path, *, int8: bool) -> dict[str, Any]:
     """`out` holds the ONNX engine of a ranker folder; returns what was measured on groups from between the data's two cuts.
 
-    `max_abs_diff` compares label logits, `kendall`, `overlap` and `apart` are the gate's (`ranking.prefill.onnx_gate`), seconds
-    are of scoring the same requests with cold prefixes. Raises RankerError if the data has no such group, NotAdmitted if an
-    int8 engine ranks differently.
+    `max_abs_diff` compares label logits; `requests` to `apart` are the gate's record (`ranking.prefill.onnx_folder.GateRecord`);
+    seconds are of scoring the same requests with cold prefixes. Raises RankerError if the data has no such group, NotAdmitted if
+    the engine ranks differently or the groups are too few to tell.
     """
     ranker = Ranker.load(folder)
     requests = _requests(ranker, dataset)
@@ -39,18 +40,19 @@ def export_ranker(folder: Path, dataset: Dataset, out: Path, *, int8: bool) -> d
     theirs = candidate.score(requests)
     seconds = time.perf_counter() - middle
     yes, no = (ranker.engine.label_ids.index(token) for token in ranker.facts.labels[next(iter(ranker.tasks))])
-    report = quality_gate(ranker.engine, candidate, requests, pairs=[(yes, no)])
+    record = quality_gate(ranker.engine, candidate, requests, pairs=[(yes, no)])
     return {
         "folder": str(out),
         "ranker": ranker.fingerprint,
         "arithmetic": "int8" if int8 else "float32",
         "bytes": sum(file.stat().st_size for file in out.iterdir()),
-        "requests": report.requests,
-        "items": report.items,
+        "requests": record.requests,
+        "items": record.items,
+        "top": record.top,
         "max_abs_diff": float(max(np.abs(left - right).max() for left, right in zip(ours, theirs))),
-        "kendall": report.kendall,
-        "overlap": report.overlap,
-        "apart": report.apart,
+        "kendall": record.kendall,
+        "overlap": record.overlap,
+        "apart": record.apart,
         "seconds_torch": round(middle - began, 4),
         "seconds_onnx": round(seconds, 4),
     }

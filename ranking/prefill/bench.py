@@ -6,14 +6,13 @@ bare matrix products of the same linear layers, and against the operations that 
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import math
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,21 +21,29 @@ import torch
 from transformers import PreTrainedModel
 
 from index.errors import BrewlineError
-from ranking.prefill.contenders import WAYS, Entrant, Ids, MaskTooLarge, Plain, Products, entrants_of, timed
+from ranking.prefill import operations
+from ranking.prefill.contenders import WAYS, Ids, Items, MaskTooLarge, Plain
 from ranking.prefill.engine import Engine
+from ranking.prefill.entrants import Course, Entrant, course, entrants_of, timed
+from ranking.prefill.figures import Facts, Times, name_of, row, shares, speed, speedups
 from ranking.prefill.load import Arithmetic, fastest, ready
-from ranking.prefill.operations import Body, PrefillShape, linear_operations, lower_bound, warm_lower_bound
+from ranking.prefill.machine import allocator, growth
+from ranking.prefill.operations import Body, PrefillShape
 from ranking.prefill.plan import Request
+from ranking.prefill.products import Products
 from ranking.prefill.weights import check_family, head_dims
 from retrieval.llama import Size, load_llama, new_llama
 
 Report = Callable[[int, int], None]
-Facts = dict[str, object]
-Requests = Iterator[tuple[Ids, Ids]]
+Requests = Iterator[tuple[Ids, Items]]
 
 LABELS = (2, 3)
-PROC = Path("/proc/self")
-PARITY_ITEMS = 20
+PARITY_ITEMS, HURRIED_PARITY_ITEMS = 20, 4
+"""Items whose logits are compared with one full prompt each, without and with a budget of seconds."""
+OURS = 4
+"""Our part of a turn (cold, warm, two kinds of bare products) in cold requests, at most."""
+PIECE = 8
+"""The part of a packed request that warms the dense way up is one of so many."""
 UNBOUNDED = 1 << 40
 """Cache budget that never evicts: the warm rows are about a prefix that is there."""
 
@@ -47,23 +54,13 @@ class BenchError(BrewlineError):
 
 @dataclass(frozen=True)
 class Wishes:
-    """`dtype` of the contenders' weights, `arithmetic` of the engine's copy, rounds, and the seed of the tokens."""
+    """`dtype` of the contenders' weights, `arithmetic` of the engine's copy, rounds, seed of the tokens, budget of seconds."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     arithmetic: Arithmetic = "auto"
     repeats: int = 5
     seed: int = 0
-
-
-@dataclass
-class Times:
-    """Seconds of every repetition: the engine from nothing and with its prefix cached, bare products, and the plain ways."""
-
-    cold: list[float] = field(default_factory=list)
-    warm: list[float] = field(default_factory=list)
-    linear: list[float] = field(default_factory=list)
-    attention: list[float] = field(default_factory=list)
-    plain: dict[tuple[str, torch.dtype], list[float]] = field(default_factory=dict)
+    seconds: float = math.inf
 
 
 def model_of(source: Size | Path, wishes: Wishes) -> PreTrainedModel:
@@ -92,40 +89,47 @@ def body_of(model: PreTrainedModel) -> Body:
 
 
 def bench_prefill(model: PreTrainedModel, shape: PrefillShape, wishes: Wishes, report: Report | None = None) -> Facts:
-    """Every figure of one shape; `report` is called with (done, total) rounds. The model's weights may be rounded and moved.
+    """Every figure of one shape; `report` is called with (done, total) turns. The model's weights may be rounded and moved.
+
+    `seconds_p99` of fewer than 100 repetitions is close to `seconds_max`. The warm figures are those of items that do not all
+    begin alike: where they do, the engine moves the common beginning behind the prefix, and a request with another beginning
+    would compute that part anew; no row here pays for it. `packed_dense` is timed once, after one warm-up on an eighth of the
+    items. With a budget of `wishes.seconds`, a contender is timed on part of its items or left out with its `reason`.
 
     Raises BenchError, UnsupportedModel, UnfairContender and the errors of `Engine`.
     """
-    busy_before, body = os.getloadavg()[0], body_of(model)
+    ends, busy_before, body = time.perf_counter() + wishes.seconds, os.getloadavg()[0], body_of(model)
     theirs: torch.dtype = getattr(torch, wishes.dtype)
     chosen: torch.dtype = fastest("cpu") if wishes.arithmetic == "auto" else getattr(torch, wishes.arithmetic)
     models = twins(model, theirs, {chosen, torch.float32})
     engine = Engine(ready(models[chosen]), LABELS, cache_bytes=UNBOUNDED)
     requests = fresh_requests(np.random.default_rng(wishes.seed), model.config.vocab_size, shape)
-    peak = growth(lambda: [_cold(engine, *next(requests)) for _ in range(2)])  # before any contender has left memory behind
-    plain = {dtype: Plain(twin, LABELS) for dtype, twin in models.items()}
-    entrants = [one for dtype in dict.fromkeys((theirs, chosen)) for one in entrants_of(plain[dtype], *next(requests))]
-    times = _rounds(engine, entrants, Products(engine, body, shape), requests, wishes.repeats, report)
-    apart = _differences(engine, plain[torch.float32], [plain[theirs], *entrants], requests)
+    first: list[float] = []
+    peak = growth(lambda: first.extend(_cold(engine, *next(requests)) for _ in range(2)))  # before any contender has left memory
+    plain, dtypes = {dtype: Plain(twin, LABELS) for dtype, twin in models.items()}, list(dict.fromkeys((theirs, chosen)))
+    way = course(ends - time.perf_counter(), OURS * first[-1], wishes.repeats, len(WAYS) * len(dtypes))
+    entrants = [one for dtype in dtypes for one in entrants_of(plain[dtype], *next(requests), way)]
+    times = _rounds(engine, entrants, Products(engine, body, shape), requests, way, report)
+    some = min(shape.items, PARITY_ITEMS if math.isinf(wishes.seconds) else HURRIED_PARITY_ITEMS)
+    apart = _differences(engine, plain[torch.float32], [plain[theirs], *entrants], requests, some)
+    rate = operations.lower_bound(body, shape) / statistics.median(times.cold)
+    foretold = 2 * operations.packed_dense(body, shape) / rate
+    rows = [row(one, times, shape, difference) for one, difference in zip(entrants, apart[3:])]
+    rows.append(_dense(plain[theirs], plain[torch.float32], shape, requests, some, (foretold, ends - time.perf_counter())))
     return {
-        **_speed(times, shape, theirs, chosen),
-        **_shares(times, body, shape),
+        **speed(times, shape),
+        **speedups(rows, statistics.median(times.cold), {"": name_of(theirs), "_same_arithmetic": name_of(chosen)}),
+        **shares(times, body, shape),
         "max_abs_logit": apart[0],
         "max_abs_diff": apart[1],
         "max_abs_diff_hugging_face": apart[2],
+        "parity_items": some,
         "peak_bytes": peak,
-        "weights_bytes": sum(weight.numel() * weight.element_size() for weight in models[chosen].parameters()),
-        "backend": engine.backend,
-        "arithmetic": _name(chosen),
-        "allocator": allocator(),
-        "threads": torch.get_num_threads(),
+        **_circumstances(engine, busy_before),
         "repetitions": len(times.cold),
-        "load_average": [busy_before, os.getloadavg()[0]],
+        "budget_seconds": wishes.seconds,
         "one_by_one_items_timed": entrants[0].items,
-        "contenders": [
-            *(_row(one, times, shape, difference) for one, difference in zip(entrants, apart[3:])),
-            {"name": "packed_dense", "dtype": wishes.dtype, **_dense(plain[theirs], plain[torch.float32], shape, requests)},
-        ],
+        "contenders": rows,
     }
 
 
@@ -141,140 +145,113 @@ def twins(model: PreTrainedModel, dtype: torch.dtype, others: set[torch.dtype]) 
 
 
 def fresh_requests(rng: np.random.Generator, vocabulary: int, shape: PrefillShape) -> Requests:
-    """Yields a new prefix int64 [P] and distinct items int64 [N, L] that do not all begin alike. Raises BenchError at once."""
-    if shape.length * np.log2(vocabulary) < np.log2(2 * shape.items):
+    """Yields a new prefix int64 [P] and N distinct items int64 [l], lengths shuffled, that do not all begin alike.
+
+    Raises BenchError at once if there are not enough.
+    """
+    lengths, counts = np.unique(shape.item_lengths, return_counts=True)
+    if (lengths * np.log2(vocabulary) < np.log2(2 * counts)).any():
         raise BenchError(f"{shape.items} distinct items of {shape.length} tokens need a vocabulary larger than {vocabulary}")
 
     def draw() -> Requests:
         while True:
-            items = np.empty((0, shape.length), np.int64)
-            while len(items) < shape.items:
-                more = rng.integers(0, vocabulary, (shape.items, shape.length))
-                items = np.unique(np.concatenate([items, more]), axis=0)
-            items = rng.permutation(items)[: shape.items]
-            if shape.items == 1 or len(set(items[:, 0].tolist())) > 1:
-                yield rng.integers(0, vocabulary, shape.prefix), items
+            sizes = rng.permutation(shape.item_lengths)
+            items: dict[tuple[int, ...], Ids] = {}
+            for size in sizes.tolist():
+                while (one := tuple(rng.integers(0, vocabulary, size).tolist())) in items:
+                    pass
+                items[one] = np.array(one, np.int64)
+            if shape.items == 1 or len({one[0] for one in items}) > 1:
+                yield rng.integers(0, vocabulary, shape.prefix), list(items.values())
 
     return draw()
 
 
-def growth(work: Callable[[], object]) -> int | None:
-    """Bytes by which the process was at its peak larger during `work` than before it; None where Linux's /proc is missing.
-
-    The kernel's record of the peak is set back first; where it refuses, an earlier, higher peak makes the answer too large.
-    """
-    if not PROC.exists():
-        work()
-        return None
-    held = int((PROC / "statm").read_text().split()[1]) * resource.getpagesize()
-    with contextlib.suppress(OSError):  # a sandbox refuses: the record stays, the figure is an upper bound
-        (PROC / "clear_refs").write_text("5")
-    work()
-    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held)
-
-
-def allocator(process: Path = PROC) -> str:
-    """The memory allocator that a process has loaded: "tcmalloc", "jemalloc", else "glibc" ("unknown" without /proc)."""
-    if not process.exists():
-        return "unknown"
-    maps = (process / "maps").read_text()
-    return next((name for name in ("tcmalloc", "jemalloc") if name in maps), "glibc")
-
-
 def _rounds(
-    engine: Engine, entrants: Sequence[Entrant], products: Products, requests: Requests, repeats: int, report: Report | None
+    engine: Engine, entrants: Sequence[Entrant], products: Products, requests: Requests, way: Course, report: Report | None
 ) -> Times:
-    """Ours before each of the others, everything on tokens that nobody has seen."""
+    """Ours before each of the others (or once in a round), everything on tokens that nobody has seen."""
     times = Times(plain={one.key: [] for one in entrants})
     products.linear()
     products.attention()
-    order = [one for _ in range(repeats) for one in entrants]
-    for done, one in enumerate(order):
+    order = [[one for one in entrants if number < one.rounds] for number in range(way.repeats)]
+    turns = [(one, way.every_turn or not place) for turn in order for place, one in enumerate(turn or [None])]
+    for done, (one, ours) in enumerate(turns):
         if report:
-            report(done, len(order))
+            report(done, len(turns))
         prefix, items = next(requests)
-        times.cold.append(_cold(engine, prefix, items))
-        times.warm.append(_warm(engine, prefix, next(requests)[1]))
-        times.plain[one.key].append(timed(one.score, prefix, items[: one.items]) * len(items) / one.items)
-        times.linear.append(timed(products.linear))
-        times.attention.append(timed(products.attention))
+        if ours:
+            times.cold.append(_cold(engine, prefix, items))
+            times.warm.append(_warm(engine, prefix, next(requests)[1]))
+            times.linear.append(timed(products.linear))
+            times.attention.append(timed(products.attention))
+        if one:
+            times.plain[one.key].append(one.seconds(prefix, items))
     if report:
-        report(len(order), len(order))
+        report(len(turns), len(turns))
     return times
 
 
-def _differences(engine: Engine, exact: Plain, others: Sequence[Plain | Entrant], requests: Requests) -> list[float]:
-    """How far zero, the engine's logits and those of `others` lie from one item per pass of the float32 model."""
+def _differences(
+    engine: Engine, exact: Plain, others: Sequence[Plain | Entrant], requests: Requests, count: int
+) -> list[float | None]:
+    """How far zero, the engine's logits and those of `others` lie from one item per pass of the float32 model, on `count` items.
+
+    None for an entrant that was left out.
+    """
     prefix, items = next(requests)
-    some = items[:PARITY_ITEMS]
-    want = exact.one_by_one(prefix, some, 1)
-    found = [np.zeros_like(want), engine.score([_request(prefix, items)])[0][: len(some)]]
+    some = items[:count]
+    want = exact.one_by_one(prefix)(some, 1)
+    found: list[float | None] = [float(np.abs(want).max())]
+    found.append(float(np.abs(engine.score([_request(prefix, items)])[0][:count] - want).max()))
     for other in others:
-        found.append(other.score(prefix, some) if isinstance(other, Entrant) else other.one_by_one(prefix, some, 1))
-    return [float(np.abs(one - want).max()) for one in found]
+        if isinstance(other, Entrant):
+            logits = other.begin(prefix)(some, other.batch) if other.rounds else None
+        else:
+            logits = want if other is exact else other.one_by_one(prefix)(some, 1)
+        found.append(None if logits is None else float(np.abs(logits - want).max()))
+    return found
 
 
-def _dense(plain: Plain, exact: Plain, shape: PrefillShape, requests: Requests) -> Facts:
-    """One packed pass, timed once: its T x T scores take longer than everything else."""
+def _dense(
+    plain: Plain, exact: Plain, shape: PrefillShape, requests: Requests, count: int, seconds: tuple[float, float]
+) -> Facts:
+    """One packed pass, timed once: its T x T scores take longer than everything else. `seconds`: foretold, and left."""
     prefix, items = next(requests)
+    told: Facts = {"name": "packed_dense", "dtype": name_of(plain.dtype), "seconds": None, "items_per_second": None}
+    if seconds[0] > seconds[1]:
+        return {**told, "reason": f"foretold {seconds[0]:.1f} s, {max(0.0, seconds[1]):.1f} s of the budget are left"}
     try:
-        mask = plain.dense_mask(shape)
+        mask = plain.dense_mask(shape.prefix, [len(one) for one in items])
     except MaskTooLarge as error:
-        return {"seconds": None, "reason": str(error)}
+        return {**told, "reason": str(error)}
+    piece = items[: max(1, len(items) // PIECE)]
+    rows = shape.prefix + sum(len(one) for one in piece)
+    plain.packed_dense(prefix, piece, mask[:rows, :rows])
     began = time.perf_counter()
-    found = plain.packed_dense(prefix, items, mask)[:PARITY_ITEMS]
-    seconds = time.perf_counter() - began
-    apart = np.abs(found - exact.one_by_one(prefix, items[:PARITY_ITEMS], 1)).max()
-    return {"seconds": seconds, "max_abs_diff": float(apart), "reason": ""}
+    found = plain.packed_dense(prefix, items, mask)[:count]
+    spent = time.perf_counter() - began
+    apart = float(np.abs(found - exact.one_by_one(prefix)(items[:count], 1)).max())
+    return {**told, "seconds": spent, "items_per_second": shape.items / spent, "max_abs_diff": apart, "reason": ""}
 
 
-def _speed(times: Times, shape: PrefillShape, theirs: torch.dtype, ours: torch.dtype) -> Facts:
-    seconds = statistics.median(times.cold)
-    ratios = {key: statistics.median(many) / seconds for key, many in times.plain.items()}
+def _circumstances(engine: Engine, busy_before: float) -> Facts:
     return {
-        "seconds": seconds,
-        "seconds_p99": float(np.quantile(times.cold, 0.99)),
-        "seconds_warm": statistics.median(times.warm),
-        "items_per_second": shape.items / seconds,
-        **{f"speedup_{name}": ratios[name, theirs] for name in WAYS},
-        **{f"speedup_{name}_same_arithmetic": ratios[name, ours] for name in WAYS},
+        "weights_bytes": sum(weight.numel() * weight.element_size() for weight in engine.model.parameters()),
+        "backend": engine.backend,
+        "arithmetic": name_of(engine.model.dtype),
+        "allocator": allocator(),
+        "threads": torch.get_num_threads(),
+        "load_average": [busy_before, os.getloadavg()[0]],
     }
 
 
-def _shares(times: Times, body: Body, shape: PrefillShape) -> Facts:
-    seconds, warm, linear, attention = map(statistics.median, (times.cold, times.warm, times.linear, times.attention))
-    rate = linear_operations(body, shape) / linear
-    least = lower_bound(body, shape)
-    ratio = warm_lower_bound(body, shape) / least
-    return {
-        "matmul_share": linear / seconds,
-        "attention_matmul_share": (linear + attention) / seconds,
-        "lower_bound_share": least / rate / seconds,
-        "lower_bound_operations": least,
-        "warm_operation_ratio": ratio,
-        "warm_share": ratio / (warm / seconds),
-    }
-
-
-def _row(one: Entrant, times: Times, shape: PrefillShape, apart: float) -> Facts:
-    seconds = statistics.median(times.plain[one.key])
-    return {
-        "name": one.name,
-        "dtype": _name(one.dtype),
-        "seconds": seconds,
-        "items_per_second": shape.items / seconds,
-        "batch": one.batch,
-        "items_timed": one.items,
-        "max_abs_diff": apart,
-    }
-
-
-def _cold(engine: Engine, prefix: Ids, items: Ids) -> float:
+def _cold(engine: Engine, prefix: Ids, items: Items) -> float:
     engine.cache.clear()
     return timed(engine.score, [_request(prefix, items)])
 
 
-def _warm(engine: Engine, prefix: Ids, items: Ids) -> float:
+def _warm(engine: Engine, prefix: Ids, items: Items) -> float:
     before = engine.stats.tokens_reused
     seconds = timed(engine.score, [_request(prefix, items)])
     if engine.stats.tokens_reused - before < len(prefix):
@@ -282,15 +259,11 @@ def _warm(engine: Engine, prefix: Ids, items: Ids) -> float:
     return seconds
 
 
-def _request(prefix: Ids, items: Ids) -> Request:
-    return Request(prefix.tolist(), items.tolist())
+def _request(prefix: Ids, items: Items) -> Request:
+    return Request(prefix.tolist(), [one.tolist() for one in items])
 
 
 def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
     return model
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -164,7 +164,8 @@ def _apart(prefix: int, lengths: tuple[int, ...], top: int, dtype: torch.dtype) 
     tokens = sum(lengths)
     mask = torch.full((top + tokens, prefix + tokens), float("-inf"), dtype=dtype)
     mask[top:, :prefix] = 0
-    mask[:top, :prefix] = _ahead(prefix, dtype)[:top]
+    if top:
+        mask[:top, :prefix] = _ahead(prefix, dtype)
     ahead, first = _ahead(max(lengths), dtype), 0
     for length in lengths:
         last = first + length

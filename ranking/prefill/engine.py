@@ -21,17 +21,17 @@ from transformers import PreTrainedModel
 from ranking.prefill.attend import BackendMissing, choose
 from ranking.prefill.cache import BLOCK, CacheStats, Keys, PrefixCache
 from ranking.prefill.errors import UnknownToken, UnknownVector
-from ranking.prefill.joint import Joint
+from ranking.prefill.history import marked, stages, whole_entries
 from ranking.prefill.lean import Attention, Cascade, Lean
 from ranking.prefill.llama import Layers, cascade
 from ranking.prefill.plan import Plan, plan
-from ranking.prefill.request import Limits, Request, check_labels, check_prefix
+from ranking.prefill.request import Limits, Request, check_history, check_labels, check_prefix
+from ranking.prefill.steady import Steady
 from ranking.prefill.weights import Weights, check_family, longest_text, state_of
 
 log = logging.getLogger(__name__)
 
 Logits = npt.NDArray[np.float32]
-JOINT = Joint.name
 TILE = 256
 """Rows of every matrix product in deterministic mode."""
 CACHE_BYTES = {True: 1 << 30, False: 4 << 30}
@@ -85,7 +85,7 @@ class Engine:
         if weights is None:
             if self.deterministic:
                 raise BackendMissing("deterministic scores need plain weights; merge the LoRA first")
-            chosen = choose(None if self._wanted in (None, JOINT) else self._wanted, device.type, dtype)
+            chosen = choose(self._wanted, device.type, dtype)
             self.backend, self._modules = chosen.name, Layers(self.model, cascade(chosen.attend))
             log.info("projections are wrapped: the layer loop calls the modules and keeps no prefixes")
         else:
@@ -115,19 +115,21 @@ class Engine:
             logits = self._lean_logits(planned) if lean else self._module_logits(planned)
         return [logits[rows] for rows in planned.fan_out]
 
-    def prefill(self, prefix: Sequence[int]) -> int:
+    def prefill(self, prefix: Sequence[int], history: Sequence[int] = ()) -> int:
         """The keys and values of a prefix are in the cache, if they fit its budget; returns how many tokens were computed.
 
-        Raises EmptyPrefix, PrefixTooLong, UnknownToken, and BackendMissing if this engine keeps no prefixes.
+        `history` as in Request. Raises EmptyPrefix, PrefixTooLong, UnknownToken, BadHistory, and BackendMissing if this engine
+        keeps no prefixes.
         """
         if self.loop != "lean" or not self.cache.budget:
             raise BackendMissing("this engine keeps no prefixes: it has wrapped projections or a cache of 0 bytes")
         check_prefix(prefix, self.limits)
+        edges = check_history(history, len(prefix), 0)
         tokens = np.array(prefix, np.int64)
         self._check_tokens(tokens, lowest=0)
         with self._lock, torch.inference_mode():
             self._follow()
-            _, entry, computed = self._keys(tokens)
+            _, entry, computed = self._keys(tokens, edges)
             self.cache.release(entry)
         return computed
 
@@ -143,7 +145,9 @@ class Engine:
             for chunk in planned.chunks:
                 for piece in chunk.pieces:
                     if piece.request not in held:
-                        held[piece.request] = self._keys(planned.prefixes[piece.request])
+                        held[piece.request] = self._keys(
+                            planned.prefixes[piece.request], planned.histories.get(piece.request, ())
+                        )
                 found = self._lean.read(chunk, [held[piece.request][0] for piece in chunk.pieces], vectors)
                 logits[chunk.unique] = self._read(found)
                 for piece in chunk.pieces:
@@ -182,24 +186,25 @@ class Engine:
             parts.append((full @ labels.T)[: len(some)].cpu().numpy())
         return np.concatenate(parts) if parts else np.empty((0, len(self.label_ids)), np.float32)
 
-    def _keys(self, tokens: npt.NDArray[np.int64]) -> tuple[Keys, Keys, int]:
+    def _keys(self, tokens: npt.NDArray[np.int64], history: tuple[int, ...] = ()) -> tuple[Keys, Keys, int]:
         """A prefix's keys and values, the cache entry that is pinned for them, and how many tokens were computed."""
-        entry, shared = self.cache.longest(tokens, whole_blocks=self.deterministic)
+        named = marked(tokens, history)
+        entry, shared = self.cache.longest(named, whole_blocks=self.deterministic)
+        shared = whole_entries(shared, len(tokens), history, self.deterministic)
         self.cache.count(shared, len(tokens) - shared)
         if entry is not None and shared == len(tokens):
-            return (entry if entry.length == shared else Keys(entry.tensor, tokens, shared)), entry, 0
+            return (entry if entry.length == shared else Keys(entry.tensor, named, shared)), entry, 0
         weights, capacity = self._lean.weights, self._lean.capacity(len(tokens))
         try:
-            made = Keys.empty(tokens, len(weights.blocks), capacity, weights.kv_heads, weights.dims, weights.embedding)
+            made = Keys.empty(named, len(weights.blocks), capacity, weights.kv_heads, weights.dims, weights.embedding)
             if entry is not None:
                 made.begin_like(entry, shared)
         finally:
             if entry is not None:
                 self.cache.release(entry)
         made.pins = 1
-        step = max(BLOCK, self.limits.max_tokens // BLOCK * BLOCK)
-        for first in range(shared, len(tokens), step):
-            self._lean.extend(tokens[first : first + step], made)
+        for stage in stages(shared, len(tokens), history, max(BLOCK, self.limits.max_tokens // BLOCK * BLOCK)):
+            self._lean.extend(tokens[stage.start : stage.stop], made, stage.entries)
         self.cache.keep(made)
         return made, made, len(tokens) - shared
 
@@ -219,15 +224,11 @@ class Engine:
 
 
 def _attention(name: str | None, device: str, dtype: torch.dtype, tile: int | None) -> Attention:
-    """The named attention, or the fastest that is exact enough here: joint products for float32 on a CPU, else blocked kernels.
-
-    In bfloat16 the joint products would round the scores before the softmax. Raises BackendMissing.
-    """
-    if tile is not None and (device != "cpu" or name not in (None, JOINT)):
-        raise BackendMissing(f'deterministic scores need the backend "{JOINT}" on a CPU, asked for {name or "any"} on {device}')
-    if device == "cpu" and (name == JOINT or tile is not None or (name is None and dtype == torch.float32)):
-        return Joint(tile)
-    if name == JOINT:
-        raise BackendMissing(f'attention backend "{JOINT}" is made for cpu, not for {device}')
-    chosen = choose(name, device, dtype)
-    return Cascade(chosen.name, chosen.attend)
+    """The named attention, or the fastest that works here; with `tile` the steady one. Raises BackendMissing."""
+    if tile is None:
+        chosen = choose(name, device, dtype)
+        return Cascade(chosen.name, chosen.attend)
+    if device != "cpu" or name not in (None, Steady.name):
+        asked = name or "any backend"
+        raise BackendMissing(f'deterministic scores need the backend "{Steady.name}" on a CPU, asked for {asked} on {device}')
+    return Steady(tile)

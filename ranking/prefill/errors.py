@@ -35,3 +35,7 @@ class LabelError(BrewlineError):
 
 class BadLimits(BrewlineError):
     """Limits that no plan can keep."""
+
+
+class BadHistory(BrewlineError):
+    """Bounds of history entries that do not lie in their prefix, or where no loop computes them apart."""

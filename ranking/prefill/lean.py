@@ -9,7 +9,9 @@ Legend: T packed rows, P prefix tokens, n items, H query heads, G key heads, D d
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +22,6 @@ from torch.nn import functional
 
 from ranking.prefill.attend import Attend, Bounds, merge
 from ranking.prefill.cache import Keys
-from ranking.prefill.joint import Pair, split_bounds
 from ranking.prefill.plan import Chunk
 from ranking.prefill.weights import Block, Linear, Weights, into
 from ranking.prefill.workspace import Workspace
@@ -31,6 +32,7 @@ ROWS_ELSEWHERE = 32_768
 """On a GPU a block bounds memory only: each one costs its launches."""
 
 Ints = npt.NDArray[np.int64]
+Pair = tuple[Tensor, Tensor]
 
 
 class Attention(Protocol):
@@ -54,6 +56,14 @@ class Attention(Protocol):
         out: Tensor,
     ) -> None:
         """Each item's queries see their request's prefix and the item itself (causally, if it asks from every row)."""
+
+
+@dataclass(frozen=True)
+class Entries:
+    """History entries that do not see each other: int32 bounds of their rows, and how many tokens of the prefix all see."""
+
+    bounds: Bounds
+    seen: int
 
 
 class Cascade:
@@ -111,8 +121,11 @@ class Lean:
         """The rows that must be allocated for a prefix of `rows` tokens."""
         return rows if self._tile is None else rows + self._tile
 
-    def extend(self, tokens: Ints, prefix: Keys) -> None:
-        """The keys and values of `tokens` int64 [t] follow those that `prefix` holds."""
+    def extend(self, tokens: Ints, prefix: Keys, entries: Entries | None = None) -> None:
+        """The keys and values of `tokens` int64 [t] follow those that `prefix` holds.
+
+        With `entries` the tokens are history entries that see the beginning of the prefix and themselves, not each other.
+        """
         start, rows = prefix.length, len(tokens)
         x = self._embed(tokens, None)
         # Padding repeats the last position: a later one could change what some rotary scalings do to all.
@@ -127,8 +140,13 @@ class Lean:
                     self._close(layers[number - 1], x[some], mixed[some])
                 there = slice(start + some.start, start + some.stop)
                 self._open(layer, x[some], cos[some], sin[some], None if last else q[some], keys[there], values[there])
-            if not last:
+            if last:
+                continue
+            if entries is None:
                 self.attention.prefix(q, keys, values, start, rows, mixed)
+            else:
+                new, known = slice(start, start + rows), [(keys[: entries.seen], values[: entries.seen])]
+                self.attention.items(q[:rows], keys[new], values[new], known, [entries.bounds], [entries.bounds], mixed[:rows])
         prefix.length = start + rows
 
     def read(self, chunk: Chunk, prefixes: Sequence[Keys], vectors: Tensor | None) -> Tensor:
@@ -271,3 +289,9 @@ def _rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     torch.mul(heads, cos, out=out)
     out[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
     out[..., half:].addcmul_(heads[..., :half], sin[..., half:])
+
+
+def split_bounds(bounds: Bounds, items: Sequence[int]) -> list[Bounds]:
+    """The bounds of each request's items, on the same axis. `items` counts the items of each request."""
+    edges = np.cumsum([0, *items]).tolist()
+    return [bounds[first : last + 1] for first, last in itertools.pairwise(edges)]

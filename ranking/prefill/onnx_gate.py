@@ -4,99 +4,108 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Protocol
+from dataclasses import asdict, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from index.durable import write_durably
+from ranking.prefill.engine import Engine
 from ranking.prefill.errors import LabelError
-from ranking.prefill.onnx_engine import FACTS, NotAdmitted, OnnxEngine
-from ranking.prefill.plan import Request
+from ranking.prefill.onnx_engine import OnnxEngine
+from ranking.prefill.onnx_folder import FACTS, LEAST_ITEMS, GateRecord, NotAdmitted, refusal
+from ranking.prefill.onnx_graphs import weights_revision
+from ranking.prefill.request import Request
 
 Floats = npt.NDArray[np.floating]
 
 
-class Scores(Protocol):
-    """What the gate asks of the original."""
-
-    @property
-    def label_ids(self) -> tuple[int, ...]:
-        """The token ids of the logits' columns."""
-
-    def score(self, requests: Sequence[Request]) -> list[npt.NDArray[np.float32]]:
-        """Logits float32 [N, labels] for each request."""
-
-
-@dataclass(frozen=True)
-class GateReport:
-    """`kendall` and `overlap` are means over requests and pairs of labels, `apart` is the largest difference of a probability;
-    the `max_` and `min_` fields are what was demanded."""
-
-    passed: bool
-    requests: int
-    items: int
-    kendall: float
-    overlap: float
-    apart: float
-    top: int
-    max_kendall_drop: float
-    min_overlap: float
-    max_apart: float
-
-
 def quality_gate(
-    reference: Scores,
+    reference: Engine,
     candidate: OnnxEngine,
     requests: Sequence[Request],
     *,
     pairs: Sequence[tuple[int, int]] = ((0, 1),),
-    max_kendall_drop: float = 0.02,
     top: int = 10,
+    min_kendall: float = 0.98,
     min_overlap: float = 0.9,
     max_apart: float = 0.05,
-) -> GateReport:
-    """The candidate ranks as the reference does; the report, passed or not, is in the candidate's engine.json after the call.
+) -> GateRecord:
+    """The candidate ranks as the reference does; the record, passed or not, is in the candidate's engine.json after the call.
 
-    `pairs` are the columns of (positive, negative) labels; items are ranked by the difference of their logits, and its sigmoid is
-    the probability. `kendall` is Kendall's tau over the pairs of items that the reference tells apart (1 = the same order),
-    `overlap` the share of the reference's first `top` that the candidate also has there. Requests of fewer than two items do not
-    count. Raises NotAdmitted if a bound is broken or nothing is left to compare, LabelError if the labels do not fit.
+    `reference` is the torch engine of the weights that were exported. `pairs` are the columns of (positive, negative) labels;
+    items are ranked by the difference of their logits, and its sigmoid is the probability. Kendall's tau is over the pairs of
+    items that the reference tells apart (1 = the same order), the overlap is the share of its first `top` that the candidate
+    also has there. A request counts if the reference gives its items at least 2 * `top` different scores; where that leaves
+    fewer than LEAST_ITEMS items, a smaller top is taken and recorded. The floors of `ranking.prefill.onnx_folder` hold whatever
+    the bounds.
+    Raises NotAdmitted if a bound is broken or too little is left to compare, LabelError if the labels do not fit.
     """
-    if tuple(reference.label_ids) != candidate.label_ids:
+    revision = _check(reference, candidate, pairs)
+    asked = list({(tuple(one.prefix), *map(tuple, one.items)): one for one in requests}.values())  # said twice, it counts once
+    scores = list(zip(reference.score(asked), candidate.score(asked)))
+    ranked = [[(left[:, yes] - left[:, no], right[:, yes] - right[:, no]) for left, right in scores] for yes, no in pairs]
+    told = [[len(np.unique(left)) for left, _ in one] for one in ranked]
+    used = min(_largest_top(sizes, top) for sizes in told)
+    if used < 1:
+        raise NotAdmitted(
+            f"the gate needs {LEAST_ITEMS} items to which the reference gives different scores, in different requests of two or "
+            f"more, and a top of at least 1; seen for each pair of labels: {[sum(sizes) for sizes in told]}, top {top}"
+        )
+    worst = np.array([_measured(one, sizes, used) for one, sizes in zip(ranked, told)])
+    requests_used, items, kendall, overlap = worst[:, :4].min(0).tolist()
+    record = GateRecord(
+        files=candidate.facts.files,
+        revision=revision,
+        requests=int(requests_used),
+        items=int(items),
+        top=used,
+        kendall=kendall,
+        overlap=overlap,
+        apart=float(worst[:, 4].max()),
+        min_kendall=float(min_kendall),
+        min_overlap=float(min_overlap),
+        max_apart=float(max_apart),
+    )
+    facts = replace(candidate.facts, gate=record)
+    write_durably(candidate.folder / FACTS, (json.dumps(asdict(facts), indent=1) + "\n").encode())
+    if why := refusal(facts):
+        raise NotAdmitted(f"{candidate.folder} is not admitted: {why}")
+    return record
+
+
+def _check(reference: Engine, candidate: OnnxEngine, pairs: Sequence[tuple[int, int]]) -> str:
+    """The revision of the weights that reference and candidate share. Raises NotAdmitted and LabelError."""
+    if not isinstance(reference, Engine):
+        raise NotAdmitted(f"the reference is a {type(reference).__name__}; give the torch engine of the exported weights")
+    revision, exported = weights_revision(reference.model), candidate.facts.revision
+    if revision != exported:
+        raise NotAdmitted(f"the reference holds the weights {revision}, {candidate.folder} was exported from {exported}")
+    if reference.label_ids != candidate.label_ids:
         raise LabelError(f"the reference reads the labels {reference.label_ids}, the candidate {candidate.label_ids}")
     if not pairs or not all(0 <= column < len(candidate.label_ids) for pair in pairs for column in pair):
         raise LabelError(f"the pairs {list(pairs)} do not name columns of {len(candidate.label_ids)} labels")
-    asked = [request for request in requests if len(request.items) > 1]
-    if not asked:
-        raise NotAdmitted("the gate needs a request with at least two items to compare two rankings")
-    found = [
-        _compare(left[:, yes] - left[:, no], right[:, yes] - right[:, no], top)
-        for left, right in zip(reference.score(asked), candidate.score(asked))
-        for yes, no in pairs
-    ]
-    kendall, overlap = np.mean([one[:2] for one in found], 0).tolist()
-    apart = float(np.max([one[2] for one in found]))
-    passed = kendall >= 1 - max_kendall_drop and overlap >= min_overlap and apart <= max_apart  # NaN passes none of them
-    items = sum(len(request.items) for request in asked)
-    report = GateReport(passed, len(asked), items, kendall, overlap, apart, top, max_kendall_drop, min_overlap, max_apart)
-    facts = replace(candidate.facts, gate=asdict(report))
-    write_durably(candidate.folder / FACTS, (json.dumps(asdict(facts), indent=1) + "\n").encode())
-    if not passed:
-        raise NotAdmitted(
-            f"{candidate.folder} is not admitted: Kendall's tau is {kendall:.4f} (at least {1 - max_kendall_drop:.4f}), "
-            f"the overlap of the first {top} is {overlap:.4f} (at least {min_overlap:.4f}), "
-            f"a probability is {apart:.4f} off (at most {max_apart:.4f})"
-        )
-    return report
+    return revision
+
+
+def _largest_top(told: Sequence[int], most: int) -> int:
+    """The largest top whose requests hold enough items that are told apart; 0 if there is none."""
+    tops = range(most, 0, -1)
+    return next((top for top in tops if sum(count for count in told if count >= 2 * top) >= LEAST_ITEMS), 0)
+
+
+def _measured(ranked: Sequence[tuple[Floats, Floats]], told: Sequence[int], top: int) -> tuple[float, ...]:
+    """Requests, items told apart, mean tau, mean overlap and largest difference of a probability for one pair of labels."""
+    counted = [(pair, count) for pair, count in zip(ranked, told) if count >= 2 * top]
+    found = np.array([_compare(*pair, top) for pair, _ in counted])
+    kendall, overlap = found[:, :2].mean(0).tolist()
+    return len(counted), sum(count for _, count in counted), kendall, overlap, float(found[:, 2].max())
 
 
 def _compare(reference: Floats, candidate: Floats, top: int) -> tuple[float, float, float]:
-    """Kendall's tau, overlap of the first `top`, largest difference of a probability; scores [N] each."""
+    """Kendall's tau, overlap of the first `top`, largest difference of a probability; scores [N] each, not all tied."""
     order, other = (np.sign(scores[:, None] - scores) for scores in (reference, candidate))
-    told = np.count_nonzero(order)
-    kendall = float((order * other).sum() / told) if told else 1.0
+    kendall = float((order * other).sum(dtype=np.float64) / np.count_nonzero(order))
     first, also = (set(np.argsort(-scores, kind="stable")[:top].tolist()) for scores in (reference, candidate))
     left, right = (np.exp(-np.logaddexp(0, -scores.astype(np.float64))) for scores in (reference, candidate))
-    return kendall, len(first & also) / len(first), float(np.abs(left - right).max())
+    return kendall, len(first & also) / top, float(np.abs(left - right).max())

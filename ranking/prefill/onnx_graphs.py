@@ -5,10 +5,10 @@ one item of one token and an empty past are ordinary. Both graphs see a row's ke
 with one softmax over both; what a row may not see among its own pass is the only mask, [T, past + T] for a pass of T rows. The
 last layer computes keys and values for all rows and everything else only where a score is read.
 
-    prefix.onnx   ids, positions [t], past [layers, 2, h, G, D]                          -> made [layers, 2, t, G, D]
-    items.onnx    ids, positions, items [T], past [layers, 2, P, G, D], last [n]         -> logits [n, labels]
+    prefix.onnx   ids, positions [t], past [h, layers, 2, G, D]                          -> made [t, layers, 2, G, D]
+    items.onnx    ids, positions, items [T], past [P, layers, 2, G, D], last [n]         -> logits [n, labels]
     weights.bin   every weight once, float32 (int8 and a scale for each output), read by both graphs
-    engine.json   `ranking.prefill.onnx_engine.EngineFacts`
+    engine.json   `ranking.prefill.onnx_folder.EngineFacts`, which both graphs repeat in their metadata
 
 Ids, positions, the item that a row belongs to (any numbers, equal within an item) and last rows are int64, the rest float32.
 
@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from index.durable import sha256_of
-from ranking.prefill.errors import LabelError
-from ranking.prefill.onnx_engine import FACTS, FORMAT, GRAPHS, WEIGHTS, EngineFacts
+from ranking.prefill.onnx_folder import DESCRIBED, FACTS, FORMAT, GRAPHS, ITEMS, PREFIX, WEIGHTS, Dimensions, EngineFacts
 from ranking.prefill.onnx_nodes import Graph, Store, save
+from ranking.prefill.request import check_labels
 from ranking.prefill.weights import Block, UnsupportedModel, Weights, longest_text
 
 
@@ -45,25 +45,26 @@ def export_engine(model: PreTrainedModel, label_ids: Sequence[int], folder: Path
     weights = Weights.of(model)
     if weights is None:
         raise UnsupportedModel("the projections are wrapped (LoRA); merge them into the weights before the export")
-    if not label_ids or len(set(label_ids)) != len(label_ids) or not set(label_ids) <= set(range(len(weights.embedding))):
-        raise LabelError(f"labels need distinct ids below {len(weights.embedding)}, got {list(label_ids)}")
+    labels = check_labels(label_ids, len(weights.embedding))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FACTS).unlink(missing_ok=True)  # never the facts of an earlier export beside these files
     with (folder / WEIGHTS).open("wb") as file:
         store = Store(file, quantize)
-        _store(store, weights, model.get_output_embeddings().weight[list(label_ids)])
+        _store(store, weights, model.get_output_embeddings().weight[list(labels)])
     rope = model.model.rotary_emb
     shape = _Shape(weights, rope.original_inv_freq.float().cpu().numpy(), float(rope.attention_scaling))
-    for name, draw in zip(GRAPHS, (_prefix_graph, _items_graph)):
-        save(draw(store, shape), folder / name)
-    (folder / FACTS).write_text(json.dumps(asdict(_facts(model, weights, label_ids, folder, quantize)), indent=1) + "\n")
+    facts = _facts(model, weights, labels, quantize)
+    for name, draw in ((PREFIX, _prefix_graph), (ITEMS, _items_graph)):
+        save(draw(store, shape, facts.signature(name)), folder / name, {DESCRIBED: facts.described()})
+    facts = replace(facts, files={name: sha256_of(folder / name) for name in (*GRAPHS, WEIGHTS)})
+    (folder / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n")
     return folder
 
 
-def _facts(model: PreTrainedModel, weights: Weights, labels: Sequence[int], folder: Path, quantize: bool) -> EngineFacts:
+def _facts(model: PreTrainedModel, weights: Weights, labels: tuple[int, ...], quantize: bool) -> EngineFacts:
     return EngineFacts(
         format=FORMAT,
-        labels=tuple(labels),
+        labels=labels,
         layers=len(weights.blocks),
         heads=weights.heads,
         kv_heads=weights.kv_heads,
@@ -71,14 +72,14 @@ def _facts(model: PreTrainedModel, weights: Weights, labels: Sequence[int], fold
         hidden=weights.hidden,
         vocabulary=len(weights.embedding),
         max_positions=longest_text(model),
-        revision=_revision(model),
+        revision=weights_revision(model),
         quantized=quantize,
-        files={name: sha256_of(folder / name) for name in (*GRAPHS, WEIGHTS)},
+        files={},
         gate=None,
     )
 
 
-def _revision(model: PreTrainedModel) -> str:
+def weights_revision(model: PreTrainedModel) -> str:
     """A sha256 over the names, types, shapes and bytes of the weights; a tied weight counts once."""
     whole = hashlib.sha256()
     for name, weight in model.named_parameters():
@@ -136,7 +137,7 @@ class _Loop:
         self.cos = g.one("Mul", g.one("Cos", angle), scaling)
         self.sin = g.one("Mul", g.one("Sin", angle), scaling)
         own = g.one("Where", visible, g.number(0), g.number(-np.inf))
-        before = g.one("Shape", "past", attributes={"start": 2, "end": 3})
+        before = g.one("Shape", "past", attributes={"start": 0, "end": 1})
         self.mask = g.one("Pad", own, g.stack(g.ints(0), before, g.ints(0, 0)), g.number(0))
 
     def keys(self, layer: int) -> tuple[str, str, str]:
@@ -151,9 +152,9 @@ class _Loop:
         g, groups, dims = self.g, self.w.kv_heads, self.w.dims
         q = self._heads(g.linear(h, f"{layer}.q"), f"{layer}.q_gain")
         q = g.one("Reshape", g.one("Mul", q, g.number(dims**-0.5)), g.ints(-1, groups, self.w.heads // groups, dims))
-        past = g.rows("past", g.constant(np.int64(layer)))
-        keys = g.turned(g.stack(g.rows(past, g.constant(np.int64(0))), k), 1, 2, 0)
-        values = g.turned(g.stack(g.rows(past, g.constant(np.int64(1))), v), 1, 0, 2)
+        past = g.rows("past", g.constant(np.int64(layer)), axis=1)
+        keys = g.turned(g.stack(g.rows(past, g.constant(np.int64(0)), axis=1), k), 1, 2, 0)
+        values = g.turned(g.stack(g.rows(past, g.constant(np.int64(1)), axis=1), v), 1, 0, 2)
         scores = g.one("MatMul", g.turned(q, 1, 2, 0, 3), g.one("Unsqueeze", keys, g.ints(1)))
         shares = g.one("Softmax", g.one("Add", scores, self.mask), attributes={"axis": -1})
         mixed = g.turned(g.one("MatMul", shares, g.one("Unsqueeze", values, g.ints(1))), 2, 0, 1, 3)
@@ -179,29 +180,25 @@ class _Loop:
         return g.one("Add", g.one("Mul", heads, self.cos), g.one("Mul", crossed, self.sin))
 
 
-def _prefix_graph(store: Store, shape: _Shape) -> Graph:
+def _prefix_graph(store: Store, shape: _Shape, ports: Mapping[str, Dimensions]) -> Graph:
     """Keys and values of the rows of one prefix that follow those in `past`."""
     w = shape.weights
-    rest = (w.kv_heads, w.dims)
-    inputs: dict[str, list[str | int]] = {"ids": ["t"], "positions": ["t"], "past": [len(w.blocks), 2, "h", *rest]}
-    g = Graph(store, "prefix", inputs, [len(w.blocks), 2, "t", *rest])
+    g = Graph(store, "prefix", ports)
     loop = _Loop(g, shape, _up_to(g))
     made = []
     for layer in range(len(w.blocks)):
         h, k, v = loop.keys(layer)
-        made += [g.one("Unsqueeze", one, g.ints(0)) for one in (k, v)]
+        made += [g.one("Unsqueeze", one, g.ints(1)) for one in (k, v)]
         if layer < len(w.blocks) - 1:
             loop.mix(layer, h, k, v)
-    g.end("Reshape", g.stack(*made), g.ints(len(w.blocks), 2, -1, *rest))
+    g.end("Reshape", g.stack(*made, axis=1), g.ints(-1, len(w.blocks), 2, w.kv_heads, w.dims))
     return g
 
 
-def _items_graph(store: Store, shape: _Shape) -> Graph:
+def _items_graph(store: Store, shape: _Shape, ports: Mapping[str, Dimensions]) -> Graph:
     """Label logits of items that each continue the prefix in `past`."""
     w = shape.weights
-    past: list[str | int] = [len(w.blocks), 2, "P", w.kv_heads, w.dims]
-    inputs: dict[str, list[str | int]] = {"ids": ["T"], "positions": ["T"], "items": ["T"], "past": past, "last": ["n"]}
-    g = Graph(store, "items", inputs, ["n", "labels"])
+    g = Graph(store, "items", ports)
     same = g.one("Equal", g.one("Unsqueeze", "items", g.ints(1)), g.one("Unsqueeze", "items", g.ints(0)))
     loop = _Loop(g, shape, g.one("And", same, _up_to(g)))
     for layer in range(len(w.blocks)):

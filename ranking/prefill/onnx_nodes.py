@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ranking.prefill.onnx_engine import RESULT, WEIGHTS
+from ranking.prefill.onnx_folder import FLOATS, RESULT, WEIGHTS, Dimensions
 from retrieval.export import ExportError
 
 OPSET, IR = 18, 9
@@ -55,9 +55,9 @@ class Store:
 class Graph:
     """Nodes in order, the small constants among them, and the weights that they name."""
 
-    def __init__(self, store: Store, name: str, inputs: Mapping[str, Sequence[str | int]], output: Sequence[str | int]) -> None:
-        """`inputs` name -> dimensions, a name for a free one; `output` the dimensions of the result, whose name is RESULT."""
-        self.store, self.name, self.inputs, self.output = store, name, inputs, output
+    def __init__(self, store: Store, name: str, signature: Mapping[str, Dimensions]) -> None:
+        """`signature` input or RESULT -> dimensions, as `ranking.prefill.onnx_folder.EngineFacts.signature` gives them."""
+        self.store, self.name, self.signature = store, name, signature
         self.nodes: list[tuple[str, list[str], list[str], Mapping[str, Any]]] = []
         self.constants: dict[str, np.ndarray] = {}
 
@@ -90,9 +90,9 @@ class Graph:
         """Parts of the last axis."""
         return self.many("Split", (x, self.ints(*sizes)), len(sizes), {"axis": -1})
 
-    def rows(self, x: str, numbers: str) -> str:
-        """Rows of the first axis; without that axis for a scalar."""
-        return self.one("Gather", x, numbers, attributes={"axis": 0})
+    def rows(self, x: str, numbers: str, axis: int = 0) -> str:
+        """Rows of an axis; without that axis for a scalar."""
+        return self.one("Gather", x, numbers, attributes={"axis": axis})
 
     def stack(self, *parts: str, axis: int = 0) -> str:
         """Parts one after another."""
@@ -123,8 +123,11 @@ class Graph:
         self.nodes.append((op, list(inputs), [RESULT], {}))
 
 
-def save(graph: Graph, path: Path) -> None:
-    """The graph is a file beside the weights file that it names. Raises ExportError if the package onnx is missing."""
+def save(graph: Graph, path: Path, metadata: Mapping[str, str]) -> None:
+    """The graph is a file beside the weights file that it names, with entries of metadata.
+
+    Raises ExportError if the package onnx is missing.
+    """
     try:
         import onnx
     except ImportError as error:
@@ -140,12 +143,13 @@ def save(graph: Graph, path: Path) -> None:
             for key, value in (("location", WEIGHTS), ("offset", place.offset), ("length", place.length)):
                 tensor.external_data.add(key=key, value=str(value))
             tensors.append(tensor)
-    inputs = [
-        helper.make_tensor_value_info(name, kinds.FLOAT if name == "past" else kinds.INT64, dims)
-        for name, dims in graph.inputs.items()
-    ]
-    result = helper.make_tensor_value_info(RESULT, kinds.FLOAT, graph.output)
+    ports = {
+        name: helper.make_tensor_value_info(name, kinds.FLOAT if name in FLOATS else kinds.INT64, dimensions)
+        for name, dimensions in graph.signature.items()
+    }
+    result = ports.pop(RESULT)
     nodes = [helper.make_node(op, ins, outs, **attributes) for op, ins, outs, attributes in graph.nodes]
-    made = helper.make_graph(nodes, graph.name, inputs, [result], tensors)
+    made = helper.make_graph(nodes, graph.name, [*ports.values()], [result], tensors)
     model = helper.make_model(made, ir_version=IR, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="brewline")
+    helper.set_model_props(model, dict(metadata))
     path.write_bytes(model.SerializeToString())

@@ -21,8 +21,8 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from ranking.prefill.errors import UnknownVector
-from ranking.prefill.request import Limits, Request, Tokens, check_ids, check_prefix, fit
+from ranking.prefill.errors import BadHistory, UnknownVector
+from ranking.prefill.request import Limits, Request, Tokens, check_history, check_ids, check_prefix, fit
 
 HELD = 4
 """Prefix tokens that the requests of one pass may hold together, in multiples of a pass."""
@@ -68,13 +68,15 @@ class Chunk:
 class Plan:
     """The passes in order, and for each request the unique item (0..U-1) behind each of its items, in input order.
 
-    `prefixes` int64 [P] of each request with items, hoisted tokens included; `vectors` float [V, hidden] of all requests.
+    `prefixes` int64 [P] of each request with items, hoisted tokens included; `histories` the bounds of those entries in them that
+    do not see each other; `vectors` float [V, hidden] of all requests.
     """
 
     chunks: tuple[Chunk, ...]
     fan_out: tuple[npt.NDArray[np.int64], ...]
     unique_items: int
     prefixes: Mapping[int, npt.NDArray[np.int64]]
+    histories: Mapping[int, tuple[int, ...]]
     vectors: npt.NDArray[np.float32] | None
 
     @property
@@ -99,16 +101,21 @@ def plan(requests: Sequence[Request], limits: Limits | None = None, *, hoist: bo
     Equal items of a request are computed once. With `hoist`, the tokens that all items of a request begin with move to
     the end of its prefix (each item keeps at least one), which changes no result. A pass holds at most `limits.max_tokens`
     tokens, except that a prefix and its first item are never torn apart; with `apart` no pass holds any prefix, because
-    their keys and values are made (or found) beforehand. Raises EmptyPrefix, EmptyItem, ItemTooLong, PrefixTooLong and
-    UnknownVector. A request without items is allowed and gets an empty answer.
+    their keys and values are made (or found) beforehand. Raises EmptyPrefix, EmptyItem, ItemTooLong, PrefixTooLong,
+    UnknownVector and BadHistory. A request without items is allowed and gets an empty answer.
     """
     limits = limits or Limits()
     jobs: list[_Job] = []
     fan_out: list[npt.NDArray[np.int64]] = []
     vectors: list[npt.NDArray[np.float32]] = []
+    histories: dict[int, tuple[int, ...]] = {}
     total = rows = 0
     for number, request in enumerate(requests):
         job, order = _prepare(number, request, limits, total, hoist)
+        if edges := check_history(request.history, len(request.prefix), number):
+            if not apart:
+                raise BadHistory(f"the history entries of request {number} do not see each other; only the lean loop can do that")
+            histories[number] = edges
         if request.vectors is not None:
             job = replace(job, items=[_shifted(item, rows) for item in job.items])
             vectors.append(request.vectors)
@@ -122,6 +129,7 @@ def plan(requests: Sequence[Request], limits: Limits | None = None, *, hoist: bo
         fan_out=tuple(fan_out),
         unique_items=total,
         prefixes={job.request: np.array(job.prefix, np.int64) for job in jobs},
+        histories=histories,
         vectors=_together(vectors),
     )
 

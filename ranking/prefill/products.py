@@ -1,4 +1,4 @@
-"""The engine's linear layers and attention as bare matrix products: how long the same multiplications take with nothing around."""
+"""The engine's linear layers and attention as bare matrix products: the time of the multiplications alone."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ Legend: N items of one request, P prefix tokens, L item tokens, V vectors.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ranking.prefill.errors import (
+    BadHistory,
     BadLimits,
     EmptyItem,
     EmptyPrefix,
@@ -35,6 +37,8 @@ MOST_TOKENS = 1 << 31
 class Request:
     """One prefix and the items that each continue it, as token ids.
 
+    `history` are the bounds [entries+1] of history entries within the prefix, if they shall not see each other: an entry then
+    sees what stands before the first one and itself; what follows the last one, and every item, sees the whole prefix.
     `vectors` float [V, hidden] are embeddings that items may hold among their words: the id -1 stands for row 0, -2 for row 1 and
     so on. An item may be a few vectors instead of its text (MixLM, arXiv 2512.07846).
     """
@@ -42,6 +46,7 @@ class Request:
     prefix: Tokens
     items: Sequence[Tokens]
     vectors: npt.NDArray[np.float32] | None = None
+    history: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,18 @@ def check_prefix(prefix: Tokens, limits: Limits, number: int = 0, longest: int =
             f"request {number} has a prefix of {len(prefix)} tokens and an item of {longest}, together more than the "
             f"{limits.max_positions} positions of the model; give the prefix a smaller token budget"
         )
+
+
+def check_history(history: Sequence[int], prefix: int, number: int) -> tuple[int, ...]:
+    """The bounds as plain numbers. Raises BadHistory unless they rise from at least 1 to at most the prefix's length."""
+    edges = tuple(int(edge) for edge in history)
+    rising = all(left < right for left, right in itertools.pairwise(edges))
+    if edges and (len(edges) < 2 or not rising or edges[0] < 1 or edges[-1] > prefix):
+        raise BadHistory(
+            f"request {number} has the history bounds {list(edges[:8])} in a prefix of {prefix} tokens; expected at least two "
+            f"rising bounds between 1 and {prefix}"
+        )
+    return edges
 
 
 def check_labels(label_ids: Sequence[int], vocabulary: int) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ def request(prefix: int, lengths: list[int], seed: int = 0) -> Request:
     return Request(rng.integers(0, 50, prefix).tolist(), [rng.integers(0, 50, n).tolist() for n in lengths])
 
 
-@pytest.mark.parametrize("backend", ["cpu_joint", "cpu_flash", "reference"])
+@pytest.mark.parametrize("backend", ["cpu_flash", "reference"])
 @pytest.mark.parametrize("rope", list(ROPES))
 @pytest.mark.parametrize("kv", [1, 2, 4])
 def test_many_items_in_one_pass_equal_one_item_per_pass(backend: str, rope: str, kv: int) -> None:

@@ -1,4 +1,4 @@
-"""The exported engine's twin is the plain Hugging Face model, one item per pass; its folder is believed only when whole."""
+"""The exported engine's twin is the plain Hugging Face model, one item per pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +15,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ranking.prefill.engine import Engine
 from ranking.prefill.errors import EmptyItem, LabelError, PrefixTooLong, UnknownToken, UnknownVector
-from ranking.prefill.onnx_engine import GRAPHS, EngineFolderError, NotAdmitted, OnnxEngine, PrefixShelf, groups
-from ranking.prefill.onnx_gate import quality_gate
+from ranking.prefill.onnx_engine import OnnxEngine, PrefixShelf, groups
+from ranking.prefill.onnx_folder import GRAPHS
 from ranking.prefill.onnx_graphs import export_engine
-from ranking.prefill.plan import Limits, Request
+from ranking.prefill.request import Limits, Request
 from ranking.prefill.weights import UnsupportedModel
 
 ROOT = Path(__file__).parent.parent.parent
@@ -169,8 +167,7 @@ import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from ranking.prefill.onnx_engine import OnnxEngine
-from ranking.prefill.onnx_gate import quality_gate
-from ranking.prefill.plan import Request
+from ranking.prefill.request import Request
 found = OnnxEngine(Path({str(folder)!r}), threads=1).score([Request({asked.prefix}, {asked.items})])[0]
 assert not {{"torch", "transformers", "onnx"}} & set(sys.modules), sorted(sys.modules)
 print(json.dumps(found.tolist()))
@@ -207,41 +204,6 @@ def test_what_cannot_be_scored_is_refused_by_type(engine: OnnxEngine, tmp_path: 
         export_engine(model, LABELS, tmp_path / "wrapped")
 
 
-def facts(**changes: object) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
-        path = folder / "engine.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-    return spoil
-
-
-SPOILED: dict[str, Callable[[Path], object]] = {
-    "no facts": lambda folder: (folder / "engine.json").unlink(),
-    "half the facts": lambda folder: (folder / "engine.json").write_text((folder / "engine.json").read_text()[:200]),
-    "facts that are a list": lambda folder: (folder / "engine.json").write_text("[1]"),
-    "facts that are bytes": lambda folder: (folder / "engine.json").write_bytes(b"\xff\xfe\x00"),
-    "another format": facts(format=99),
-    "layers that are words": facts(layers="two"),
-    "files that are a number": facts(files=3),
-    "labels that are words": facts(labels=["yes"]),
-    "no weights": lambda folder: (folder / "weights.bin").unlink(),
-    "half the weights": lambda folder: os.truncate(folder / "weights.bin", 5000),
-    "one byte more": lambda folder: os.truncate(folder / "weights.bin", (folder / "weights.bin").stat().st_size + 1),
-    "a graph of noise": lambda folder: (folder / "items.onnx").write_bytes(bytes(range(256))),
-    "the other graph": lambda folder: (folder / "items.onnx").write_bytes((folder / "prefix.onnx").read_bytes()),
-}
-
-
-@pytest.mark.parametrize("what", list(SPOILED))
-def test_a_spoiled_folder_is_refused(what: str, folder: Path, tmp_path: Path) -> None:
-    for path in folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    OnnxEngine(tmp_path, threads=1)
-    SPOILED[what](tmp_path)
-    with pytest.raises(EngineFolderError, match="export it again"):
-        OnnxEngine(tmp_path, threads=1)
-
-
 def test_only_the_body_is_int8(tmp_path: Path) -> None:
     export_engine(made("qwen3"), LABELS, tmp_path, quantize=True)
     graph = onnx.load(tmp_path / "items.onnx", load_external_data=False).graph
@@ -252,44 +214,6 @@ def test_only_the_body_is_int8(tmp_path: Path) -> None:
     assert all(weights[name] == onnx.TensorProto.INT8 for name in named)
     assert products[-1] == ("MatMul", "head")
     assert all(weights[name] == onnx.TensorProto.FLOAT for name in ("head", "norm", "embedding", "0.before", "0.q_gain"))
-
-
-def test_int8_is_refused_until_the_gate_has_passed(tmp_path: Path) -> None:
-    model = made("qwen3")
-    export_engine(model, LABELS, tmp_path, quantize=True)
-    with pytest.raises(NotAdmitted, match="has not passed"):
-        OnnxEngine(tmp_path)
-    original, candidate = Engine(model, LABELS), OnnxEngine(tmp_path, threads=1, on_trial=True)
-    asked = [request(12, [4] * 30, seed) for seed in range(4)]
-    with pytest.raises(NotAdmitted, match="Kendall"):
-        quality_gate(original, candidate, asked, max_kendall_drop=0.001)
-    with pytest.raises(NotAdmitted, match="has not passed"):
-        OnnxEngine(tmp_path)
-    report = quality_gate(
-        original, candidate, asked, pairs=[(0, 1), (0, 2)], max_kendall_drop=0.15, min_overlap=0.8, max_apart=0.3
-    )
-    assert report.passed and 0.85 < report.kendall < 1 and 0.8 <= report.overlap <= 1 and 0 < report.apart < 0.3
-    opened = OnnxEngine(tmp_path, threads=1)
-    assert opened.facts.gate is not None and opened.facts.gate["kendall"] == report.kendall
-    np.testing.assert_array_equal(opened.score(asked[:1])[0], candidate.score(asked[:1])[0])
-    with pytest.raises(NotAdmitted, match="Kendall"):
-        quality_gate(Engine(made("qwen3", 1), LABELS), candidate, asked, max_kendall_drop=0.15, min_overlap=0.8, max_apart=0.3)
-    with pytest.raises(NotAdmitted, match="has not passed"):
-        OnnxEngine(tmp_path)
-
-
-def test_the_gate_knows_when_there_is_nothing_to_compare(engine: OnnxEngine, folder: Path) -> None:
-    original = Engine(made("llama tied"), LABELS)
-    with pytest.raises(NotAdmitted, match="two items"):
-        quality_gate(original, engine, [request(3, [2]), request(3, [])])
-    with pytest.raises(LabelError, match="the candidate"):
-        quality_gate(Engine(made("llama tied"), (5, 9)), engine, [request(3, [2, 2])])
-    with pytest.raises(LabelError, match="columns"):
-        quality_gate(original, engine, [request(3, [2, 2])], pairs=[(0, 3)])
-    before = (folder / "engine.json").read_bytes()
-    report = quality_gate(original, engine, [request(5, [3] * 20)])
-    assert report.kendall == report.overlap == 1 and report.apart < 1e-5
-    (folder / "engine.json").write_bytes(before)
 
 
 def test_no_pass_holds_more_rows_than_the_budget() -> None:

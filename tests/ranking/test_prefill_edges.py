@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from ranking.prefill import joint
 from ranking.prefill.engine import Engine
 from ranking.prefill.errors import BadLimits, EmptyPrefix, LabelError, PrefixTooLong, UnknownToken, UnknownVector
 from ranking.prefill.load import ready
@@ -114,15 +113,6 @@ def test_odd_ids_and_widths_are_errors_of_their_own(toy: Any) -> None:
         engine.score([Request([1], [[2**63]])])
     with pytest.raises(LabelError):
         Engine(toy.model(), np.array([], np.int64))  # type: ignore[arg-type]
-
-
-def test_one_long_item_passes_in_blocks(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, asked = toy.model(), toy.request(90, [120, 3, 120])
-    monkeypatch.setattr(joint, "SCORES", 3_000)
-    monkeypatch.setattr(joint, "LONG", 12_000)
-    engine = Engine(model, LABELS)
-    close(engine.score([asked])[0], toy.alone(model, asked))
-    assert engine._lean.attention._space.bytes < 8 * 256 * 1024
 
 
 def test_a_pass_holds_a_bounded_number_of_prefixes() -> None:
