@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from index.errors import BrewlineError
 from retrieval.encoder import Encoder, Vectors, encode
@@ -22,12 +21,12 @@ class ExportError(BrewlineError):
 
 
 class _Query(nn.Module):
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.pooling = encoder.model, encoder.pooling
 
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        return encode(self.model, ids, lengths)
+        return encode(self.model, ids, lengths, self.pooling)
 
 
 def export_query(encoder: Encoder, path: Path) -> None:
@@ -44,7 +43,7 @@ def export_query(encoder: Encoder, path: Path) -> None:
     free = torch.export.Dim.DYNAMIC
     dynamic = ({0: free, 1: free}, {0: free})
     program = torch.onnx.export(
-        _Query(encoder.model).eval(),
+        _Query(encoder).eval(),
         example,
         dynamo=True,
         dynamic_shapes=dynamic,

@@ -17,8 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("index", "retrieval", "ranking")
-MAX_FILE, MAX_FUNCTION, MAX_MEDIAN, MAX_ROOMS = 300, 60, 16, 15_000
-# Code lines of the rooms: 12,000 in the design, raised for seven importers, an ONNX twin and contenders to measure against.
+MAX_FILE, MAX_FUNCTION, MAX_MEDIAN, MAX_ROOMS = 300, 60, 16, 17_000
+# Code lines: 12,000 in the design, raised for importers, an ONNX twin, contenders, strong baselines and the factors of a table.
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager"}
 TORCH_FREE = (
     "index.",

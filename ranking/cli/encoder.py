@@ -123,12 +123,10 @@ def export(
     """
     from ranking.cli.output import emit
     from ranking.cli.train_report import facts_table
-    from retrieval.encoder import Encoder, EncoderError
+    from retrieval.encoder import Encoder
     from retrieval.export import export_query, parity
 
     found = Encoder.load(encoder)
-    if found.pooling != "mean":
-        raise EncoderError(f"{encoder} pools {found.pooling}; only mean pooling can be exported yet. Train with --pooling mean")
     export_query(found, out)
     facts = {"file": str(out), "bytes": out.stat().st_size, "fingerprint": found.fingerprint, "max_abs_diff": parity(found, out)}
     emit(facts, as_json=as_json, table=lambda: facts_table(facts))

@@ -155,9 +155,11 @@ def test_a_folder_that_is_no_checkpoint_is_one_clear_error(tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # torch's exporter warns about itself
-def test_the_onnx_query_side_gives_the_same_vectors(encoder: Encoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_the_onnx_query_side_gives_the_same_vectors(encoder: Encoder, tmp_path: Path, pooling: str) -> None:
     from retrieval.export import ExportError, OnnxQuery, export_query, parity
 
+    encoder = Encoder(encoder.model, encoder.writer, encoder.fingerprint, {"pooling": pooling})
     export_query(encoder, tmp_path / "query.onnx")
     assert parity(encoder, tmp_path / "query.onnx") < 1e-5
     other = Encoder(encoder.model, encoder.writer, "another", {})
