@@ -25,7 +25,7 @@ VALIDATION_SHARE = 0.3
 """Share of all steps that goes to the validation run and its trials; the refit gets the rest."""
 TRIAL_SHARE = 0.2
 """Share of the validation steps that goes to the trials together: a quarter of what is left to the run itself."""
-TRIAL_LEAST = 20
+TRIAL_LEAST = 100
 """Steps below which a trial would tell nothing about a rate: then the default is taken untried."""
 RATES = (0.5, 1.0, 2.0)
 """Learning rates that are tried, as multiples of the default."""
@@ -36,7 +36,7 @@ LOOKS = (0.6, 1.0)
 """Shares of the validation run at which it is judged."""
 WORTH = 0.002
 """AUC by which an earlier look must be better to shorten the refit: less is noise."""
-RATE_WORTH = 0.01
+RATE_WORTH = 0.02
 """AUC by which another learning rate must beat the default: on TRIAL_CANDIDATES less is noise."""
 JUDGED = (len(LOOKS) * VALIDATION_CANDIDATES + len(RATES) * TRIAL_CANDIDATES) / 3
 """Candidates to train on that cost as much as all judging: a pass without gradient takes about a third of a step."""
