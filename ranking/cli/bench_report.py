@@ -77,22 +77,25 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """A picture of items per second against N, one field for each P and L, ours and the plain ways. Raises PictureError."""
     check_drawing()
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     measured = [row for row in rows if "skipped" not in row]
-    prefixes, lengths = (sorted({row[name] for row in measured}) or [0] for name in ("prefix", "length"))
+    prefixes, lengths, counts = (sorted({row[name] for row in measured}) or [0] for name in ("prefix", "length", "items"))
+    known: dict[str, Line2D] = {}
     figure = Figure(figsize=(4 * len(lengths), 3 * len(prefixes)), layout="constrained")
     fields = figure.subplots(len(prefixes), len(lengths), squeeze=False)
     for (down, prefix), (across, length) in itertools.product(enumerate(prefixes), enumerate(lengths)):
         field = fields[down][across]
         there = [row for row in measured if (row["prefix"], row["length"]) == (prefix, length)]
         there.sort(key=lambda row: row["items"])
-        for name in ("ours", "ours, warm", *WAYS, "packed_dense"):
+        field.set(title=f"P={prefix} L={length}", xlabel="items N", ylabel="items/s", xscale="log", yscale="log")
+        for number, name in enumerate(("ours", "ours, warm", *WAYS, "packed_dense")):
             points = [(row["items"], speed) for row in there if (speed := _speed(row, name))]
             if points:
-                field.loglog(*zip(*points), marker="o", label=name)
-        field.set(title=f"P={prefix} L={length}", xlabel="items N", ylabel="items/s")
-        if there:
-            field.legend(fontsize="small")
+                (known[name],) = field.plot(*zip(*points), marker="o", color=f"C{number}")
+        field.set_xticks(counts, [f"{count:,}" for count in counts])
+        field.set_xticks([], minor=True)
+    figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=len(known))
     figure.savefig(path, dpi=120)
 
 
