@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from ranking.learn.start import Origins, RankerPlan, start
 from ranking.prefill.engine import Engine
 from retrieval.data.schema import Dataset
 from retrieval.learn.checkpoint import TrainingError
-from retrieval.learn.choose import choose_rate
+from retrieval.learn.choose import Progress, Trials, try_rates
 from retrieval.learn.loop import SPEED_STEPS, seconds_per_step
 
 VALIDATION_SHARE = 0.3
@@ -46,8 +46,6 @@ WITHOUT_ENCODER_NOTE = (
     "the encoder knows the validation window and holds no twin that does not: the validation run did without it"
 )
 
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total)."""
 Judged = dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]]
 """Task -> raw scores [n] and answers [n] of the validation window."""
 
@@ -68,11 +66,15 @@ def decide(dataset: Dataset, plan: RankerPlan, origins: Origins, report: Progres
     if not pools:
         return {**decision, "notes": [UNCALIBRATED_NOTE]}
     writer = GroupWriter(dataset, first.writer.prompts, first.writer.tasks, dataset.meta.cut_test)
-    each, rate, tried = int(total * TRIAL_SHARE / len(RATES)), plan.rate, dict[float, float]()
-    if plan.learning_rate is None and plan.base is None and each >= TRIAL_LEAST:
-        rate, tried = _try_rates(first, writer, pools, each, report)
+    main = next(iter(pools))
+    rate, tried, spent = plan.rate, dict[float, float](), 0
+    if plan.learning_rate is None and plan.base is None:
+        how, asked = Trials(RATES, TRIAL_SHARE, TRIAL_LEAST, RATE_WORTH), {main: pools[main]}
+        rate, tried, spent = try_rates(
+            first, total, rate, how, lambda one: auc(*judge(one, writer, asked, TRIAL_CANDIDATES)[main]), report
+        )
     looks = LOOKS if plan.steps is None else LOOKS[-1:]
-    trainer = first.again(total - each * len(tried), rate) if tried else first
+    trainer = first.again(total - spent, rate) if spent else first
     found = _run(trainer, writer, pools, looks, report)
     trials = {f"{one:g}": round(reached, 5) for one, reached in tried.items()}
     notes = [WITHOUT_ENCODER_NOTE] if origins.refit and not origins.validation else []
@@ -96,21 +98,6 @@ def _run(
         "validation": {name: _measures(*judged, calibrators[name]) for name, judged in found[best].items()},
         "notes": [UNCALIBRATED_NOTE] if calibrators[main].method == "identity" else [],
     }
-
-
-def _try_rates(
-    first: Trainer, writer: GroupWriter, pools: Mapping[str, Pool], steps: int, report: Progress
-) -> tuple[float, dict[float, float]]:
-    """The chosen learning rate and the AUC of the main task that each reached in a short run with the whole schedule."""
-    default, (main, pool) = first.settings.learning_rate, next(iter(pools.items()))
-    tried = [default * multiple for multiple in RATES]
-
-    def reached(rate: float) -> float:
-        trainer = first.again(steps, rate)
-        trainer.run(steps, lambda done, total: report(f"try rate {rate:g}", done, total))
-        return auc(*judge(trainer, writer, {main: pool}, TRIAL_CANDIDATES)[main])
-
-    return choose_rate(tried, reached, RATE_WORTH, default)
 
 
 def judge(trainer: Trainer, writer: GroupWriter, pools: Mapping[str, Pool], candidates: int = VALIDATION_CANDIDATES) -> Judged:

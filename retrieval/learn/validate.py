@@ -7,7 +7,7 @@ steps that fit into some minutes follows from data, plan and seed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,7 @@ from retrieval.data.schema import DAY, Dataset
 from retrieval.encoder import Encoder, Pooling
 from retrieval.evidence.protocol import EvidenceError, Queries, last_after_cut, member_views
 from retrieval.learn.checkpoint import TrainingError
-from retrieval.learn.choose import choose_rate
+from retrieval.learn.choose import Progress, Trials, try_rates
 from retrieval.learn.loop import SPEED_STEPS, seconds_per_step
 from retrieval.learn.ranks import Ranks
 from retrieval.learn.start import EncoderPlan, start
@@ -45,8 +45,6 @@ TRIAL_LEAST = 20
 LEAST_STEPS = 10
 
 Ints = npt.NDArray[np.int64]
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total)."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,10 @@ def decide(
     affordable = plan.steps or _affordable(dataset, plan, first, exam, prepared + time.monotonic() - began)
     steps = int(first.ranks.agreed(affordable))
     total = max(1, round(steps * VALIDATION_SHARE / (1 - VALIDATION_SHARE)))
-    rate, trials, spent = _choose_rate(plan, first, exam, total, report)
+    rate, trials, spent = plan.rate, dict[float, float](), 0
+    if plan.learning_rate is None and plan.base is None:
+        how = Trials(RATES, TRIAL_SHARE, TRIAL_LEAST, WORTH)
+        rate, trials, spent = try_rates(first, total, rate, how, lambda one: exam.recall(one.model, last_day=True), report)
     trainer = first.again(total - spent, rate)
     found: dict[int, float] = {}
     for look in LOOKS if plan.steps is None else LOOKS[-1:]:
@@ -87,23 +88,6 @@ def decide(
     if found[best] > found[trainer.steps] + WORTH:
         steps = max(1, round(best * steps / trainer.steps))
     return Decision(steps, rate, trials, found), trainer
-
-
-def _choose_rate(
-    plan: EncoderPlan, first: Trainer, exam: Exam, total: int, report: Progress
-) -> tuple[float, dict[float, float], int]:
-    """The learning rate, what each tried one reached after a short whole schedule, and the steps that this took."""
-    each = int(total * TRIAL_SHARE / len(RATES))
-    if plan.learning_rate is not None or plan.base is not None or each < TRIAL_LEAST:
-        return plan.rate, {}, 0
-
-    def judged(rate: float) -> float:
-        trainer = first.again(each, rate)
-        trainer.run(each, lambda done, of: report(f"try rate {rate:g}", done, of))
-        return exam.recall(trainer.model, last_day=True)
-
-    rate, trials = choose_rate([share * plan.rate for share in RATES], judged, WORTH, plan.rate)
-    return rate, trials, each * len(RATES)
 
 
 class Exam:
