@@ -91,14 +91,18 @@ def cpu_flash(q: Tensor, k: Tensor, v: Tensor, cu_q: Bounds, cu_k: Bounds, causa
     return torch.cat(outs), torch.cat(sums)
 
 
-def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return attention over the union of two disjoint key sets, from the answers over each: (out [T,H,D], lse [T,H]).
+def blend(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
+    """Return attention [T,H,D] over the union of two disjoint key sets, from the answers over each.
 
-    Computed in float32, `out` comes back in the dtype of `out_b`.
+    Computed in float32, it comes back in the dtype of `out_b`.
     """
     weight = torch.sigmoid(lse_a.float() - lse_b.float())[..., None]
-    out = torch.lerp(out_b.float(), out_a.float(), weight)
-    return out.to(out_b.dtype), torch.logaddexp(lse_a.float(), lse_b.float())
+    return torch.lerp(out_b.float(), out_a.float(), weight).to(out_b.dtype)
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `blend` and the log-sum-exp [T,H] over the union: what a backward pass or a further merge needs."""
+    return blend(out_a, lse_a, out_b, lse_b), torch.logaddexp(lse_a.float(), lse_b.float())
 
 
 @dataclass(frozen=True, slots=True)

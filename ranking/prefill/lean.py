@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ranking.prefill.attend import Attend, Bounds, merge
+from ranking.prefill.attend import Attend, Bounds, blend
 from ranking.prefill.cache import Keys
 from ranking.prefill.plan import Chunk
 from ranking.prefill.weights import Block, Linear, Weights, into
@@ -78,7 +78,7 @@ class Cascade:
         found, sums = self._attend(q[:rows], keys[start : start + rows], values[start : start + rows], own, own, True)
         if start:
             seen = self._attend(q[:rows], keys[:start], values[:start], own, np.array([0, start], np.int32), False)
-            found, _ = merge(*seen, found, sums)
+            found = blend(*seen, found, sums)
         out[:rows] = found
 
     def items(
@@ -99,7 +99,7 @@ class Cascade:
             cross_q = np.array([0, *(part[-1] for part in queries)], np.int32)
             cross_k = np.cumsum([0, *(len(pair[0]) for pair in prefixes)], dtype=np.int32)
             all_k, all_v = prefixes[0] if len(prefixes) == 1 else map(torch.cat, zip(*prefixes))
-            out.copy_(merge(*self._attend(q, all_k, all_v, cross_q, cross_k, False), own, sums)[0])
+            out.copy_(blend(*self._attend(q, all_k, all_v, cross_q, cross_k, False), own, sums))
             return
         # On a CPU the merge is done while a block is in the cache; over all rows at once it costs as much as the products.
         for (prefix_k, prefix_v), part in zip(prefixes, queries):
@@ -107,7 +107,7 @@ class Cascade:
                 some = slice(first, min(first + ROWS, int(part[-1])))
                 rows, seen = np.array([0, some.stop - first], np.int32), np.array([0, len(prefix_k)], np.int32)
                 found = self._attend(q[some], prefix_k, prefix_v, rows, seen, False)
-                out[some] = merge(*found, own[some], sums[some])[0]
+                out[some] = blend(*found, own[some], sums[some])
 
 
 class Lean:

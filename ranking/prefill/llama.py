@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from ranking.prefill.attend import Attend, Bounds, merge
+from ranking.prefill.attend import Attend, Bounds, blend
 from ranking.prefill.plan import Chunk
 from ranking.prefill.weights import check_family, head_dims
 
@@ -58,7 +58,7 @@ def cascade(attend: Attend) -> Mixer:
         own, own_lse = attend(q, own_k, own_v, layout.queries, layout.keys, layout.causal)
         row = layout.first_cross
         seen, seen_lse = attend(q[row:], prefix_k, prefix_v, layout.cross_queries, layout.cross_keys, False)
-        merged, _ = merge(seen, seen_lse, own[row:], own_lse[row:])
+        merged = blend(seen, seen_lse, own[row:], own_lse[row:])
         return torch.cat((own[:row], merged)) if row else merged
 
     return mix
