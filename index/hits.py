@@ -27,6 +27,10 @@ class ExclusionError(SearchError):
     """The rows to leave out do not fit the index. No answer is given, for it would be an unfiltered one."""
 
 
+class FilterIgnored(SearchError):
+    """An index returned a row that it was told to leave out. The answer is withheld."""
+
+
 @dataclass(frozen=True, slots=True)
 class Hits:
     """The best rows of Q queries, best first: rows int64 [Q, K], scores float32 [Q, K], counts int32 [Q].
@@ -84,18 +88,18 @@ def check_exclusions(exclude: Sequence[Rows] | None, queries: int, count: int) -
         return [np.zeros(0, np.int64)] * queries
     if len(exclude) != queries:
         raise ExclusionError(f"{len(exclude)} exclusion lists for {queries} queries: expected one each (it may be empty)")
-    return [_distinct(np.asarray(rows), query, count) for query, rows in enumerate(exclude)]
+    return [check_rows(np.asarray(rows), f"exclusions of query {query}", count) for query, rows in enumerate(exclude)]
 
 
-def _distinct(rows: npt.NDArray[Any], query: int, count: int) -> Rows:
+def check_rows(rows: npt.NDArray[Any], what: str, count: int) -> Rows:
+    """The distinct rows are returned, int64, rising, without -1. Raises ExclusionError, which names `what` they are."""
     if rows.size == 0:
         return np.zeros(0, np.int64)
     if rows.ndim != 1 or rows.dtype.kind not in "iu":
-        raise ExclusionError(f"exclusions of query {query} are {rows.dtype}{list(rows.shape)}, expected integers [n]")
+        raise ExclusionError(f"{what} are {rows.dtype}{list(rows.shape)}, expected integers [n]")
     if rows.min() < -1 or rows.max() >= count:
         raise ExclusionError(
-            f"exclusions of query {query} span rows {rows.min()}..{rows.max()}, the index has rows 0..{count - 1}: "
-            "they were made for another snapshot"
+            f"{what} span rows {rows.min()}..{rows.max()}, the index has rows 0..{count - 1}: they were made for another snapshot"
         )
     distinct: Rows = np.unique(rows.astype(np.int64))
     return distinct[distinct >= 0]

@@ -3,6 +3,7 @@
     STORE/CURRENT   the name of the served snapshot; the only truth
     STORE/HISTORY   the names served before it, oldest first; the last one is where `rollback` goes
     STORE/LOCK      held while either changes
+    STORE/NIGHT     held by a night from beginning to end
 
 A crash between the two files leaves the current name at the end of HISTORY; every reader drops it there.
 """
@@ -20,7 +21,7 @@ from index.manifest import NAME_PATTERN, SnapshotError, SnapshotNotFound
 from index.snapshot import RUN_FILE, Snapshot, read_manifest, snapshots_dir
 from index.writer import PARTIAL_PREFIX
 
-CURRENT_FILE, HISTORY_FILE = "CURRENT", "HISTORY"
+CURRENT_FILE, HISTORY_FILE, NIGHT_LOCK = "CURRENT", "HISTORY", "NIGHT"
 _TRASH_PREFIX = ".trash-"
 
 
@@ -97,38 +98,52 @@ def list_snapshots(store_dir: Path) -> list[SnapshotInfo]:
     return sorted(infos, key=lambda info: (info.written_at, info.name))
 
 
-def collect_garbage(store_dir: Path, keep: int) -> list[str]:
+def collect_garbage(store_dir: Path, keep: int, *, own_night: bool = False) -> list[str]:
     """All but the `keep` newest snapshots, the served one and its rollback target are gone; the gone names are returned.
 
     Also gone is what crashed writers left behind. Damaged snapshots stay: they are for a person to look at. A server that
-    still maps a removed snapshot keeps its pages until it lets go. Raises PublishError for keep < 0.
+    still maps a removed snapshot keeps its pages until it lets go. While a night works on the store, every snapshot that was
+    never served stays, whatever `keep`: one of them may be the night's, written and about to be published (`own_night`: the
+    caller is that night, and has published). Raises PublishError for keep < 0.
     """
     if keep < 0:
         raise PublishError(f"keep is {keep}, expected 0 or more snapshots to keep")
     with exclusive(store_dir):
         whole = [info for info in list_snapshots(store_dir) if not info.problem]
+        past = _history(store_dir, _read_current(store_dir))
         spare = whole[: max(0, len(whole) - keep)]
+        if not own_night and _night_works(store_dir):
+            spare = [info for info in spare if info.name in past]
         gone = [info.name for info in spare if not (info.current or info.rollback)]
         folder = snapshots_dir(store_dir)
+        _sweep(folder)  # first, too: a collector that crashed may have left a folder where one of these is to go
         for name in gone:
             # Renamed first: a crash halfway through the deletion must not leave a torn snapshot under a good name.
             (folder / name).rename(folder / f"{_TRASH_PREFIX}{name}")
-        for path in folder.glob(".*"):
-            _remove_leftover(path)
-        past = _history(store_dir, _read_current(store_dir))
+        _sweep(folder)
         if set(past) & set(gone):
             _write_names(store_dir / HISTORY_FILE, [name for name in past if name not in gone])
         return gone
 
 
-def _remove_leftover(path: Path) -> None:
-    if path.name.startswith(_TRASH_PREFIX):
-        shutil.rmtree(path)
-    elif path.name.startswith(PARTIAL_PREFIX):
-        lock = try_lock(path)
-        if lock is not None:
+def _night_works(store_dir: Path) -> bool:
+    lock = store_dir / NIGHT_LOCK
+    held = try_lock(lock) if lock.exists() else -1
+    if held is not None and held >= 0:
+        os.close(held)
+    return held is None
+
+
+def _sweep(folder: Path) -> None:
+    """What crashed writers and collectors left behind is gone."""
+    for path in folder.glob(".*"):
+        if path.name.startswith(_TRASH_PREFIX):
             shutil.rmtree(path)
-            os.close(lock)
+        elif path.name.startswith(PARTIAL_PREFIX):
+            lock = try_lock(path)
+            if lock is not None:
+                shutil.rmtree(path)
+                os.close(lock)
 
 
 def _finished(store_dir: Path) -> list[Path]:

@@ -10,16 +10,21 @@ import typer
 from rich.table import Table
 
 from index.errors import BrewlineError
-from ranking.cli.output import emit
+from ranking.cli.output import emit, words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rich.text import Text
+
     from index.check import GateResult
+    from index.diff import Difference
     from index.publish import SnapshotInfo
     from index.snapshot import Snapshot
 
-app = typer.Typer(no_args_is_help=True, help="Look after the snapshots of a store: list, show, verify, roll back, clean up.")
+app = typer.Typer(
+    no_args_is_help=True, help="Look after the snapshots of a store: list, show, compare, verify, roll back, sweep."
+)
 
 Store = Annotated[Path, typer.Option("--store", help="The snapshot store.", metavar="DIR")]
 Name = Annotated[str, typer.Argument(help="A snapshot's name; the served one if none is given.", metavar="[SNAPSHOT]")]
@@ -58,21 +63,42 @@ def show(store: Store, name: Name = "", as_json: AsJson = False) -> None:
 
 
 @app.command()
+def diff(
+    store: Store,
+    before: Annotated[str, typer.Argument(help="The older; where a rollback goes if none is given.", metavar="[OLD]")] = "",
+    after: Annotated[str, typer.Argument(help="The newer; the served one if none is given.", metavar="[NEW]")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Compare two snapshots: which ids came and went, how many vectors moved and how far.
+
+    brewline index diff --store store/
+    """
+    from index.diff import compare
+
+    found = compare(_open(store, before or _way_back(store)), _open(store, after))
+    emit(asdict(found), as_json=as_json, table=lambda: _diff_table(found))
+
+
+@app.command()
 def verify(store: Store, name: Name = "", as_json: AsJson = False) -> None:
-    """Run every gate on a snapshot again: checksums, norms, ids, self-retrieval, recall. Exit status 2 if one fails.
+    """Run every gate again: checksums, norms, ids, self-retrieval, recall, and the log of changes since. Status 2 if one fails.
 
     brewline index verify --store store/
     """
-    from index.check import require_gates, run_gates
+    from index.check import GateResult, require_gates, run_gates
+    from index.manifest import SnapshotTorn
     from index.snapshot import Snapshot, snapshots_dir
 
     path = snapshots_dir(_existing(store)) / name if name else _served(store)
-    snapshot = Snapshot.open(path, verify=False)
-    results = run_gates(snapshot, None)
+    try:
+        snapshot = Snapshot.open(path, verify=False)
+        results = [*run_gates(snapshot, None), _live_log(store, snapshot)]
+    except SnapshotTorn as error:
+        results = [GateResult("checksums", False, str(error), "a snapshot that can be opened")]
     emit(
-        {"name": snapshot.name, "passed": all(one.passed for one in results), "gates": [asdict(one) for one in results]},
+        {"name": path.name, "passed": all(one.passed for one in results), "gates": [asdict(one) for one in results]},
         as_json=as_json,
-        table=lambda: _gates_table(snapshot.name, results),
+        table=lambda: _gates_table(path.name, results),
     )
     require_gates(results)
 
@@ -128,6 +154,31 @@ def _open(store: Path, name: str) -> Snapshot:
     return Snapshot.open(snapshots_dir(_existing(store)) / name if name else _served(store), verify=False)
 
 
+def _live_log(store: Path, snapshot: Snapshot) -> GateResult:
+    """Whether every change since the snapshot can be read."""
+    from index.changes import fold
+    from index.check import GateResult
+    from index.live import LIVE_DIR, folded_position
+    from index.wal import LogError
+
+    expected = "every change since the snapshot as it was written"
+    try:
+        folded = fold(store / LIVE_DIR, folded_position(snapshot.manifest, snapshot.name))
+    except LogError as error:
+        return GateResult("live log", False, str(error), expected)
+    seen = f"{len(folded.upserts)} items put in and {len(folded.withdrawn)} withdrawn, up to change {folded.position}"
+    return GateResult("live log", True, seen, expected)
+
+
+def _way_back(store: Path) -> str:
+    from index.publish import list_snapshots
+
+    names = [info.name for info in list_snapshots(_existing(store)) if info.rollback]
+    if not names:
+        raise NoSuchStore(f"--store {store}: no snapshot was served before this one; name the two to compare")
+    return names[0]
+
+
 def _list_table(found: Sequence[SnapshotInfo]) -> Table:
     from retrieval.moments import moment_words
 
@@ -156,6 +207,20 @@ def _show_table(snapshot: Snapshot) -> Table:
     table.add_row("parts", ", ".join(snapshot.parts) or "none")
     table.add_row("parent", facts.parent or "none")
     table.add_row("files", f"{len(facts.files)}, {sum(fact.bytes for fact in facts.files.values()) / 2**20:,.1f} MiB")
+    return table
+
+
+def _diff_table(found: Difference) -> Table:
+    def some(count: int, ids: Sequence[str]) -> Text:
+        return words(f"{count:,}" + (f": {', '.join(ids)}{', ...' if count > len(ids) else ''}" if ids else ""))
+
+    table = Table("", "", title=f"From {found.before} to {found.after}", title_justify="left", show_header=False)
+    table.add_row("came", some(found.added, found.added_ids))
+    table.add_row("went", some(found.removed, found.removed_ids))
+    told = "not compared: another encoder" if found.moved is None else f"{found.moved:,}, the farthest by {found.largest:.3g}"
+    table.add_row("stayed", f"{found.kept:,}")
+    table.add_row("of them moved", told)
+    table.add_row("parts that changed", ", ".join(found.parts) or "none")
     return table
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import faiss
@@ -54,10 +54,13 @@ def make_snapshot(store: Path) -> MakeSnapshot:
         recipe: str = "Flat",
         indexed: npt.NDArray[np.float32] | None = None,
         where: Path | None = None,
+        extra: Mapping[str, str] | None = None,
     ) -> Snapshot:
         chosen = unit_vectors(count, 8, seed) if vectors is None else vectors
         built = build(chosen if indexed is None else indexed, recipe=Recipe.parse(recipe), seed=seed, k=10, samples=8)
-        with SnapshotWriter(where or store, fingerprint=fingerprint, as_of=as_of, extra={"ranker": "r1"}) as writer:
+        with SnapshotWriter(
+            where or store, fingerprint=fingerprint, as_of=as_of, extra={"ranker": "r1", **(extra or {})}
+        ) as writer:
             writer.vectors(chosen)
             writer.ids([f"item-{row}" for row in range(len(chosen))] if ids is None else ids)
             writer.index(built.index, recipe=recipe, facts=built.facts, recall=built.recall)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,30 @@ def test_the_collector_spares_the_served_and_the_way_back(store: Path, three: li
     assert collect_garbage(store, keep=0) == [a, d]
     with pytest.raises(PublishError):
         collect_garbage(store, keep=-1)
+
+
+def test_a_collector_that_crashed_does_not_stop_the_next(store: Path, make_snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = make_snapshot().name
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(shutil, "rmtree", lambda *_: (_ for _ in ()).throw(Crash))
+        collect_garbage(store, keep=0)
+    assert make_snapshot().name == name, "the same inputs make the same name again"
+    assert collect_garbage(store, keep=0) == [name]
+    assert not list((store / "snapshots").iterdir())
+
+
+def test_a_night_at_work_keeps_what_it_is_about_to_publish(store: Path, three: list[str]) -> None:
+    """Written, gated, not yet published: while members are loaded nothing but the night's lock speaks for it."""
+    a, b, c = three
+    publish(store, a)
+    (store / "NIGHT").touch()
+    with closing(os.fdopen(os.open(store / "NIGHT", os.O_RDONLY))) as night:
+        fcntl.flock(night, fcntl.LOCK_EX)
+        assert collect_garbage(store, keep=0) == []
+        assert publish(store, c).name == served(store) == c
+        assert collect_garbage(store, keep=0, own_night=True) == [b]
+    assert collect_garbage(store, keep=0) == [] and rollback(store) == a
+    assert collect_garbage(store, keep=0) == [c], "the night is over, and nothing leads to it"
 
 
 def test_a_mapped_snapshot_survives_its_removal(store: Path, make_snapshot, unit) -> None:
