@@ -13,6 +13,7 @@ from index.hits import Hits, Rows, SearchError, Vectors, check_exclusions, check
 
 _BLOCK_SCORES = 1 << 24
 """Scores held at a time: 64 MiB of float32."""
+_SCORED_ROWS = 1 << 16
 
 
 def exact_search(
@@ -59,6 +60,51 @@ def _merge(hits: Hits, query: int, scores: Vectors, start: int) -> None:
     if entering.size:
         rows = np.concatenate([hits.rows[query, :kept], entering + start])
         hits.put(query, rows, np.concatenate([hits.scores[query, :kept], scores[entering]]))
+
+
+def dot(vectors: Vectors, query: Vectors) -> Vectors:
+    """The scores float32 [N] of a query [D] are returned, each summed in one order that depends on D alone.
+
+    Equal vectors have equal scores wherever they stand, which matrix products do not promise. Raises SearchError as above.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        scores: Vectors = np.einsum("nd,d->n", np.asarray(vectors, dtype=np.float32), query)
+    if not np.isfinite(scores).all():
+        raise SearchError("a vector gives a score that is NaN or infinite: the vectors are damaged, build them again")
+    return scores
+
+
+def best(hits: Hits, query: int, rows: Rows, scores: Vectors) -> None:
+    """The best of these candidates become the hits of one query, as `Hits.put` does it, at a tenth of its time.
+
+    Rows are below 2**32: score and row are one number, the score's bits made to fall where the score rises.
+    """
+    bits = (scores + np.float32(0)).view(np.uint32)
+    falling = np.where(bits >> 31 == 1, bits, ~bits & np.uint32(0x7FFFFFFF))
+    order = np.argsort(falling.astype(np.uint64) << np.uint64(32) | rows.astype(np.uint64))[: hits.rows.shape[1]]
+    hits.rows[query], hits.scores[query] = -1, -np.inf
+    hits.rows[query, : len(order)] = rows[order]
+    hits.scores[query, : len(order)] = scores[order]
+    hits.counts[query] = len(order)
+
+
+def exhaustive(vectors: Vectors, query: Vectors, left_out: Rows, hits: Hits, place: int) -> None:
+    """The hits of one query [D] stand at `place`: every vector is scored by `dot`, the rows left out (sorted) are dropped."""
+    k = hits.rows.shape[1]
+    rows, scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    for start in range(0, len(vectors), _SCORED_ROWS):
+        here = dot(vectors[start : start + _SCORED_ROWS], query)
+        first, last = np.searchsorted(left_out, (start, start + len(here)))
+        here_rows = np.delete(np.arange(start, start + len(here)), left_out[first:last] - start)
+        rows, scores = np.concatenate([rows, here_rows]), np.concatenate([scores, here[here_rows - start]])
+        if rows.size > k:
+            # Rows rise, so of those that share the last score the first are kept by a stable cut.
+            bar = np.partition(scores, rows.size - k)[rows.size - k]
+            kept = np.flatnonzero(scores > bar)
+            ties = np.flatnonzero(scores == bar)[: k - kept.size]
+            kept = np.sort(np.concatenate([kept, ties]))
+            rows, scores = rows[kept], scores[kept]
+    best(hits, place, rows, scores)
 
 
 def overlap(vectors: Vectors, queries: Vectors, found: Hits, truth: Hits, tolerance: float = 1e-5) -> Vectors:

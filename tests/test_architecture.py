@@ -17,23 +17,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("index", "retrieval", "ranking")
-MAX_FILE, MAX_FUNCTION, MAX_MEDIAN, MAX_ROOMS = 300, 60, 16, 17_000
-# Code lines: 12,000 in the design, raised for importers, an ONNX twin, contenders, strong baselines and the factors of a table.
+MAX_FILE, MAX_FUNCTION, MAX_MEDIAN, MAX_ROOMS = 300, 60, 16, 26_000
+# Code lines: 12,000 in the design, raised for importers, an ONNX twin, contenders, strong baselines, the factors of a table; then
+# for what the design had no lines for: a write-ahead log, certified search, a hybrid stage, a fused head, a compression chain.
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager"}
 TORCH_FREE = (
     "index.",
     "retrieval.data.",
-    "retrieval.counts",
-    "retrieval.features",
-    "retrieval.prompts",
-    "retrieval.tokens",
-    "retrieval.catalog",
-    "retrieval.records",
+    *(
+        f"retrieval.{name}"
+        for name in "counts features prompts tokens catalog records terms parts lexical popular hybrid".split()
+    ),
     "ranking.tasks",
-    "ranking.prefill.plan",
-    "ranking.prefill.request",
-    "ranking.prefill.operations",
-    "ranking.prefill.onnx_engine",
+    *(f"ranking.prefill.{name}" for name in ("plan", "request", "operations", "onnx_engine")),
     "ranking.cli.",
 )
 """Modules that load neither torch nor transformers, faiss or grpc: `--help` is quick and the data tools run anywhere."""

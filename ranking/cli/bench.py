@@ -17,6 +17,7 @@ import typer
 
 from index.errors import BrewlineError
 from ranking.cli.bench_report import Row, check_drawing, draw, grid_table, shape_table
+from ranking.cli.bench_search import search
 
 if TYPE_CHECKING:
     from ranking.prefill.bench import Wishes
@@ -67,9 +68,7 @@ class ItemLengths(StrEnum):
     mixed = "mixed"
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps `prefill` a subcommand while it is the only one."""
+app.command()(search)
 
 
 @app.command()

@@ -1,0 +1,160 @@
+"""Exact top k by a scan of int8 codes, with a proof for every answer that nothing was missed.
+
+1. A sample of the vectors foretells a score that about 1.5 k vectors reach. 2. Whatever can reach it by its int8 product and the
+bound on the rounding (`index.certified_codes`) survives. 3. Survivors are scored in float32. When k of them reach the foretold
+score the answer is proven: all others lie below it. When not, the score found is the next bar, or everything is scored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from index.certified_codes import BLOCK, Asked, Coded, Doubles, code
+from index.certified_scan import Survivors, scan
+from index.exact import best, dot, exhaustive
+from index.hits import Hits, Rows, Vectors, check_exclusions, check_k, check_queries
+from index.int8 import Crew, Way, fastest_way
+
+QUERIES = 256
+"""Queries scanned together."""
+SAMPLE = 16_384
+SMALL = 8 * BLOCK
+"""Up to here scoring everything is quicker than to prove that it is not needed."""
+ROUNDS = 3
+MOST = 8
+"""Survivors per answer from which on scoring everything is as good."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """How Q answers were proven, int64 [Q] each: `scored` vectors in float32, `rounds` of scanning, 0 where all were scored."""
+
+    scored: Rows
+    rounds: Rows
+
+
+class Certified:
+    """Exact search over vectors [N, D] that stay where they are (a mapped file will do), with N * D more bytes of codes.
+
+    Threads may share it. `threads` are its own (default: as many as torch uses).
+    """
+
+    def __init__(self, vectors: Vectors, *, threads: int | None = None, seed: int = 0) -> None:
+        """Reads all vectors twice. Raises SearchError for NaN, infinity or too many dims."""
+        self.vectors = vectors
+        self.count, self.dims = vectors.shape
+        self.coded: Coded = code(vectors)
+        chosen = np.random.default_rng(seed).choice(self.count, min(self.count, max(SAMPLE, self.count // 64)), replace=False)
+        self._sampled = np.sort(chosen)
+        self._sample = np.asarray(vectors[self._sampled], dtype=np.float32)
+        self._way: Way = fastest_way(self.dims)
+        self._crew = Crew(threads)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of everything but the vectors themselves."""
+        return self.coded.bytes + self._sample.nbytes + self._sampled.nbytes
+
+    def search(self, queries: Vectors, k: int, exclude: Sequence[Rows] | None = None) -> Hits:
+        """The true top k of every query [Q, D] is returned without its excluded rows, exactly as `exact_search` defines it."""
+        return self.prove(queries, k, exclude)[0]
+
+    def prove(self, queries: Vectors, k: int, exclude: Sequence[Rows] | None = None) -> tuple[Hits, Proof]:
+        """The same answer is returned with how it was proven. Raises QueryError, ExclusionError, SearchError."""
+        k = check_k(k)
+        queries = check_queries(queries, self.dims)
+        excluded = check_exclusions(exclude, len(queries), self.count)
+        hits = Hits.empty(len(queries), k)
+        proof = Proof(np.zeros(len(queries), np.int64), np.zeros(len(queries), np.int64))
+        for start in range(0, len(queries), QUERIES):
+            self._answer(np.arange(start, min(start + QUERIES, len(queries))), queries, excluded, hits, proof)
+        return hits, proof
+
+    def _answer(self, asked: Rows, queries: Vectors, excluded: list[Rows], hits: Hits, proof: Proof) -> None:
+        """The hits and proofs of the asked queries are filled."""
+        k = hits.rows.shape[1]
+        wanted = np.array([min(k, self.count - len(excluded[query])) for query in asked])
+        open_ones = asked[(wanted > 0) & (4 * wanted < self.count)] if self.count > SMALL else asked[:0]
+        everything = np.setdiff1d(asked[wanted > 0], open_ones)
+        bars = self._foretell(queries, open_ones, excluded, k)
+        for _ in range(ROUNDS):
+            if not open_ones.size:
+                break
+            proven, bars = self._round(open_ones, bars, queries, excluded, hits, proof)
+            everything = np.concatenate([everything, open_ones[~proven & np.isinf(bars)]])
+            still = ~proven & np.isfinite(bars)
+            open_ones, bars = open_ones[still], bars[still]
+        for query in np.concatenate([everything, open_ones]).tolist():
+            exhaustive(self.vectors, queries[query], excluded[query], hits, query)
+            proof.scored[query], proof.rounds[query] = self.count, 0
+
+    def _foretell(self, queries: Vectors, asked: Rows, excluded: list[Rows], k: int) -> Doubles:
+        """A score [A] per asked query that, but for one in some hundreds, k vectors or more reach."""
+        scores = queries[asked] @ self._sample.T
+        bars = np.empty(len(asked))
+        for place, query in enumerate(asked.tolist()):
+            seen = scores[place]
+            if excluded[query].size:
+                seen = seen[~within(self._sampled, excluded[query])]
+            expected = k * seen.size / (self.count - excluded[query].size)
+            rank = math.ceil(expected + 3 * math.sqrt(expected) + 1)
+            bars[place] = np.partition(seen, seen.size - rank)[seen.size - rank] if rank <= seen.size else -np.inf
+        return bars
+
+    def _round(
+        self, asked: Rows, bars: Doubles, queries: Vectors, excluded: list[Rows], hits: Hits, proof: Proof
+    ) -> tuple[npt.NDArray[np.bool_], Doubles]:
+        """Whether each asked query is proven, and its next bar: -inf where nothing but scoring everything is left."""
+        coded = Asked.of(queries[asked], self.coded)
+        most = MOST * hits.rows.shape[1] + 8 * BLOCK
+        found = scan(self.coded, coded.codes, coded.bars(bars, self.coded), most, self._crew, self._way)
+
+        def settle(place: int) -> float:
+            query = int(asked[place])
+            candidates = self._candidates(place, coded, found, excluded[query])
+            k = min(hits.rows.shape[1], self.count - len(excluded[query]))
+            if candidates is None or candidates[0].size < k:
+                return -np.inf
+            rows, scores = self._score(queries[query], *candidates, k)
+            best(hits, query, rows, scores)
+            proof.scored[query] += rows.size
+            proof.rounds[query] += 1
+            return float(hits.scores[query, k - 1])
+
+        last = np.array(self._crew.each(settle, list(range(len(asked)))))
+        return last >= np.maximum(bars, np.finfo(np.float64).min), last
+
+    def _candidates(self, place: int, asked: Asked, found: Survivors, left_out: Rows) -> tuple[Rows, Doubles, Doubles] | None:
+        """The rows that survived for one query, their scores by codes and the highest they can have; None if it was crowded."""
+        if found.crowded[place]:
+            return None
+        part = slice(int(found.edges[place]), int(found.edges[place + 1]))
+        places = found.places[part]
+        rows, blocks = self.coded.rows[places], places // BLOCK
+        scores = found.products[part] * (asked.scales[place] * self.coded.scales[blocks])
+        highest = scores + asked.errors[place, blocks]
+        good = rows >= 0
+        if left_out.size:
+            good &= ~within(rows, left_out)
+        return (rows, scores, highest) if good.all() else (rows[good], scores[good], highest[good])
+
+    def _score(self, query: Vectors, rows: Rows, scores: Doubles, highest: Doubles, k: int) -> tuple[Rows, Vectors]:
+        """Rows and float32 scores, the true k best among them: the best by codes, and all that can reach the last of them."""
+        first = np.argpartition(scores, rows.size - k)[rows.size - k :]
+        known = dot(self.vectors[rows[first]], query)
+        rest = highest >= known.min()
+        rest[first] = False
+        others = rows[rest]
+        return np.concatenate([rows[first], others]), np.concatenate([known, dot(self.vectors[others], query)])
+
+
+def within(rows: Rows, members: Rows) -> npt.NDArray[np.bool_]:
+    """Which rows are among the members (sorted, not none) is returned."""
+    at = np.minimum(np.searchsorted(members, rows), members.size - 1)
+    found: npt.NDArray[np.bool_] = members[at] == rows
+    return found

@@ -1,0 +1,145 @@
+"""Products of int8 vectors with exact int32 results, by the fastest way that this machine computes correctly."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from index.hits import Rows, Vectors
+
+Bytes = npt.NDArray[np.int8]
+Sums = npt.NDArray[np.int32]
+T = TypeVar("T")
+R = TypeVar("R")
+Way = Literal["int8", "float32"]
+LEVELS = 127
+"""Codes span -127..127: with -128 left out a sign can be turned without overflow."""
+MAX_DIMS = 1024
+"""Up to here every partial sum of products of codes is a whole number that float32 holds."""
+
+
+def encode(vectors: Vectors, scale: float) -> Bytes:
+    """The vectors [..., D] in steps of `scale`, rounded and cut at the ends, are returned as int8 [..., code_dims(D)]."""
+    codes = np.zeros((*vectors.shape[:-1], code_dims(vectors.shape[-1])), np.int8)
+    codes[..., : vectors.shape[-1]] = np.clip(np.rint(vectors * np.float32(1 / scale)), -LEVELS, LEVELS)
+    return codes
+
+
+def code_dims(dims: int) -> int:
+    """The dims of codes is returned: filled with zeros to a multiple of 4. torch's product of single columns is wrong."""
+    return -(-dims // 4) * 4
+
+
+def scale_of(vectors: Vectors) -> float:
+    """The smallest step with which every number of these vectors can be encoded is returned; never 0."""
+    return max(float(np.abs(vectors).max(initial=0.0)) / LEVELS, float(np.finfo(np.float32).tiny) * 2**24)
+
+
+def products(left: Bytes, right: Bytes, out: Sums, way: Way) -> None:
+    """out int32 [Q, R] = left [Q, D] times right [R, D]; whatever the way, the results are exact up to MAX_DIMS dims."""
+    import torch
+
+    if way == "int8":
+        torch._int_mm(torch.from_numpy(left), torch.from_numpy(right).T, out=torch.from_numpy(out))
+    else:
+        out[...] = left.astype(np.float32) @ right.astype(np.float32).T
+
+
+def views(codes: Bytes, edges: list[int], way: Way) -> list[Any]:
+    """The runs of codes between neighbouring edges are returned, in the form in which `runs_product` takes them."""
+    import torch
+
+    if way == "int8":
+        whole = torch.from_numpy(codes)
+        return [whole[low:high].T for low, high in itertools.pairwise(edges)]
+    return [codes[low:high] for low, high in itertools.pairwise(edges)]
+
+
+def runs_product(left: Bytes, runs: list[Any], widths: list[int], out: Sums, way: Way) -> None:
+    """out int32 [Q, sum of widths] = left [Q, D] times the runs (of `views`), side by side."""
+    import torch
+
+    if way == "int8":
+        query, multiply = torch.from_numpy(left), torch._int_mm
+        for run, part in zip(runs, torch.from_numpy(out).split(widths, dim=1)):
+            multiply(query, run, out=part)
+        return
+    at = 0
+    for run, width in zip(runs, widths):
+        products(left, run, out[:, at : at + width], way)
+        at += width
+
+
+def top_of_products(queries: Vectors, vectors: Vectors, k: int) -> Rows:
+    """The rows [Q, k] of the largest float32 products, best first, are returned: torch's matmul and topk."""
+    import torch
+
+    scores = torch.from_numpy(queries) @ torch.from_numpy(vectors).T
+    rows: Rows = torch.topk(scores, min(k, len(vectors)))[1].numpy()
+    return rows
+
+
+@functools.cache
+def fastest_way(dims: int) -> Way:
+    """The faster of the ways that multiply codes of `dims` correctly on this machine is returned; another than int8 is logged.
+
+    Processors without dot-product instructions may saturate sums of int8 products: extreme codes are tried first.
+    """
+    seconds = {way: taken for way in ("int8", "float32") if (taken := _try(way, code_dims(dims))) is not None}
+    best: Way = "float32" if seconds.get("int8", np.inf) > seconds["float32"] else "int8"
+    if best != "int8":
+        logging.getLogger(__name__).warning("int8 products are wrong or slow here, float32 is used: %s", seconds)
+    return best
+
+
+def _try(way: Way, dims: int) -> float | None:
+    """The seconds of one product of 64 with 4,096 vectors, None where it is not right."""
+    rng = np.random.default_rng(0)
+    left, right = (rng.choice(np.array([-127, -1, 0, 127], np.int8), (rows, dims)) for rows in (64, 4096))
+    left[0], right[:2] = LEVELS, [[LEVELS], [-LEVELS]]
+    out = np.empty((64, 4096), np.int32)
+    taken = []
+    try:
+        for _ in range(3):
+            started = time.perf_counter()
+            products(left, right, out, way)
+            taken.append(time.perf_counter() - started)
+    except (RuntimeError, NotImplementedError, AttributeError):
+        if way == "float32":
+            raise
+        return None
+    return min(taken) if (out == left.astype(np.int64) @ right.T.astype(np.int64)).all() else None
+
+
+class Crew:
+    """Threads that each compute with one: a small product is not worth the waking of a second thread."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        import torch
+
+        self.threads = threads or torch.get_num_threads()
+        self._pool: ThreadPoolExecutor | None = None
+        if self.threads > 1:
+            before = torch.get_num_threads()
+            self._pool = ThreadPoolExecutor(self.threads, "scan", initializer=torch.set_num_threads, initargs=(1,))
+            list(self._pool.map(time.sleep, [0.01] * self.threads))
+            torch.set_num_threads(before)
+
+    def each(self, task: Callable[[T], R], jobs: list[T]) -> list[R]:
+        """The results of all jobs are returned, in order."""
+        if self._pool is None or len(jobs) < 2:
+            return [task(job) for job in jobs]
+        return list(self._pool.map(task, jobs))
+
+    def shares(self, count: int) -> list[range]:
+        """0..count - 1 cut into one run per thread, none empty."""
+        edges = np.linspace(0, count, min(self.threads, max(count, 1)) + 1).astype(int).tolist()
+        return [range(low, high) for low, high in itertools.pairwise(edges) if low < high]
