@@ -2,7 +2,8 @@
 
 A folder is complete (weights, tokenizer, quantizer, prompt template, budgets, pooling) and has one fingerprint; nothing about it
 can be overridden at load. sentence-transformers opens the same folder and gives the same vectors for a rendered prompt.
-Mean pooling over all tokens and cosine similarity follow arXiv 2510.14223; the state of the last token is there to compare.
+Cosine similarity and mean pooling over all tokens follow arXiv 2510.14223. A mean alone cannot know which token is the last, so
+not which part of a history is new; "mean+last" adds the state of the last token to it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -33,12 +35,12 @@ FACTS = "encoder.json"
 QUANTIZER = "quantizer.json"
 FINGERPRINTED = (FACTS, QUANTIZER, "tokenizer.json", "config.json", "model.safetensors")
 TOKENS_PER_BATCH = 8_192
-POOLING_MODULE = "1_Pooling"
+POOLING_MODULE, SUM_MODULE, NORMALIZE_MODULE = "1_Pooling", "2_Dense", "3_Normalize"
 VALIDATION = "validation"
 """Folder inside an encoder's folder: the encoder of the validation run, which saw nothing at or after `cut_valid`. What is itself
 judged on the validation window starts from this one. It is not there if the data asks nothing between the cuts."""
 
-Pooling = Literal["mean", "last"]
+Pooling = Literal["mean", "last", "mean+last"]
 Vectors = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
 
@@ -123,13 +125,15 @@ class Encoder:
 
 
 def encode(model: PreTrainedModel, ids: torch.Tensor, lengths: torch.Tensor, pooling: Pooling = "mean") -> torch.Tensor:
-    """Unit vectors [B, D] of right-padded rows [B, T]: the mean of each row's last hidden states, or the last of them."""
+    """Unit vectors [B, D] of right-padded rows [B, T]: the mean of each row's last hidden states, the last of them, or the sum
+    of the two."""
     hidden = model(input_ids=ids, use_cache=False).last_hidden_state
+    last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1].float()
     if pooling == "last":
-        return functional.normalize(hidden[torch.arange(len(ids), device=ids.device), lengths - 1].float(), dim=-1)
+        return functional.normalize(last, dim=-1)
     real = torch.arange(ids.shape[1], device=ids.device)[None, :] < lengths[:, None]
-    total = (hidden * real[..., None]).sum(1, dtype=torch.float32)
-    return functional.normalize(total / lengths[:, None], dim=-1)
+    mean = (hidden * real[..., None]).sum(1, dtype=torch.float32) / lengths[:, None]
+    return functional.normalize(mean if pooling == "mean" else mean + last, dim=-1)
 
 
 def length_batches(lengths: Sequence[int], tokens: int) -> Iterator[npt.NDArray[np.int64]]:
@@ -208,18 +212,29 @@ def save_encoder(
 
 def _write_sentence_transformers(folder: Path, dims: int, max_tokens: int, pooling: Pooling) -> None:
     kind = "sentence_transformers.models"
-    modules = [("0", "", "Transformer"), ("1", POOLING_MODULE, "Pooling"), ("2", "2_Normalize", "Normalize")]
+    modules = [("", "Transformer"), (POOLING_MODULE, "Pooling"), (NORMALIZE_MODULE, "Normalize")]
+    if pooling == "mean+last":
+        modules.insert(2, (SUM_MODULE, "Dense"))
+        _write_sum(folder / SUM_MODULE, dims)
     listed = [
         {"idx": number, "name": str(number), "path": path, "type": f"{kind}.{name}"}
-        for number, (_, path, name) in enumerate(modules)
+        for number, (path, name) in enumerate(modules)
     ]
     _write_json(folder / "modules.json", listed)
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
     _write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine", "prompts": {}})
     (folder / POOLING_MODULE).mkdir(exist_ok=True)
-    modes = {"pooling_mode_mean_tokens": pooling == "mean", "pooling_mode_lasttoken": pooling == "last"}
+    modes = {"pooling_mode_mean_tokens": pooling != "last", "pooling_mode_lasttoken": pooling != "mean"}
     _write_json(folder / POOLING_MODULE / "config.json", {"word_embedding_dimension": dims, **modes})
-    (folder / "2_Normalize").mkdir(exist_ok=True)
+    (folder / NORMALIZE_MODULE).mkdir(exist_ok=True)
+
+
+def _write_sum(folder: Path, dims: int) -> None:
+    """A dense layer that adds up the two halves which the library's pooling puts side by side."""
+    folder.mkdir(exist_ok=True)
+    shape = {"in_features": 2 * dims, "out_features": dims, "bias": False}
+    _write_json(folder / "config.json", {**shape, "activation_function": "torch.nn.modules.linear.Identity"})
+    save_file({"linear.weight": torch.eye(dims).repeat(1, 2).contiguous()}, folder / "model.safetensors")
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -52,6 +52,7 @@ def train(
     precision: Annotated[str, typer.Option(help="float32 or bf16 (autocast).")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
     cached: Annotated[bool, typer.Option("--cached", help="Large batches in the memory of one pass (GradCache).")] = False,
+    shard: Annotated[bool, typer.Option("--shard", help="Under torchrun: spread weights and optimizer too (FSDP).")] = False,
     more: Sets = None,
     as_json: AsJson = False,
 ) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from index.errors import BrewlineError
 from retrieval.data.schema import Dataset
+from retrieval.learn.ranks import Ranks, part_like, whole
 
 STATE = "state.safetensors"
 DECISION = "decision.json"
@@ -87,11 +88,21 @@ def save_state(
     facts: Mapping[str, object],
     identity: Mapping[str, object],
 ) -> None:
-    """Writes weights, optimizer state, `facts` and the training's identity as one file, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{name}": weight.detach().contiguous() for name, weight in weights}
+    """Writes weights, optimizer state, `facts` and the training's identity as one file, whole or not at all.
+
+    What is spread over processes is gathered tensor by tensor (all must call); the first process writes it.
+    """
+    held = {f"model.{name}": weight.detach() for name, weight in weights}
     for number, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value).clone() for name, value in state.items()}
+        held |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    leads, tensors = Ranks.here().leads, dict[str, torch.Tensor]()
+    for name, tensor in held.items():
+        gathered = whole(tensor)
+        if leads:
+            tensors[name] = gathered.cpu().contiguous()
+    if not leads:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "state.tmp", metadata={"facts": json.dumps({**facts, "identity": identity})})
     (folder / "state.tmp").replace(folder / STATE)
 
@@ -101,24 +112,24 @@ def load_state(
 ) -> dict[str, Any] | None:
     """Puts a saved state back in place and returns its facts, or None if there is none.
 
-    Raises TrainingError if it belongs to a training with another identity.
+    Of weights that are spread over any number of processes each takes its part. Raises TrainingError if the state belongs to
+    a training with another identity.
     """
     path = folder / STATE
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:
-        facts: dict[str, Any] = json.loads(file.metadata()["facts"])
-    check_identity(path, facts.get("identity", {}), identity)
-    tensors = load_file(path)
-    with torch.no_grad():
-        for name, weight in weights:
-            weight.copy_(tensors[f"model.{name}"])
+    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
     states: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        kind, _, rest = key.partition(".")
-        if kind == "optimizer":
-            number, _, name = rest.partition(".")
-            states.setdefault(int(number), {})[name] = value
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+        check_identity(path, facts.get("identity", {}), identity)
+        for name, weight in weights:
+            weight.copy_(part_like(file.get_tensor(f"model.{name}"), weight))
+        for key in file.keys():  # noqa: SIM118 - a file of tensors is no mapping
+            kind, _, rest = key.partition(".")
+            if kind == "optimizer":
+                number, _, name = rest.partition(".")
+                states.setdefault(int(number), {})[name] = part_like(file.get_tensor(key), trained[int(number)])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
     return facts
 

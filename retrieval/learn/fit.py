@@ -54,8 +54,9 @@ def train_encoder(dataset: Dataset, out: Path, plan: EncoderPlan, progress: Prog
     checkpoint = work / "checkpoint"
     trainer.resume(checkpoint)
     ranks.wait()
-    trainer.run(decision.steps, lambda done, total: report("train", done, total), checkpoint if ranks.leads else None)
-    fingerprint = _save(out, trainer, plan, dataset, dataset.meta.cut_test, note, decision) if ranks.leads else ""
+    saves = ranks.leads or plan.loop.shard
+    trainer.run(decision.steps, lambda done, total: report("train", done, total), checkpoint if saves else None)
+    fingerprint = _save(out, trainer, plan, dataset, dataset.meta.cut_test, note, decision)
     found = FitReport(
         folder=str(out),
         fingerprint=fingerprint,
@@ -87,18 +88,23 @@ def _decision(
         validation = {int(step): recall for step, recall in held["validation"].items()}
         return Decision(held["steps"], held["learning_rate"], trials, validation)
     decision, trainer = decide(dataset, plan, identity, report)
-    if not Ranks.here().leads:
-        return decision
     if trainer is not None:
         _save(out / VALIDATION, trainer, plan, dataset, dataset.meta.cut_valid, note, decision)
-    write_json(work / DECISION, {"identity": identity, **asdict(decision)})
+    if Ranks.here().leads:
+        write_json(work / DECISION, {"identity": identity, **asdict(decision)})
     return decision
 
 
 def _save(folder: Path, trainer: Trainer, plan: EncoderPlan, dataset: Dataset, cut: int, note: str, decision: Decision) -> str:
-    """Writes a complete encoder folder that says up to when (`cut`) its training looked; returns its fingerprint."""
+    """Writes a complete encoder folder that says up to when (`cut`) its training looked; returns its fingerprint.
+
+    All processes must call; the first writes, the others return "".
+    """
+    model = trainer.whole(keep=trainer.ranks.leads)
+    if not trainer.ranks.leads:
+        return ""
     if plan.lora_rank:
-        merge_lora(trainer.model)
+        merge_lora(model)
     # How the length was asked for is no fact about the model: --minutes and --steps that end at one length are one model.
     asked = ("steps", "minutes", "base", "learning_rate")
     settings = {name: value for name, value in asdict(plan).items() if name not in asked}
@@ -111,4 +117,4 @@ def _save(folder: Path, trainer: Trainer, plan: EncoderPlan, dataset: Dataset, c
         "trials": {str(rate): recall for rate, recall in decision.trials.items()},
     }
     loop = plan.loop
-    return save_encoder(folder, trainer.model, trainer.sampler.writer, facts, pooling=loop.pooling, matryoshka=loop.matryoshka)
+    return save_encoder(folder, model, trainer.sampler.writer, facts, pooling=loop.pooling, matryoshka=loop.matryoshka)

@@ -56,7 +56,8 @@ class Loop(ABC):
         self.identity = {**identity, "steps": steps, "settings": asdict(settings)}
         self.extra = dict(extra or {})
         trained = [weight for weight in model.parameters() if weight.requires_grad]
-        groups = weight_groups([*trained, *self.extra.values()], settings.weight_decay)
+        # Groups of their own: weights that are spread over processes and whole ones cannot be moved by one call.
+        groups = [group for part in (trained, self.extra.values()) for group in weight_groups(part, settings.weight_decay)]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
         self.done = 0
         self.curve: list[dict[str, float]] = []
@@ -67,6 +68,10 @@ class Loop(ABC):
 
     def settle(self) -> None:  # noqa: B027 - gradients of one process are ready as they are
         """Makes the gradients of one step ready; called after they were computed and before they are clipped."""
+
+    def due(self, seconds: float) -> bool:
+        """Whether a checkpoint is to be written that many seconds after the last."""
+        return seconds > self.settings.checkpoint_seconds
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold of the subclass's own position, as JSON."""
@@ -83,7 +88,7 @@ class Loop(ABC):
             self._step()
             if progress is not None:
                 progress(self.done, self.steps)
-            if checkpoint is not None and time.monotonic() - saved > self.settings.checkpoint_seconds:
+            if checkpoint is not None and self.due(time.monotonic() - saved):
                 self.save(checkpoint)
                 saved = time.monotonic()
         self.model.eval()

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import distributed
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
 Ints = npt.NDArray[np.int64]
@@ -79,6 +80,18 @@ class Ranks:
         """Returns when every process has come here."""
         if self.world > 1:
             distributed.barrier()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be spread over processes; then all of them must ask together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_like(value: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
+    """Of a value this process's part, if `example` is spread over processes and has its shape; otherwise the value."""
+    if not isinstance(example, DTensor) or value.shape != example.shape:
+        return value
+    return distribute_tensor(value.to(example.device), example.device_mesh, example.placements, src_data_rank=None)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from retrieval.data.schema import DAY, TEST, TRAIN, VALID, Dataset, Events, Members
-from retrieval.evidence.terms import Terms
+from retrieval.terms import Terms
 
 ACTION = "look-alike"
 LENGTH = 6

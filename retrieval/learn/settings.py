@@ -20,7 +20,7 @@ PLACES = {
     **{name: ("batch", name) for name in ("targets", "targets_per_member", "random_items", "hard", "hard_from", "hard_weight")},
     **{name: ("batch", name) for name in ("mine_every", "mine_skip", "mine_window", "recency_days", "share")},
     **{name: ("loop", name) for name in ("loss", "near", "matryoshka", "pooling", "forward_tokens", "cached", "recompute")},
-    **{name: ("loop", name) for name in ("precision", "first_scale", "warmup", "weight_decay", "clip")},
+    **{name: ("loop", name) for name in ("precision", "shard", "first_scale", "warmup", "weight_decay", "clip")},
 }
 """Flat name -> where it stands in an `EncoderPlan`. `history_tokens` is the whole member row, profile included."""
 

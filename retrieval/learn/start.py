@@ -82,4 +82,4 @@ def start(dataset: Dataset, before: int, plan: EncoderPlan, steps: int, identity
             f"matryoshka lengths {plan.loop.matryoshka} must be below the model's width {model.config.hidden_size}"
         )
     settings = replace(plan.loop, learning_rate=plan.rate)
-    return Trainer(model.to(torch.device(plan.device)), sampler, steps, settings, identity or identity_of(dataset, plan))
+    return Trainer(model, sampler, steps, settings, identity or identity_of(dataset, plan), plan.device)

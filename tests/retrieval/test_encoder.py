@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 from index.errors import BrewlineError
 from retrieval.data.schema import Dataset, Engagement, Item, Member, MemberView
-from retrieval.encoder import FACTS, Encoder, EncoderError, save_encoder
+from retrieval.encoder import FACTS, Encoder, EncoderError, Pooling, save_encoder
 from retrieval.features import Quantizer
 from retrieval.fingerprint import MissingPart
 from retrieval.llama import CheckpointError, Size, add_lora, load_llama, merge_lora, new_llama, smooth_buckets
@@ -103,7 +104,7 @@ def test_facts_of_another_version_are_refused_with_both_values(folder: Path, tmp
     shutil.copytree(folder, copy)
     facts = json.loads((copy / FACTS).read_text()) | {"pooling": "first"}
     (copy / FACTS).write_text(json.dumps(facts))
-    with pytest.raises(EncoderError, match="pooling is 'first', this version reads 'mean' or 'last'"):
+    with pytest.raises(EncoderError, match="pooling is 'first', this version reads 'mean' or 'last' or 'mean\\+last'"):
         Encoder.load(copy)
     with pytest.raises(EncoderError, match=r"no encoder\.json"):
         Encoder.load(tmp_path)
@@ -155,7 +156,7 @@ def test_a_folder_that_is_no_checkpoint_is_one_clear_error(tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # torch's exporter warns about itself
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", get_args(Pooling))
 def test_the_onnx_query_side_gives_the_same_vectors(encoder: Encoder, tmp_path: Path, pooling: str) -> None:
     from retrieval.export import ExportError, OnnxQuery, export_query, parity
 
@@ -167,18 +168,19 @@ def test_the_onnx_query_side_gives_the_same_vectors(encoder: Encoder, tmp_path: 
         OnnxQuery(tmp_path / "query.onnx", other)
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean+last"])
 def test_the_last_state_is_read_the_same_everywhere_and_short_vectors_are_the_front_of_long_ones(
-    tiny_tokens: Tokens, tiny_quantizer: Quantizer, tiny_dataset: Dataset, tmp_path: Path
+    tiny_tokens: Tokens, tiny_quantizer: Quantizer, tiny_dataset: Dataset, tmp_path: Path, pooling: Pooling
 ) -> None:
     torch.manual_seed(2)
     writer = Writer(tiny_tokens, tiny_quantizer, Budgets(), ("like",))
-    save_encoder(tmp_path, new_llama(SMALL, len(tiny_tokens), causal_lm=False), writer, {}, pooling="last", matryoshka=(8, 16))
+    save_encoder(tmp_path, new_llama(SMALL, len(tiny_tokens), causal_lm=False), writer, {}, pooling=pooling, matryoshka=(8, 16))
     encoder = Encoder.load(tmp_path)
     items, numbers = records(tiny_dataset)
     whole = encoder.items(items, numbers)
     texts = [render(item_prompt(item, row)) for item, row in zip(items, number_words(tiny_quantizer, numbers, len(items)))]
     np.testing.assert_allclose(SentenceTransformer(str(tmp_path), device="cpu").encode(texts), whole, atol=2e-6)
-    assert encoder.facts["matryoshka"] == [8, 16] and encoder.facts["pooling"] == "last"
+    assert encoder.facts["matryoshka"] == [8, 16] and encoder.facts["pooling"] == pooling
     short = encoder.truncated(8)
     front = whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True)
     np.testing.assert_allclose(short.items(items, numbers), front, atol=1e-6)

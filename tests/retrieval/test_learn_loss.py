@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from retrieval.data.schema import Dataset
-from retrieval.encoder import encode, length_batches
+from retrieval.encoder import Pooling, encode, length_batches
 from retrieval.learn.batches import Batch, BatchSettings
 from retrieval.learn.checkpoint import TrainingError
 from retrieval.learn.loss import Match, binary, info_nce, look_alikes, objective
@@ -148,14 +149,15 @@ def test_matryoshka_adds_the_loss_of_each_front_made_unit(kind: str) -> None:
     torch.testing.assert_close(objective(states, items, match, scale, kind, None, (2, 4)), expected)  # type: ignore[arg-type]
 
 
-def test_the_last_state_of_a_prefix_is_what_the_encoder_reads(tiny_dataset: Dataset) -> None:
-    plan = replace(PLAN, loop=LoopSettings(pooling="last"))
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+def test_what_is_pooled_of_a_prefix_is_what_the_encoder_reads(tiny_dataset: Dataset, pooling: Pooling) -> None:
+    plan = replace(PLAN, loop=LoopSettings(pooling=pooling))
     trainer = start(tiny_dataset, tiny_dataset.meta.cut_test, plan, 10)
     batch, pad = trainer.sampler.batch(0), trainer.sampler.writer.tokens.pad
     rows = [batch.member_rows[row][:end] for row, end in zip(batch.owner.tolist(), batch.prefix.tolist())]
     with torch.no_grad():
-        torch.testing.assert_close(trainer._member_states(batch), encode(trainer.model, *pad_rows(rows, pad), "last"))
-        torch.testing.assert_close(trainer._item_vectors(batch), encode(trainer.model, *pad_rows(batch.item_rows, pad), "last"))
+        torch.testing.assert_close(trainer._member_states(batch), encode(trainer.model, *pad_rows(rows, pad), pooling))
+        torch.testing.assert_close(trainer._item_vectors(batch), encode(trainer.model, *pad_rows(batch.item_rows, pad), pooling))
 
 
 def test_flat_settings_reach_their_places_and_wrong_ones_are_named() -> None:
