@@ -24,10 +24,8 @@ VAGUE = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manage
 TORCH_FREE = (
     "index.",
     "retrieval.data.",
-    *(
-        f"retrieval.{name}"
-        for name in "counts features prompts tokens catalog records terms parts lexical popular hybrid".split()
-    ),
+    *(f"retrieval.{name}" for name in ("counts", "features", "prompts", "tokens", "catalog", "records")),
+    *(f"retrieval.{name}" for name in ("terms", "parts", "lexical", "popular", "hybrid")),
     "ranking.tasks",
     *(f"ranking.prefill.{name}" for name in ("plan", "request", "operations", "onnx_engine")),
     "ranking.cli.",
