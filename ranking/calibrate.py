@@ -1,7 +1,8 @@
 """A logit becomes a probability that means what it says: fitted on later data than the model, stored with it.
 
-Calibrators are monotone, so they never change an order. Formulas: Platt 1999 (sigmoid of a*s + b), temperature scaling
-(b = 0, arXiv 1706.04599). Expected calibration error over bins of equal mass.
+Calibrators are monotone, so they never reverse an order. Formulas: Platt 1999 (sigmoid of a*s + b), temperature scaling
+(b = 0, arXiv 1706.04599), isotonic regression by pooling adjacent violators (Zadrozny and Elkan 2002;
+it makes ties). Expected calibration error over bins of equal mass.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from index.errors import BrewlineError
 
-Method = Literal["platt", "temperature", "identity"]
+Method = Literal["platt", "isotonic", "temperature", "identity"]
 Floats = npt.NDArray[np.floating]
 BINS = 15
 ENOUGH = 20
@@ -28,20 +29,28 @@ class CalibrationError(BrewlineError):
 
 @dataclass(frozen=True)
 class Calibrator:
-    """probability = sigmoid(a * logit + b). `n` examples were used; `method` "identity" means that nothing was fitted."""
+    """probability = sigmoid(a * logit + b); "isotonic": the line through `knots` (logit, probability), level beyond them.
+
+    `n` examples were used; `method` "identity" means that nothing was fitted.
+    """
 
     method: Method = "identity"
     a: float = 1.0
     b: float = 0.0
     n: int = 0
+    knots: tuple[tuple[float, float], ...] = ()
 
     def probabilities(self, logits: Floats) -> npt.NDArray[np.float32]:
         """Probabilities float32 [n] of the positive answer from logits [n] = z_yes - z_no."""
+        if self.knots:
+            at, height = np.array(self.knots).T
+            return np.interp(np.asarray(logits, np.float64), at, height).astype(np.float32)
         return sigmoid(self.a * np.asarray(logits, np.float64) + self.b).astype(np.float32)
 
     def facts(self) -> dict[str, object]:
         """The calibrator as JSON can hold it."""
-        return asdict(self)
+        facts = asdict(self)
+        return facts if self.knots else {name: value for name, value in facts.items() if name != "knots"}
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, object]) -> Calibrator:
@@ -49,11 +58,15 @@ class Calibrator:
         try:
             a, b, n = float(str(facts["a"])), float(str(facts["b"])), int(str(facts["n"]))
             method = str(facts["method"])
+            knots = np.array(facts.get("knots", ()), np.float64).reshape(-1, 2)
         except (KeyError, TypeError, ValueError) as error:
             raise CalibrationError(f"a calibrator needs method, a, b and n, got {facts!r}") from error
         if method not in get_args(Method) or not (np.isfinite([a, b]).all() and a > 0):
             raise CalibrationError(f"a calibrator needs a known method, a > 0 and a finite b, got {facts!r}")
-        return cls(method, a, b, n)  # type: ignore[arg-type]
+        rising = (np.diff(knots, axis=0) >= 0).all() and ((knots[:, 1] >= 0) & (knots[:, 1] <= 1)).all()
+        if (method == "isotonic") != bool(len(knots)) or not (np.isfinite(knots).all() and rising):
+            raise CalibrationError(f"knots must be rising pairs of a logit and a probability, for isotonic alone, got {facts!r}")
+        return cls(method, a, b, n, tuple((float(at), float(height)) for at, height in knots))  # type: ignore[arg-type]
 
 
 def fit(logits: Floats, labels: npt.NDArray[np.integer], method: Method = "platt") -> Calibrator:
@@ -68,22 +81,26 @@ def fit(logits: Floats, labels: npt.NDArray[np.integer], method: Method = "platt
     positives = float(y.sum())
     if method == "identity" or min(positives, len(y) - positives) < ENOUGH:
         return Calibrator(n=len(y))
-    a, b = _newton(s, y, shift=method == "platt")
+    if method == "isotonic":
+        return Calibrator(method, n=len(y), knots=_isotonic(s, y))
+    design = np.stack([s, np.ones_like(s)], 1) if method == "platt" else s[:, None]
+    weights = logistic(design, y, np.full(design.shape[1], 1e-6 * len(s)), np.eye(design.shape[1])[0])
+    a, b = float(weights[0]), float(weights[1]) if method == "platt" else 0.0
     if not (np.isfinite([a, b]).all() and a > 0):
         return Calibrator(n=len(y))
     return Calibrator(method, a, b, len(y))
 
 
-def _newton(s: Floats, y: Floats, *, shift: bool) -> tuple[float, float]:
-    """Logistic regression of y on s by damped Newton steps, with a ridge so small that only separable data feel it."""
-    design = np.stack([s, np.ones_like(s)], 1) if shift else s[:, None]
-    weights = np.zeros(design.shape[1])
-    weights[0] = 1.0
-    ridge = 1e-6 * len(s)
+def logistic(design: Floats, y: Floats, ridge: Floats, start: Floats) -> Floats:
+    """Return the weights float64 [k] of a logistic regression of y [n] on a design [n, k], by damped Newton steps.
+
+    `ridge` [k] is the L2 penalty of each weight; a tiny one is felt by separable data only.
+    """
+    weights = np.asarray(start, np.float64)
     for _ in range(100):
         p = sigmoid(design @ weights)
         gradient = design.T @ (p - y) + ridge * weights
-        curvature = (design * (p * (1 - p))[:, None]).T @ design + ridge * np.eye(len(weights))
+        curvature = (design * (p * (1 - p))[:, None]).T @ design + np.diag(ridge)
         step = np.linalg.solve(curvature, gradient)
         scale = 1.0
         while scale > 1e-4 and _loss(design, y, weights - scale * step, ridge) > _loss(design, y, weights, ridge):
@@ -91,12 +108,27 @@ def _newton(s: Floats, y: Floats, *, shift: bool) -> tuple[float, float]:
         weights = weights - scale * step
         if np.abs(scale * step).max() < 1e-10:
             break
-    return float(weights[0]), float(weights[1]) if shift else 0.0
+    return weights
 
 
-def _loss(design: Floats, y: Floats, weights: Floats, ridge: float) -> float:
+def _loss(design: Floats, y: Floats, weights: Floats, ridge: Floats) -> float:
     z = design @ weights
-    return float((np.logaddexp(0, z) - y * z).sum() + ridge * (weights @ weights) / 2)
+    return float((np.logaddexp(0, z) - y * z).sum() + (ridge * weights * weights).sum() / 2)
+
+
+def _isotonic(s: Floats, y: Floats) -> tuple[tuple[float, float], ...]:
+    """The rising step function nearest to y, as the middle and height of each step; each knows one unseen answer of either kind,
+    so that no probability is 0 or 1."""
+    order = np.argsort(s, kind="stable")
+    blocks: list[list[float]] = []  # sum of logits, positives, examples
+    for at, answer in zip(s[order].tolist(), y[order].tolist()):
+        blocks.append([at, answer, 1.0])
+        while len(blocks) > 1 and blocks[-2][1] * blocks[-1][2] >= blocks[-1][1] * blocks[-2][2]:
+            last = blocks.pop()
+            blocks[-1] = [held + more for held, more in zip(blocks[-1], last)]
+    share = y.mean()
+    heights = np.maximum.accumulate([(good + 2 * share) / (size + 2) for _, good, size in blocks])
+    return tuple((total / size, float(height)) for (total, _, size), height in zip(blocks, heights))
 
 
 def sigmoid(z: Floats) -> Floats:

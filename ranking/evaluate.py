@@ -1,18 +1,25 @@
-"""How good probabilities of a label are: order (AUC, NDCG), calibration (log loss, ECE), and how sure each number is.
+"""How good probabilities of a label are on the rows of an evaluation, by slice, and how sure each number is.
 
 Rows are the labelled events of the test split. Legend: E rows, R bootstrap samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
 from index.errors import BrewlineError
+from ranking.metrics import (
+    auc,
+    calibration_error,
+    debiased_calibration_error,
+    log_loss,
+    member_aucs,
+    ndcg_within,
+    normalized_entropy,
+)
 from retrieval.data.schema import TEST, Dataset, Events
 from retrieval.evidence.intervals import Estimate, interval, resample_weights
 
@@ -21,9 +28,12 @@ Ints = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
 
 RESAMPLES = 500
-BINS = 15
 SHORT_LIST = 10
-_LEAST = 1e-7
+HISTORIES = (0, 1, 5, 20)
+"""Events before the one judged at which a slice of members begins."""
+WEEK = 7 * 86_400
+LAST_WEEK = 4
+"""Weeks since the cut from which on all later ones are one slice."""
 _WEIGHTS_AT_ONCE = 1 << 23
 
 
@@ -34,7 +44,8 @@ class RankingEvidenceError(BrewlineError):
 @dataclass(frozen=True)
 class Rows:
     """E labelled events to judge: `event` positions in the log, `label` float64 0 or 1, member, item, request (-1 none),
-    `event_id`, and whether the member or the item had no event before the cut."""
+    `event_id`, whether the member or the item had no event before the cut, how many events the member had strictly before this
+    one (`history`), and the whole weeks since the cut."""
 
     event: npt.NDArray[np.int64]
     event_id: npt.NDArray[np.int64]
@@ -44,6 +55,8 @@ class Rows:
     request: npt.NDArray[np.int32]
     cold_member: Bools
     cold_item: Bools
+    history: npt.NDArray[np.int64]
+    week: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.event)
@@ -90,74 +103,33 @@ def rows_of(log: Events, event: Ints, cut: int, members: int, items: int) -> Row
         request=log.request[event],
         cold_member=cold_member[log.member[event]],
         cold_item=cold_item[log.item[event]],
+        history=_earlier(log, np.asarray(event, np.int64)),
+        week=(log.timestamp[event] - cut) // WEEK,
     )
 
 
-def auc(label: Floats, score: Floats) -> float:
-    """Returns the exact area under the ROC curve, ties counted half; NaN if only one label occurs."""
-    positive = label > 0.5
-    good, bad = int(positive.sum()), int((~positive).sum())
-    if not good or not bad:
-        return float("nan")
-    return float((rankdata(score)[positive].sum() - good * (good + 1) / 2) / (good * bad))
-
-
-def member_aucs(label: Floats, score: Floats, member: Ints) -> tuple[Floats, Floats]:
-    """Returns the AUC within each member who has both labels, and how many rows each of them has."""
-    _, code = np.unique(member, return_inverse=True)
-    rank = _ranks_within(code, score)
-    good = np.bincount(code, label)
-    total = np.bincount(code).astype(np.float64)
-    both = (good > 0) & (good < total)
-    ranks = np.bincount(code, rank * label)[both]
-    good, total = good[both], total[both]
-    return (ranks - good * (good + 1) / 2) / (good * (total - good)), total
-
-
-def _ranks_within(code: Ints, score: Floats) -> Floats:
-    """1-based average rank of each score inside its group."""
-    distinct = rankdata(score, method="dense") - 1
-    overall = rankdata(code * (int(distinct.max()) + 1) + distinct)
-    before = np.concatenate([[0], np.cumsum(np.bincount(code))])[code]
-    return np.asarray(overall - before, np.float64)
-
-
-def log_loss(label: Floats, probability: Floats) -> float:
-    """Returns the mean negative log-likelihood in nats, probabilities kept 1e-7 away from 0 and 1."""
-    sure = np.clip(probability, _LEAST, 1 - _LEAST)
-    return float(-(label * np.log(sure) + (1 - label) * np.log1p(-sure)).mean())
-
-
-def normalized_entropy(label: Floats, probability: Floats) -> float:
-    """Returns the log loss divided by that of always saying the base rate of these rows (He et al. 2014)."""
-    return log_loss(label, probability) / log_loss(label, np.full(len(label), label.mean()))
-
-
-def calibration_error(label: Floats, probability: Floats, bins: int = BINS) -> float:
-    """Returns the expected calibration error over bins of equal mass."""
-    order = np.argsort(probability, kind="stable")
-    parts = np.array_split(order, min(bins, len(order)))
-    gaps = [abs(probability[part].mean() - label[part].mean()) * len(part) for part in parts]
-    return float(sum(gaps) / len(order))
+def _earlier(log: Events, event: Ints) -> npt.NDArray[np.int64]:
+    """Int64 [E]: how many events of the same member lie strictly before each event."""
+    order = np.lexsort((log.timestamp, log.member))
+    member, moment = log.member[order].astype(np.int64), log.timestamp[order]
+    first = np.flatnonzero(np.concatenate([[True], (np.diff(member) != 0) | (np.diff(moment) != 0)]))
+    start = np.repeat(first, np.diff([*first, len(order)]))
+    begin = np.searchsorted(member, member)
+    found = np.empty(len(order), np.int64)
+    found[order] = start - begin
+    return found[event]
 
 
 def request_ndcg(rows: Rows, score: Floats, depth: int = SHORT_LIST) -> float:
-    """Returns mean NDCG over the requests that hold a positive; NaN where no row names a request.
+    """Returns mean NDCG over the requests that hold a positive; NaN where no row names a request."""
+    return ndcg_within(rows.request, rows.label, score, depth)
 
-    Equal scores inside a request stand in one fixed random order: the order shown must not leak into the score.
-    """
-    known = np.flatnonzero(rows.request >= 0)
-    if not len(known):
-        return float("nan")
-    chance = np.random.default_rng(0).permutation(len(rows))
-    order = known[np.lexsort((chance[known], -score[known], rows.request[known]))]
-    _, first, code = np.unique(rows.request[order], return_index=True, return_inverse=True)
-    place = np.arange(len(order)) - first[code]
-    discount = np.where(place < depth, 1 / np.log2(place + 2.0), 0)
-    gained = np.bincount(code, rows.label[order] * discount)
-    positives = np.bincount(code, rows.label[order]).astype(int)
-    ideal = np.concatenate([[0], np.cumsum(1 / np.log2(np.arange(depth) + 2.0))])[np.minimum(positives, depth)]
-    return float((gained[positives > 0] / ideal[positives > 0]).mean()) if (positives > 0).any() else float("nan")
+
+def member_ndcg(rows: Rows, score: Floats, depth: int = SHORT_LIST) -> float:
+    """Returns mean NDCG over members who have both labels, all rows of a member as one list; NaN if there is no such member."""
+    good = np.bincount(rows.member, rows.label)[rows.member]
+    total = np.bincount(rows.member)[rows.member]
+    return ndcg_within(np.where((good > 0) & (good < total), rows.member, -1), rows.label, score, depth)
 
 
 def judge_scores(rows: Rows, probability: Floats, seed: int = 0, resamples: int = RESAMPLES) -> Judged:
@@ -178,6 +150,9 @@ def judge_scores(rows: Rows, probability: Floats, seed: int = 0, resamples: int 
         "log_loss": log_loss(rows.label, score),
         "normalized_entropy": normalized_entropy(rows.label, score),
         "calibration_error": calibration_error(rows.label, score),
+        "calibration_error_debiased": debiased_calibration_error(rows.label, score),
+        "predicted_over_actual": float(score.sum() / rows.label.sum()),
+        f"member_ndcg@{SHORT_LIST}": member_ndcg(rows, score),
         f"request_ndcg@{SHORT_LIST}": request_ndcg(rows, score),
     }
     error = float(seen.std(ddof=1)) if len(seen) > 1 else float("nan")
@@ -185,18 +160,31 @@ def judge_scores(rows: Rows, probability: Floats, seed: int = 0, resamples: int 
 
 
 def slices_of(rows: Rows, score: Floats) -> dict[str, dict[str, float]]:
-    """Returns AUC and log loss for rows of cold and of known members and items; each slice says its size "n"."""
-    masks: Mapping[str, Bools] = {
+    """Returns AUC, log loss and calibration of the rows of each slice (`masks_of`); each says its size "n"."""
+    found: dict[str, dict[str, float]] = {}
+    for name, mask in masks_of(rows).items():
+        found[name] = {"n": int(mask.sum())}
+        if mask.any():
+            label, said = rows.label[mask], score[mask]
+            found[name] |= {"auc": auc(label, said), "log_loss": log_loss(label, said)}
+            found[name] |= {"mean_label": float(label.mean()), "mean_prediction": float(said.mean())}
+    return found
+
+
+def masks_of(rows: Rows) -> dict[str, Bools]:
+    """Returns the slices bool [E] by name: cold and known members and items, history length, and weeks since the cut (drift)."""
+    masks: dict[str, Bools] = {
         "cold members": rows.cold_member,
         "cold items": rows.cold_item,
         "both known": ~rows.cold_member & ~rows.cold_item,
     }
-    found: dict[str, dict[str, float]] = {}
-    for name, mask in masks.items():
-        found[name] = {"n": int(mask.sum())}
-        if mask.any():
-            found[name] |= {"auc": auc(rows.label[mask], score[mask]), "log_loss": log_loss(rows.label[mask], score[mask])}
-    return found
+    for low, high in zip(HISTORIES, [*HISTORIES[1:], None]):
+        name = f"history {low}+" if high is None else f"history {low}" if high == low + 1 else f"history {low}-{high - 1}"
+        masks[name] = (rows.history >= low) & (rows.history < (np.inf if high is None else high))
+    for week in np.unique(np.minimum(rows.week, LAST_WEEK)).tolist():
+        name = f"week {week + 1}+" if week == LAST_WEEK else f"week {week + 1}"
+        masks[name] = np.minimum(rows.week, LAST_WEEK) == week
+    return masks
 
 
 def auc_samples(rows: Rows, score: Floats, seed: int = 0, resamples: int = RESAMPLES) -> Floats:

@@ -5,30 +5,40 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from ranking.baselines import Scored
 from ranking.evaluate import Judged, Rows, auc_difference, judge_scores
+from ranking.metrics import reliability
+from ranking.page import ranking_page, reliability_plot
+from ranking.scores import Scores
 from retrieval.data.schema import Dataset
 from retrieval.evidence.baselines import Knowledge
 from retrieval.evidence.intervals import Estimate
 from retrieval.evidence.report import METRICS_FILE, PLAIN, short, verdict, without_nan
 
-SCORES_FILE = "scores.parquet"
+SCORES_FILE, PAGE_FILE, RELIABILITY_FILE = "scores.parquet", "report.html", "reliability.png"
+Floats = npt.NDArray[np.float64]
 SHOWN = {
-    "member_auc": "per member",
-    "log_loss": "log loss",
+    "member_auc": "member",
+    "log_loss": "loss",
     "normalized_entropy": "NE",
-    "calibration_error": "ECE",
-    "request_ndcg@10": "NDCG@10",
+    "calibration_error_debiased": "ECE",
+    "predicted_over_actual": "ratio",
+    "member_ndcg@10": "NDCG",
+    "request_ndcg@10": "request",
 }
 NOT_SIMPLE = ("Base rate", "Oracle")
+TEXT_ONLY, WITHOUT_TEXT = "text only", "without text"
+WORTH_OF_TEXT = 0.005
+"""AUC that the fused model must lose without the text logit, else it is gradient boosting in disguise."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,8 @@ class RankingRun:
 @dataclass(frozen=True)
 class RankingReport:
     """All runs on the labelled test events. `best` is the label of the simple baseline with the highest AUC among those that
-    know no more than the model; `differences` label -> model's AUC minus that run's, paired over members."""
+    know no more than the model; `differences` label -> model's AUC minus that run's, paired over members. Of a ranker with a
+    head, `variants` are the words alone and the numbers alone, and `fusion` what the model gains over each of them."""
 
     dataset: str
     counts: Knowledge
@@ -61,6 +72,8 @@ class RankingReport:
     baselines: Sequence[RankingRun]
     best: str
     differences: Mapping[str, Estimate]
+    variants: Sequence[RankingRun] = ()
+    fusion: Mapping[str, Estimate] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """The report ready for JSON."""
@@ -69,10 +82,29 @@ class RankingReport:
             "counts": self.counts,
             **self.facts,
             "model": None if self.model is None else self.model.as_dict(),
+            "variants": [run.as_dict() for run in self.variants],
             "baselines": [run.as_dict() for run in self.baselines],
             "best_baseline": self.best,
             "auc_model_minus_baseline": {name: lead.as_dict() for name, lead in self.differences.items()},
+            "auc_model_minus_variant": {name: lead.as_dict() for name, lead in self.fusion.items()},
+            "fusion_verdict": self.verdict,
         }
+
+    @property
+    def runs(self) -> list[RankingRun]:
+        """All systems, the model first."""
+        return [*([] if self.model is None else [self.model]), *self.variants, *self.baselines]
+
+    @property
+    def verdict(self) -> str:
+        """What the words are worth to the fused model, in words; "" without a head."""
+        lost = self.fusion.get(WITHOUT_TEXT)
+        if lost is None:
+            return ""
+        told = f"Taking the text logit away costs {lost.value:+.4f} AUC ({lost.low:+.4f} .. {lost.high:+.4f})"
+        if lost.value >= WORTH_OF_TEXT:
+            return f"{told}: the words carry their part."
+        return f"{told}, less than {WORTH_OF_TEXT}: this is a gradient-boosting model in disguise."
 
 
 def evaluate_ranking(
@@ -80,60 +112,129 @@ def evaluate_ranking(
     rows: Rows,
     baselines: Sequence[Scored],
     counts: Knowledge,
-    probability: npt.NDArray[np.float64] | None = None,
-    name: str = "Ranker",
+    scores: Scores | None = None,
+    tasks: Mapping[str, Mapping[str, float]] | None = None,
 ) -> RankingReport:
-    """Returns the model's probabilities [E] (if any) beside those of the baselines."""
+    """Returns a ranker's scores (if any) beside those of the baselines; `tasks` holds the numbers of its other tasks."""
     runs = [RankingRun(one.name, one.knowledge, judge_scores(rows, one.probability)) for one in baselines]
-    model = None if probability is None else RankingRun(name, counts, judge_scores(rows, probability))
     fair = [run for run in runs if run.name not in NOT_SIMPLE and (counts == "live" or run.knowledge == "frozen")]
     best = max(fair, key=lambda run: run.judged.auc.value).label if fair else ""
-    leads = {} if model is None else {run.label: auc_difference(model.judged, run.judged) for run in runs}
-    facts = {"events": len(rows), "members": len(np.unique(rows.member)), "positive_share": float(rows.label.mean())}
-    return RankingReport(dataset.meta.name, counts, facts, model, runs, best, leads)
+    facts: dict[str, object] = {"events": len(rows), "members": len(np.unique(rows.member))}
+    facts |= {"positive_share": float(rows.label.mean()), "tasks": tasks or {}}
+    if scores is None:
+        return RankingReport(dataset.meta.name, counts, facts, None, runs, best, {})
+    fused = scores.without_text is not None
+    model = RankingRun("Ranker, fused" if fused else "Ranker", counts, judge_scores(rows, scores.final))
+    held = {TEXT_ONLY: scores.text, WITHOUT_TEXT: scores.without_text} if fused else {}
+    variants = {name: judge_scores(rows, found) for name, found in held.items() if found is not None}
+    return RankingReport(
+        dataset.meta.name,
+        counts,
+        facts,
+        model,
+        runs,
+        best,
+        {run.label: auc_difference(model.judged, run.judged) for run in runs},
+        [RankingRun(f"Ranker, {name}", counts, judged) for name, judged in variants.items()],
+        {name: auc_difference(model.judged, judged) for name, judged in variants.items()},
+    )
 
 
-def write_ranking_report(report: RankingReport, rows: Rows, probability: npt.NDArray[np.float64] | None, folder: Path) -> None:
-    """Writes metrics.json and, if a model was judged, scores.parquet (event_id, score, score_text) into `folder`.
+def write_ranking_report(report: RankingReport, rows: Rows, scores: Scores | None, folder: Path, command: str = "") -> None:
+    """Writes metrics.json, report.html and, if a model was judged, scores.parquet (event_id, score, score_text) into `folder`.
 
-    `score` is the calibrated probability of label 1; `score_text` that of the text model alone, the same until a fused head
-    is part of the ranker.
+    `score` is the calibrated probability of label 1 as served, `score_text` that of the text model alone. With matplotlib,
+    reliability.png too.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(without_nan(report.as_dict()), indent=1, allow_nan=False)
     (folder / METRICS_FILE).write_text(text + "\n", encoding="utf-8")
-    if probability is not None:
-        score = pa.array(probability, pa.float64())
-        table = pa.table({"event_id": pa.array(rows.event_id, pa.int64()), "score": score, "score_text": score})
-        pq.write_table(table, folder / SCORES_FILE)
+    if scores is not None:
+        write_scores(rows, scores, folder / SCORES_FILE)
+    picture = reliability_plot(_reliable(report, rows, scores))
+    if picture is not None:
+        (folder / RELIABILITY_FILE).write_bytes(picture)
+    tables = {"All systems": systems_table(report), "Model minus baseline": _lead_table(report), "Slices": slices_table(report)}
+    tables |= {"Further tasks": tasks_table(report)} if report.facts["tasks"] else {}
+    page = ranking_page(report.dataset, [report.verdict], tables, picture, command)
+    (folder / PAGE_FILE).write_text(page, encoding="utf-8")
+
+
+def write_scores(rows: Rows, scores: Scores, path: Path) -> None:
+    """Writes one row per labelled event: event_id int64, score and score_text float64."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"score": pa.array(scores.final, pa.float64()), "score_text": pa.array(scores.text, pa.float64())}
+    pq.write_table(pa.table({"event_id": pa.array(rows.event_id, pa.int64()), **columns}), path)
+
+
+def _reliable(report: RankingReport, rows: Rows, scores: Scores | None) -> dict[str, tuple[Floats, Floats]]:
+    """Mean prediction and share of positives by bin of what is plotted."""
+    if scores is None or report.model is None:
+        return {}
+    shown = (
+        {report.model.name: scores.final, f"Ranker, {TEXT_ONLY}": scores.text} if report.variants else {"Ranker": scores.final}
+    )
+    return {name: reliability(rows.label, found)[:2] for name, found in shown.items()}
 
 
 def ranking_table(report: RankingReport) -> Group:
-    """Returns one row per system, ± the bootstrap error over members, and the model's lead with its paired interval."""
-    facts = report.facts
+    """Returns one row per system, ± the bootstrap error over members, the model's lead with its paired interval, and slices."""
+    leads = [] if report.model is None else [_lead_table(report), slices_table(report)]
+    leads += [tasks_table(report)] if report.facts["tasks"] else []
+    return Group(systems_table(report), *leads, *([Text(report.verdict)] if report.verdict else []))
+
+
+def systems_table(report: RankingReport) -> Table:
+    """Returns one row per system; * marks the best simple baseline."""
+    facts, runs = report.facts, report.runs
     title = f"{report.dataset}: {facts['events']:,} labelled test events, {facts['positive_share']:.1%} positive"
     table = Table(title=title, **PLAIN)
-    runs = [*([] if report.model is None else [report.model]), *report.baselines]
     shown = {metric: words for metric, words in SHOWN.items() if not math.isnan(runs[0].judged.metrics[metric])}
     for column in ("system", "AUC", *shown.values()):
-        table.add_column(column, justify="left" if column == "system" else "right", no_wrap=column != "system")
+        wide = column == "system"
+        table.add_column(column, justify="left" if wide else "right", no_wrap=not wide, min_width=10 if wide else None)
     for run in runs:
         best = "*" if run.label == report.best else ""
         cells = [f"{best}{short(run.judged.auc.value)}±{short(run.judged.auc.error)}"]
         cells += [short(run.judged.metrics[metric]) for metric in shown]
         ours = run is report.model
         table.add_row(run.label, *cells, style="bold" if ours else None, end_section=ours)
-    return Group(table, *([] if report.model is None else [_lead_table(report)]))
+    return table
+
+
+def slices_table(report: RankingReport) -> Table:
+    """Returns AUC by slice of the model, its variants and the best simple baseline."""
+    chosen = [run for run in report.runs if run is report.model or run in report.variants or run.label == report.best]
+    table = Table(title="AUC by slice; calibration of the first", **PLAIN)
+    for column in ("slice", "n", "positive", "said", *(run.label for run in chosen)):
+        table.add_column(column, justify="left" if column == "slice" else "right")
+    for name, first in (chosen[0].judged.slices if chosen else {}).items():
+        if first["n"]:
+            cells = [short(run.judged.slices[name]["auc"]) for run in chosen]
+            table.add_row(name, f"{first['n']:,}", short(first["mean_label"]), short(first["mean_prediction"]), *cells)
+    return table
+
+
+def tasks_table(report: RankingReport) -> Table:
+    """Returns one row per further task of the ranker: the text model alone, no head joins there."""
+    found = report.facts["tasks"]
+    table = Table(title="Further tasks, text alone", **PLAIN)
+    shown = {"auc": "AUC", **SHOWN}
+    for column in ("task", "candidates", "positive", *shown.values()):
+        table.add_column(column)
+    for name, values in found.items() if isinstance(found, Mapping) else ():
+        cells = [short(values[metric]) if metric in values else "-" for metric in shown]
+        table.add_row(name, f"{values['candidates']:,.0f}", short(values["positive_share"]), *cells)
+    return table
 
 
 def _lead_table(report: RankingReport) -> Table:
-    table = Table(title="Model's AUC minus the baseline's (paired bootstrap over members, 95 %)", **PLAIN)
-    for column in ("baseline", "difference", "interval", "verdict"):
+    table = Table(title="Model's AUC minus the other's (paired bootstrap over members, 95 %)", **PLAIN)
+    for column in ("other", "difference", "interval", "verdict"):
         table.add_column(column)
-    for label, lead in report.differences.items():
+    for label, lead in {**report.fusion, **report.differences}.items():
         mark = "*" if label == report.best else ""
         table.add_row(f"{mark}{label}", f"{lead.value:+.4f}", f"{lead.low:+.4f} .. {lead.high:+.4f}", verdict(lead))
     return table

@@ -1,7 +1,8 @@
 """The ranker: a folder that is complete, and the object that turns a member and candidates into probabilities.
 
-A folder holds the weights, the tokenizer, the quantizer and `ranker.json` (template versions, tasks with their label
-tokens, budgets, calibrators, the encoder it goes with). One fingerprint covers all of it; nothing is overridden at load.
+A folder holds the weights, the tokenizer, the quantizer, `ranker.json` (template versions, tasks with their label tokens,
+budgets, calibrators, the encoder it goes with) and, if numbers join the words, `fusion.json` (`ranking.fusion`). One fingerprint
+covers all of it; nothing is overridden at load.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from transformers import LlamaForCausalLM
 
 from index.errors import BrewlineError
 from ranking.calibrate import Calibrator
+from ranking.fusion import FUSION_FILE, Head
+from ranking.fusion_features import Asked, features
 from ranking.prefill.engine import Engine
 from ranking.prefill.load import ready
 from ranking.prefill.request import Limits, Request
 from ranking.prompts import RANK_TEMPLATE, RankBudgets, RankPrompts, label_id
-from ranking.tasks import Task, task_named
+from ranking.tasks import LABEL, Task, task_named
 from retrieval.data.schema import Item, MemberView
 from retrieval.features import Quantizer
 from retrieval.fingerprint import folder_fingerprint
@@ -58,8 +61,10 @@ class RankerFacts:
 class Ranker:
     """Probabilities of a task's positive answer for candidates before one member. Threads that call it wait for each other."""
 
-    def __init__(self, prompts: RankPrompts, facts: RankerFacts, fingerprint: str, engine: Engine) -> None:
-        self.prompts, self.facts, self.fingerprint, self.engine = prompts, facts, fingerprint, engine
+    def __init__(
+        self, prompts: RankPrompts, facts: RankerFacts, fingerprint: str, engine: Engine, head: Head | None = None
+    ) -> None:
+        self.prompts, self.facts, self.fingerprint, self.engine, self.head = prompts, facts, fingerprint, engine, head
 
     @classmethod
     def load(cls, folder: Path, *, device: str = "cpu", backend: str | None = None, max_tokens: int = 8192) -> Ranker:
@@ -69,7 +74,7 @@ class Ranker:
         backend that cannot run), each saying what was seen and what was expected.
         """
         facts = read_facts(folder)
-        fingerprint = folder_fingerprint(folder, FINGERPRINTED)
+        fingerprint = folder_fingerprint(folder, _parts(folder))
         tokens = Tokens.load(folder)
         prompts = RankPrompts(tokens, Quantizer.load(folder / QUANTIZER), facts.budgets)
         for task in facts.tasks.values():
@@ -83,7 +88,9 @@ class Ranker:
         rows = len(model.get_input_embeddings().weight)
         if rows < len(tokens):
             raise RankerError(f"{folder}: {len(tokens)} tokens but {rows} embeddings; the parts are of different rankers")
-        return cls.of(ready(model.to(device)), prompts, facts, fingerprint, backend=backend, max_tokens=max_tokens)
+        head = Head.load(folder) if (folder / FUSION_FILE).is_file() else None
+        ready_model = ready(model.to(device))
+        return cls.of(ready_model, prompts, facts, fingerprint, backend=backend, max_tokens=max_tokens, head=head)
 
     @classmethod
     def of(
@@ -95,11 +102,12 @@ class Ranker:
         *,
         backend: str | None = None,
         max_tokens: int = 8192,
+        head: Head | None = None,
     ) -> Ranker:
         """A ranker over parts that are already in memory."""
         ids = list(dict.fromkeys(token for pair in facts.labels.values() for token in pair))
         limits = Limits(max_tokens=max_tokens)
-        return cls(prompts, facts, fingerprint, Engine(model, ids, backend=backend, limits=limits, revision=fingerprint))
+        return cls(prompts, facts, fingerprint, Engine(model, ids, backend=backend, limits=limits, revision=fingerprint), head)
 
     @property
     def tasks(self) -> Mapping[str, Task]:
@@ -127,16 +135,27 @@ class Ranker:
         item_tokens: Sequence[Sequence[int]],
         task: str = "",
         relations: Sequence[str] | None = None,
+        numbers: Asked | None = None,
     ) -> Floats:
         """Calibrated probabilities float32 [C] of the task's positive answer, in the order of the C candidates.
 
         `item_tokens` as `item_tokens` made them; `relations` the member's connection to each one's creator ("follows", ""),
-        see `ranking.prompts.relations_of`. Raises TaskError and the errors of `ranking.prefill.plan`.
+        see `ranking.prompts.relations_of`; `numbers` (`ranking.fusion_features.asked_of`) is what the head joins to the words
+        where `fuses` says so, None: the words alone. Raises TaskError, FusionError and the errors of `ranking.prefill.plan`.
         """
         asked = task_named(self.tasks, task)
         logits = self.logits(self.prefix(view, task), item_tokens, asked.name, relations)
-        calibrator = self.facts.calibrators.get(asked.name, Calibrator())
-        return calibrator.probabilities(logits)
+        if self.head is not None and numbers is not None and self.fuses(asked.name):
+            return self.head.probabilities(logits, features(numbers, self.head.static, self.head.base))
+        return self.text_probabilities(logits, asked.name)
+
+    def fuses(self, task: str = "") -> bool:
+        """Whether numbers join the words for a task ("" is the main one). Raises TaskError."""
+        return self.head is not None and task_named(self.tasks, task).name == LABEL
+
+    def text_probabilities(self, logits: Floats, task: str) -> Floats:
+        """Calibrated probabilities float32 [C] of the text model alone from its raw scores."""
+        return self.facts.calibrators.get(task, Calibrator()).probabilities(logits)
 
     def logits(
         self, prefix: Sequence[int], item_tokens: Sequence[Sequence[int]], task: str, relations: Sequence[str] | None = None
@@ -189,9 +208,12 @@ def read_facts(folder: Path) -> RankerFacts:
         raise RankerError(f"{path}: incomplete ({type(error).__name__}: {error}); train the ranker again") from error
 
 
-def save_ranker(folder: Path, model: LlamaForCausalLM, prompts: RankPrompts, facts: RankerFacts) -> str:
+def save_ranker(folder: Path, model: LlamaForCausalLM, prompts: RankPrompts, facts: RankerFacts, head: Head | None = None) -> str:
     """Write a complete ranker folder, readable by stock transformers, and return its fingerprint."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / FUSION_FILE).unlink(missing_ok=True)
+    if head is not None:
+        head.save(folder)
     save_llama(model, folder)
     prompts.tokens.save(folder)
     prompts.quantizer.save(folder / QUANTIZER)
@@ -207,7 +229,12 @@ def save_ranker(folder: Path, model: LlamaForCausalLM, prompts: RankPrompts, fac
         "training": dict(facts.training),
     }
     (folder / FACTS).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return folder_fingerprint(folder, FINGERPRINTED)
+    return folder_fingerprint(folder, _parts(folder))
+
+
+def _parts(folder: Path) -> tuple[str, ...]:
+    """The files that decide this folder's answers."""
+    return (*FINGERPRINTED, FUSION_FILE) if (folder / FUSION_FILE).is_file() else FINGERPRINTED
 
 
 def labels_of(tokens: Tokens, tasks: Mapping[str, Task]) -> dict[str, tuple[int, int]]:

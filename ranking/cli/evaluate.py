@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ranking.cli.evaluate_inputs import AsJson, Counts, CountsChoice, Data, NotAsked, Out, read_with_truth
+from ranking.cli.evaluate_ranking import ranking, ranking_baselines
+from ranking.cli.forms import CodesChoice, HybridWeights, hybrid_settings
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -16,7 +21,7 @@ if TYPE_CHECKING:
     from retrieval.data.schema import Dataset
     from retrieval.data.world import Truth
     from retrieval.evidence.choice import Choice
-    from retrieval.evidence.evaluate import VectorModel
+    from retrieval.evidence.forms import Form, VectorModel
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,13 +31,6 @@ app = typer.Typer(
 )
 
 
-class CountsChoice(StrEnum):
-    """What the numbers in prompts may know: up to the day before the query, or up to the test cut."""
-
-    live = "live"
-    frozen = "frozen"
-
-
 class WindowChoice(StrEnum):
     """Which part of the log asks the questions."""
 
@@ -40,10 +38,6 @@ class WindowChoice(StrEnum):
     valid = "valid"
 
 
-Data = Annotated[Path, typer.Argument(help="The data folder.", show_default=False)]
-Out = Annotated[
-    Path | None, typer.Option("--out", help="Folder for report.html, metrics.json and the scores.", show_default=False)
-]
 With = Annotated[
     list[str] | None,
     typer.Option("--with", help="A baseline to add, by name (sasrec costs minutes). Repeatable.", show_default=False),
@@ -56,8 +50,6 @@ Sentence = Annotated[
     Path | None,
     typer.Option("--sentence-model", help="A local sentence-transformers folder as one more baseline.", show_default=False),
 ]
-Counts = Annotated[CountsChoice, typer.Option(help="live: numbers as of each day's start; frozen: as of the test cut.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
 @app.command()
@@ -68,6 +60,16 @@ def retrieval(
     wanted: With = None,
     unwanted: Without = None,
     sentence_model: Sentence = None,
+    hybrid: Annotated[bool, typer.Option("--hybrid", help="Judge the hybrid first stage too, apart.")] = False,
+    hybrid_weights: HybridWeights = None,
+    dims: Annotated[
+        list[int] | None,
+        typer.Option(help="Judge vectors of so many leading numbers too, apart. Repeatable.", min=1, show_default=False),
+    ] = None,
+    codes: Annotated[
+        list[CodesChoice] | None,
+        typer.Option(help="Judge item vectors kept so too, apart; with --dims, of each length. Repeatable.", show_default=False),
+    ] = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -75,14 +77,17 @@ def retrieval(
 
     An encoder that was trained past this folder's test cut is refused.
     With --out it writes report.html, metrics.json, per_query.parquet and ranked.parquet (member_id, query_timestamp, item_ids,
-    scores; 2,000 deep).
+    scores; 2,000 deep); the same about each form that is judged apart goes into a folder of its own in it.
 
     Example: `brewline evaluate retrieval WORLD --encoder models/encoder --counts live --out results/retrieval`
+
+    Example: `brewline evaluate retrieval WORLD --encoder models/encoder --hybrid --dims 64 --dims 32 --codes int8`
     """
     from ranking.cli.output import emit
     from retrieval.encoder import Encoder
     from retrieval.evidence.choice import choose
     from retrieval.evidence.encoded import EncoderModel
+    from retrieval.evidence.forms import HybridForm, coded_forms
     from retrieval.provenance import check_provenance
 
     choice = choose(wanted or (), unwanted or (), sentence_model)
@@ -90,7 +95,10 @@ def retrieval(
     loaded = Encoder.load(encoder)
     check_provenance(encoder, loaded.facts.get("training", {}), dataset)
     model = EncoderModel(loaded, dataset, counts.value, dataset.meta.cut_test)
-    content, shown = _judge_retrieval(dataset, truth, choice, model, counts, WindowChoice.test, out)
+    forms = coded_forms(model.name, loaded.dims, dims or (), [one.value for one in codes or ()])
+    if settings := hybrid_settings(hybrid, hybrid_weights):
+        forms.append(HybridForm(dataset, counts.value, dataset.meta.cut_test, settings))
+    content, shown = _judge_retrieval(dataset, truth, choice, model, counts, WindowChoice.test, out, forms)
     facts = {"encoder": loaded.fingerprint, "item_prompts_encoded": model.encoded}
     emit({**content, **facts}, as_json=as_json, table=lambda: shown)
 
@@ -103,65 +111,29 @@ def _judge_retrieval(
     counts: CountsChoice,
     window: WindowChoice,
     out: Path | None,
+    forms: Sequence[Form] = (),
 ) -> tuple[dict[str, object], Group]:
     """Tunes, judges and writes; returns the report for JSON and for the terminal."""
     from ranking.cli.output import progress_bar
     from retrieval.evidence.choice import choose_baselines
     from retrieval.evidence.evaluate import evaluate_retrieval
+    from retrieval.evidence.forms import form_folder
     from retrieval.evidence.report import report_table
     from retrieval.evidence.saved import write_report
 
     with progress_bar("tune baselines") as bar:
         chosen = choose_baselines(dataset, bar, choice)
     with progress_bar("evaluate") as bar:
-        report = evaluate_retrieval(dataset, model, counts.value, chosen, truth, window.value, bar, choice.left_out)
+        report = evaluate_retrieval(dataset, model, counts.value, chosen, truth, window.value, bar, choice.left_out, forms)
     if out is not None:
-        write_report(report, dataset, out, shlex.join(["brewline", *sys.argv[1:]]))
+        command = shlex.join(["brewline", *sys.argv[1:]])
+        write_report(report, dataset, out, command)
+        for form in report.apart:
+            write_report(form, dataset, out / form_folder(form.own.name), command)
     return report.as_dict(), report_table(report)
 
 
-@app.command()
-def ranking(
-    data: Data,
-    ranker: Annotated[Path, typer.Option("--ranker", help="The ranker folder.", show_default=False)],
-    encoder: Annotated[
-        Path | None, typer.Option("--encoder", help="The encoder that the ranker must belong to.", show_default=False)
-    ] = None,
-    counts: Counts = CountsChoice.live,
-    out: Out = None,
-    as_json: AsJson = False,
-) -> None:
-    """AUC, calibration and order of a ranker on the labelled test events, beside rates, LR and gradient boosting.
-
-    A ranker or encoder that was trained past this folder's test cut is refused.
-    With --out it writes metrics.json and scores.parquet (event_id, score, score_text).
-
-    Example: `brewline evaluate ranking WORLD --ranker models/ranker --counts live --out results/ranking`
-    """
-    from ranking.baselines import simple_rankers
-    from ranking.cli.output import emit, progress_bar
-    from ranking.evaluate import labelled_test_rows
-    from ranking.evidence import evaluate_ranking, ranking_table, write_ranking_report
-    from ranking.ranker import Ranker
-    from ranking.scored import check_encoder, score_rows
-    from retrieval.encoder import read_facts
-    from retrieval.provenance import check_provenance
-
-    dataset, truth = read_with_truth(data)
-    rows = labelled_test_rows(dataset)
-    loaded = Ranker.load(ranker)
-    check_provenance(ranker, loaded.facts.training, dataset)
-    if encoder is not None:
-        check_encoder(loaded, encoder)
-        check_provenance(encoder, read_facts(encoder).get("training", {}), dataset)
-    with progress_bar("rank") as bar:
-        probability = score_rows(dataset, rows, loaded, counts.value, bar)
-    with progress_bar("fit baselines") as bar:
-        simple = simple_rankers(dataset, rows, truth, bar)
-    report = evaluate_ranking(dataset, rows, simple, counts.value, probability)
-    if out is not None:
-        write_ranking_report(report, rows, probability, out)
-    emit({**report.as_dict(), "ranker": loaded.fingerprint}, as_json=as_json, table=lambda: ranking_table(report))
+app.command()(ranking)
 
 
 @app.command()
@@ -230,10 +202,6 @@ def compare(
     emit(found.as_dict(), as_json=as_json, table=lambda: compared_table(found))
 
 
-class NotAsked(Exception):
-    """One half of the comparison has no questions in this folder; the other half may."""
-
-
 def _retrieval_baselines(
     dataset: Dataset, truth: Truth | None, choice: Choice, window: WindowChoice, out: Path | None
 ) -> tuple[dict[str, object], Group]:
@@ -249,42 +217,6 @@ def _retrieval_baselines(
 def _ranking_baselines(
     dataset: Dataset, truth: Truth | None, window: WindowChoice, out: Path | None
 ) -> tuple[dict[str, object], Group]:
-    from ranking.baselines import simple_rankers
-    from ranking.cli.output import progress_bar
-    from ranking.evaluate import RankingEvidenceError, labelled_test_rows
-    from ranking.evidence import evaluate_ranking, ranking_table, write_ranking_report
-
     if window is WindowChoice.valid:
         raise NotAsked("labels are judged on the test split only")
-    try:
-        rows = labelled_test_rows(dataset)
-    except RankingEvidenceError as error:
-        raise NotAsked(str(error)) from error
-    with progress_bar("fit ranking baselines") as bar:
-        simple = simple_rankers(dataset, rows, truth, bar)
-    report = evaluate_ranking(dataset, rows, simple, "live")
-    if out is not None:
-        write_ranking_report(report, rows, None, out)
-    return report.as_dict(), ranking_table(report)
-
-
-def read_with_truth(data: Path) -> tuple[Dataset, Truth | None]:
-    """Returns the data set and, where it is a synthetic world, what is true of it.
-
-    Raises DataError for a malformed folder, EvidenceError if the truth is that of another world.
-    """
-    from retrieval.data.read import read_dataset
-    from retrieval.data.world import read_truth
-    from retrieval.evidence.protocol import EvidenceError
-
-    dataset = read_dataset(data)
-    if not (data / "truth").is_dir():
-        return dataset, None
-    truth = read_truth(data)
-    sizes = (len(truth.theta_first), len(truth.phi))
-    if sizes != (len(dataset.members), len(dataset.items)):
-        raise EvidenceError(
-            f"{data}: the truth knows {sizes[0]} members and {sizes[1]} items, the data {len(dataset.members)} and "
-            f"{len(dataset.items)}. Make the world again, or remove its folder truth."
-        )
-    return dataset, truth
+    return ranking_baselines(dataset, truth, out)

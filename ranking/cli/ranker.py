@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ranking.cli.compress import compress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,6 +21,20 @@ app = typer.Typer(
     help="The ranker: a LLaMA that reads a member and scores every candidate in one prefill.",
     epilog="Start with `brewline ranker train DATA --out RANKER --minutes 5`.",
 )
+
+
+class Calibration(StrEnum):
+    """How a logit becomes a probability."""
+
+    platt = "platt"
+    isotonic = "isotonic"
+    temperature = "temperature"
+
+
+Fusion = Annotated[
+    bool, typer.Option("--fusion/--no-fusion", help="Join numbers and retrieval's cosine to the words in a small head.")
+]
+Calibrated = Annotated[Calibration, typer.Option(help="How the text model's own probabilities are fitted on later events.")]
 
 
 @app.command()
@@ -42,13 +59,16 @@ def train(
     lora_rank: Annotated[
         int | None, typer.Option(help="With --base: train LoRA of this rank instead of all weights.", min=1)
     ] = None,
+    fusion: Fusion = True,
+    calibration: Calibrated = Calibration.platt,
     seed: Annotated[int, typer.Option(help="Decides every random choice.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
 ) -> None:
     """Train a ranker on labels and impressions, or on engagements alone, and leave a complete folder.
 
-    Learning rate and length are chosen and the probabilities are calibrated on the validation window; then the model is
-    fitted again on everything before the test cut. An encoder that was trained past that cut is refused. A killed run goes on
+    Learning rate and length are chosen on the validation window, and where there are labels a head that joins numbers to the
+    words is fitted there; then the model is fitted again on everything before the test cut, and its probabilities are calibrated
+    on members held back in the newest days. An encoder that was trained past that cut is refused. A killed run goes on
     from its last checkpoint when started again on the same data.
 
     Example: `brewline ranker train my-data --out my-ranker --encoder my-encoder --minutes 20`
@@ -70,6 +90,8 @@ def train(
         base=base,
         lora_rank=lora_rank,
         encoder=None if encoder is None else str(encoder),
+        fusion=fusion,
+        calibration=calibration.value,
     )
     dataset = read_dataset(data)
     with stages() as stage:
@@ -98,6 +120,9 @@ def export(
 
     facts = export_ranker(ranker, read_dataset(data), out, int8=int8)
     emit(facts, as_json=as_json, table=lambda: facts_table(facts))
+
+
+app.command()(compress)
 
 
 def _table(report: TrainReport) -> Table:

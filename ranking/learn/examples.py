@@ -19,6 +19,8 @@ from retrieval.counts import appeared
 from retrieval.data.schema import DAY, IMPRESSION, Dataset, Events, action_kind
 
 Ints = npt.NDArray[np.int64]
+HELD_BACK = 0.15
+"""Share of members that the refit is calibrated on, in the newest days before the test cut."""
 SAMPLED = -1
 """Stands for "no event" where a candidate was drawn from the catalogue."""
 
@@ -57,6 +59,14 @@ class Pool:
         """The positions of a group's candidates."""
         return slice(int(self.start[group]), int(self.start[group + 1]))
 
+    def only(self, kept: npt.NDArray[np.bool_]) -> Pool:
+        """The groups [G] that are kept."""
+        sizes = np.diff(self.start)
+        rows = np.repeat(kept, sizes)
+        columns = {name: getattr(self, name)[rows] for name in ("item", "day", "event", "label")}
+        start = np.concatenate([[0], np.cumsum(sizes[kept])])
+        return replace(self, member=self.member[kept], moment=self.moment[kept], start=start, **columns)
+
 
 def pools_of(
     dataset: Dataset, tasks: Mapping[str, Task], since: int | None, until: int, settings: GroupSettings, seed: int
@@ -68,6 +78,18 @@ def pools_of(
     window = np.ones(len(log), bool) if since is None else log.timestamp >= since
     found = {name: _pool(dataset, task, window, settings, seed) for name, task in tasks.items()}
     return {name: pool for name, pool in found.items() if len(pool)}
+
+
+def sampled(pool: Pool, candidates: int) -> list[tuple[str, int]]:
+    """About that many candidates' groups of a pool as (task, group), always the same ones."""
+    order = np.random.default_rng(5).permutation(len(pool))
+    total = np.cumsum(np.diff(pool.start)[order])
+    return [(pool.task, group) for group in np.sort(order[: int(np.searchsorted(total, candidates)) + 1]).tolist()]
+
+
+def held_back(dataset: Dataset, seed: int) -> npt.NDArray[np.bool_]:
+    """Bool [M]: members whose groups between the cuts the refit does not learn from, so that it can be calibrated on them."""
+    return np.random.default_rng([seed, 6]).random(len(dataset.members)) < HELD_BACK
 
 
 def teaches(dataset: Dataset, before: int) -> bool:

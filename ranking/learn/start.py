@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from ranking.calibrate import Method
 from ranking.learn.batches import GroupWriter
 from ranking.learn.compare import start_to_compare
 from ranking.learn.examples import GroupSettings, pools_of
@@ -27,6 +30,8 @@ from retrieval.llama import Size, add_lora, fit_vocabulary, load_llama, new_llam
 from retrieval.provenance import check_provenance, saw_past
 from retrieval.tokens import Tokens
 
+Held = npt.NDArray[np.bool_]
+
 
 @dataclass(frozen=True)
 class RankerPlan:
@@ -34,7 +39,7 @@ class RankerPlan:
 
     `base` is a LLaMA checkpoint to start from (whole, or with `lora_rank` through LoRA); `encoder` is a trained encoder whose
     tokenizer, quantizer and word vectors are the start of a new model. `learning_rate` takes the
-    place of the one in `loop` and of its choice on the validation window.
+    place of the one in `loop` and of its choice on the validation window. `fusion`: a head with numbers is trained after it.
     """
 
     steps: int | None = None
@@ -44,6 +49,8 @@ class RankerPlan:
     base: str | None = None
     lora_rank: int | None = None
     encoder: str | None = None
+    calibration: Method = "platt"
+    fusion: bool = True
     quantizer: Kind = "percentile"
     size: Size = field(default_factory=lambda: Size())
     budgets: RankBudgets = field(default_factory=RankBudgets)
@@ -56,17 +63,26 @@ class RankerPlan:
         return self.loop.learning_rate if self.learning_rate is None else self.learning_rate
 
 
-def start(dataset: Dataset, before: int, plan: RankerPlan, steps: int, identity: Mapping[str, object] | None = None) -> Trainer:
+def start(
+    dataset: Dataset,
+    before: int,
+    plan: RankerPlan,
+    steps: int,
+    identity: Mapping[str, object] | None = None,
+    held: Held | None = None,
+) -> Trainer:
     """Return a trainer at step 0 that has seen nothing at or after `before` (seconds), whatever `dataset` holds.
 
-    `identity` is what its checkpoints must share. Raises TrainingError if nothing can be learned, and the errors of the
-    checkpoint, the encoder or the tokenizer.
+    Groups of the members `held` (bool [M]) between the cuts are not learned from. `identity` is what its checkpoints must share.
+    Raises TrainingError if nothing can be learned, and the errors of the checkpoint, the encoder or the tokenizer.
     """
     torch.manual_seed(plan.seed)
     tasks = tasks_of(replace(dataset, events=dataset.events.before(before)))
     pools = pools_of(dataset, tasks, None, before, plan.groups, plan.seed)
     if not pools:
         raise TrainingError(f"{dataset.meta.name}: no labelled event, impression or engagement before the cut; nothing to learn")
+    if held is not None:
+        pools = {name: pool.only(~(held[pool.member] & (pool.moment >= dataset.meta.cut_valid))) for name, pool in pools.items()}
     model, tokens, quantizer = _parts(dataset, before, plan, tasks)
     writer = GroupWriter(dataset, RankPrompts(tokens, quantizer, plan.budgets), tasks, before)
     return Trainer(

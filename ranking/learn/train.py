@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ranking.calibrate import Calibrator
-from ranking.learn.examples import teaches
+from ranking.learn.examples import held_back, teaches
+from ranking.learn.fuse import head_of
 from ranking.learn.loop import Trainer
 from ranking.learn.start import Origins, RankerPlan, origins_of, start
-from ranking.learn.validate import Progress, decide
+from ranking.learn.validate import Progress, decide, recalibrated
 from ranking.ranker import FACTS, RankerFacts, save_ranker
-from ranking.tasks import ENGAGE
+from ranking.tasks import ENGAGE, LABEL
 from retrieval.data.schema import Dataset
 from retrieval.learn.checkpoint import DATA, DECISION, check_room, dataset_digest, remembered, write_json
 from retrieval.learn.sessions import with_sessions
@@ -67,7 +68,8 @@ def train_ranker(dataset: Dataset, out: Path, plan: RankerPlan, progress: Progre
         decision = {"identity": identity, **decide(dataset, plan, origins, report)}
         write_json(work / DECISION, decision)
     chosen = replace(plan, learning_rate=decision["learning_rate"])
-    trainer = start(dataset, dataset.meta.cut_test, chosen, decision["steps"], identity)
+    held = held_back(dataset, plan.seed) if decision["calibrators"] else None
+    trainer = start(dataset, dataset.meta.cut_test, chosen, decision["steps"], identity, held)
     trainer.resume(work / "checkpoint")
     running, tokens = time.monotonic(), trainer.tokens
     trainer.run(decision["steps"], lambda done, total: report("train", done, total), work / "checkpoint")
@@ -75,10 +77,17 @@ def train_ranker(dataset: Dataset, out: Path, plan: RankerPlan, progress: Progre
     if plan.lora_rank:
         merge_lora(trainer.model)
     notes = [note, SAMPLED_NOTE if ENGAGE in trainer.writer.tasks and not note else "", *decision["notes"]]
-    facts = _facts(dataset, plan, trainer, origins, decision, "; ".join(filter(None, notes)))
+    calibrators = {name: Calibrator.from_facts(one) for name, one in decision["calibrators"].items()}
+    again = {} if held is None else recalibrated(dataset, trainer, plan, held)
+    calibrators |= {name: wanted for name, (wanted, _) in again.items()}
+    facts = _facts(dataset, plan, trainer, origins, decision, calibrators, "; ".join(filter(None, notes)))
+    head = None
+    if decision["blend"] is not None:
+        scale = again[LABEL][1] if LABEL in again else Calibrator.from_facts(decision["scale"])
+        head = head_of(dataset, decision["blend"], scale, plan.seed)
     with (work / "curve.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(point) + "\n" for point in trainer.curve)
-    fingerprint = save_ranker(out, trainer.model, trainer.writer.prompts, facts)
+    fingerprint = save_ranker(out, trainer.model, trainer.writer.prompts, facts, head)
     shutil.rmtree(work / "checkpoint", ignore_errors=True)
     found = _report(out, fingerprint, trainer, facts, decision, time.monotonic() - began, speed)
     write_json(work / "report.json", asdict(found))
@@ -110,17 +119,23 @@ def _identity(dataset: Dataset, plan: RankerPlan, origins: Origins) -> dict[str,
 
 
 def _facts(
-    dataset: Dataset, plan: RankerPlan, trainer: Trainer, origins: Origins, decision: Mapping[str, Any], note: str
+    dataset: Dataset,
+    plan: RankerPlan,
+    trainer: Trainer,
+    origins: Origins,
+    decision: Mapping[str, Any],
+    calibrators: Mapping[str, Calibrator],
+    note: str,
 ) -> RankerFacts:
     # How the length was asked for is no fact about the model: --minutes and --steps that end at one length are one model.
     asked = ("steps", "minutes", "base", "encoder", "learning_rate")
     settings = {name: value for name, value in asdict(plan).items() if name not in asked}
-    tasks, calibrators = trainer.writer.tasks, decision["calibrators"]
+    tasks = trainer.writer.tasks
     return RankerFacts(
         tasks=tasks,
         labels=trainer.labels,
         budgets=plan.budgets,
-        calibrators={name: Calibrator.from_facts(calibrators[name]) for name in tasks if name in calibrators},
+        calibrators={name: calibrators[name] for name in tasks if name in calibrators},
         encoder=origins.refit,
         training={
             "data": dataset.meta.name,

@@ -5,17 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ranking.calibrate import Calibrator, auc, calibration_error, fit
-from ranking.learn.batches import Choice, GroupWriter
-from ranking.learn.examples import Pool, pools_of, teaches
+from ranking.calibrate import Calibrator, Method, auc, calibration_error, fit
+from ranking.learn.batches import GroupWriter
+from ranking.learn.examples import Pool, pools_of, sampled, teaches
+from ranking.learn.fuse import NO_HEAD_NOTE, blend_facts
 from ranking.learn.loop import Trainer
-from ranking.learn.start import Origins, RankerPlan, start
+from ranking.learn.start import Held, Origins, RankerPlan, start
 from ranking.prefill.engine import Engine
+from ranking.tasks import LABEL
 from retrieval.data.schema import Dataset
 from retrieval.learn.checkpoint import TrainingError
 from retrieval.learn.choose import Progress, Trials, try_rates
@@ -29,7 +32,7 @@ TRIAL_LEAST = 100
 """Steps below which a trial would tell nothing about a rate: then the default is taken untried."""
 RATES = (0.5, 1.0, 2.0)
 """Learning rates that are tried, as multiples of the default."""
-VALIDATION_CANDIDATES, TRIAL_CANDIDATES = 6_000, 2_000
+VALIDATION_CANDIDATES, TRIAL_CANDIDATES = 4_000, 2_000
 """Candidates that the validation run is judged and calibrated on, and a trial is judged on, at most; a quarter of it for each
 further task."""
 LOOKS = (0.6, 1.0)
@@ -40,6 +43,8 @@ RATE_WORTH = 0.02
 """AUC by which another learning rate must beat the default: on TRIAL_CANDIDATES less is noise."""
 JUDGED = (len(LOOKS) * VALIDATION_CANDIDATES + len(RATES) * TRIAL_CANDIDATES) / 3
 """Candidates to train on that cost as much as all judging: a pass without gradient takes about a third of a step."""
+HELD_LEAST = 60
+"""Answers of either kind among the members held back below which the refit keeps the validation run's calibrators."""
 GROUPS_PER_PASS = 64
 UNCALIBRATED_NOTE = "too few answers between the cuts: probabilities are not calibrated"
 WITHOUT_ENCODER_NOTE = (
@@ -57,12 +62,12 @@ def decide(dataset: Dataset, plan: RankerPlan, origins: Origins, report: Progres
     number of steps.
     """
     steps, cut = plan.steps or affordable(dataset, plan), dataset.meta.cut_valid
-    decision = {"steps": steps, "learning_rate": plan.rate, "trials": {}, "calibrators": {}, "validation": {}}
+    decision = {"steps": steps, "learning_rate": plan.rate, "trials": {}, "calibrators": {}, "validation": {}, "blend": None}
     if not teaches(dataset, cut):
         return {**decision, "notes": [UNCALIBRATED_NOTE]}
     total = max(1, round(steps * VALIDATION_SHARE / (1 - VALIDATION_SHARE)))
     first = start(dataset, cut, replace(plan, encoder=origins.validation_folder), total)
-    pools = pools_of(dataset, first.writer.tasks, cut, dataset.meta.cut_test, plan.groups, plan.seed)
+    pools = window_pools(dataset, first, plan)
     if not pools:
         return {**decision, "notes": [UNCALIBRATED_NOTE]}
     writer = GroupWriter(dataset, first.writer.prompts, first.writer.tasks, dataset.meta.cut_test)
@@ -75,25 +80,74 @@ def decide(dataset: Dataset, plan: RankerPlan, origins: Origins, report: Progres
         )
     looks = LOOKS if plan.steps is None else LOOKS[-1:]
     trainer = first.again(total - spent, rate) if spent else first
-    found = _run(trainer, writer, pools, looks, report)
+    found = _run(trainer, writer, pools, looks, plan.calibration, report)
+    judged = found.pop("judged")
     trials = {f"{one:g}": round(reached, 5) for one, reached in tried.items()}
     notes = [WITHOUT_ENCODER_NOTE] if origins.refit and not origins.validation else []
     steps = max(1, round(steps * found.pop("share")))
-    return {**found, "steps": steps, "learning_rate": rate, "trials": trials, "notes": [*notes, *found["notes"]]}
+    blend = None
+    if plan.fusion and LABEL in judged:
+        blend = _blend(dataset, plan, origins, pools, judged[LABEL])
+        notes += [] if blend else [NO_HEAD_NOTE]
+    found["scale"] = fit(*judged[LABEL]).facts() if blend else None
+    found |= {"steps": steps, "learning_rate": rate, "trials": trials, "blend": blend, "notes": [*notes, *found["notes"]]}
+    return found
+
+
+def window_pools(dataset: Dataset, trainer: Trainer, plan: RankerPlan) -> dict[str, Pool]:
+    """The groups between the cuts, one for each member and day: their histories are as fresh as served ones, which the longer
+    groups of training are not."""
+    fresh = replace(plan.groups, least=1)
+    return pools_of(dataset, trainer.writer.tasks, dataset.meta.cut_valid, dataset.meta.cut_test, fresh, plan.seed)
+
+
+def _blend(
+    dataset: Dataset,
+    plan: RankerPlan,
+    origins: Origins,
+    pools: Mapping[str, Pool],
+    judged: tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]],
+) -> Mapping[str, object] | None:
+    """What late fusion learns from the validation run, as facts."""
+    scores, labels = judged
+    pool = pools[LABEL]
+    groups = [group for _, group in sampled(pool, _share(VALIDATION_CANDIDATES, list(pools).index(LABEL)))]
+    encoder = None if origins.validation_folder is None else Path(origins.validation_folder)
+    return blend_facts(dataset, pool, groups, scores, labels, fit(scores, labels), encoder, plan.seed)
+
+
+def recalibrated(dataset: Dataset, trainer: Trainer, plan: RankerPlan, held: Held) -> dict[str, tuple[Calibrator, Calibrator]]:
+    """Task -> (the calibrator that the plan asks for, a Platt scale) of a refit, on the members it was not taught.
+
+    Tasks with too few answers of either kind are left out: what noise moves is worse than what the longer training moved.
+    """
+    pools = {name: pool.only(held[pool.member]) for name, pool in window_pools(dataset, trainer, plan).items()}
+    judged = judge(trainer, trainer.writer, {name: pool for name, pool in pools.items() if len(pool)})
+    found = {name: (fit(*one, plan.calibration), fit(*one)) for name, one in judged.items()}
+    enough = {
+        name: min(label.sum(dtype=int), len(label) - label.sum(dtype=int)) >= HELD_LEAST for name, (_, label) in judged.items()
+    }
+    return {name: both for name, both in found.items() if enough[name] and both[0].method == plan.calibration}
 
 
 def _run(
-    trainer: Trainer, writer: GroupWriter, pools: Mapping[str, Pool], looks: Sequence[float], report: Progress
+    trainer: Trainer,
+    writer: GroupWriter,
+    pools: Mapping[str, Pool],
+    looks: Sequence[float],
+    method: Method,
+    report: Progress,
 ) -> dict[str, Any]:
-    """The validation run: the share of its steps after which it was best, and calibrators and measures of that moment."""
+    """The validation run: the share of its steps after which it was best, and scores, calibrators and measures of that moment."""
     main, found = next(iter(pools)), list[Judged]()
     for look in looks:
         trainer.run(max(1, round(look * trainer.steps)), lambda done, total: report("validate", done, total))
         found.append(judge(trainer, writer, pools))
     best = 0 if auc(*found[0][main]) > auc(*found[-1][main]) + WORTH else len(looks) - 1
-    calibrators = {name: fit(scores, labels) for name, (scores, labels) in found[best].items()}
+    calibrators = {name: fit(scores, labels, method) for name, (scores, labels) in found[best].items()}
     return {
         "share": looks[best],
+        "judged": found[best],
         "calibrators": {name: calibrator.facts() for name, calibrator in calibrators.items()},
         "validation": {name: _measures(*judged, calibrators[name]) for name, judged in found[best].items()},
         "notes": [UNCALIBRATED_NOTE] if calibrators[main].method == "identity" else [],
@@ -108,7 +162,7 @@ def judge(trainer: Trainer, writer: GroupWriter, pools: Mapping[str, Pool], cand
     for place, (name, pool) in enumerate(pools.items()):
         yes, no = (engine.label_ids.index(token) for token in trainer.labels[name])
         parts = []
-        chosen = sampled(pool, candidates // (1 if place == 0 else 4))
+        chosen = sampled(pool, _share(candidates, place))
         for first in range(0, len(chosen), GROUPS_PER_PASS):
             batch = writer.write(pools, chosen[first : first + GROUPS_PER_PASS])
             logits = np.concatenate(engine.score(batch.requests))
@@ -117,11 +171,9 @@ def judge(trainer: Trainer, writer: GroupWriter, pools: Mapping[str, Pool], cand
     return found
 
 
-def sampled(pool: Pool, candidates: int) -> list[Choice]:
-    """About that many candidates' groups of a pool, always the same ones."""
-    order = np.random.default_rng(5).permutation(len(pool))
-    total = np.cumsum(np.diff(pool.start)[order])
-    return [(pool.task, group) for group in np.sort(order[: int(np.searchsorted(total, candidates)) + 1]).tolist()]
+def _share(candidates: int, place: int) -> int:
+    """How many of the candidates to judge on the task at a place gets."""
+    return candidates if place == 0 else candidates // 4
 
 
 def _measures(scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int8], calibrator: Calibrator) -> dict[str, float]:

@@ -31,6 +31,33 @@ def test_temperature_keeps_the_middle_in_place() -> None:
     assert found.b == 0 and found.a == pytest.approx(0.4, abs=0.03)
 
 
+def test_isotonic_follows_a_bend_that_platt_cannot_and_survives_the_disk() -> None:
+    rng = np.random.default_rng(1)
+    logits = rng.uniform(-3, 3, 20_000)
+    labels = (rng.random(20_000) < np.where(logits < 0, 0.2, np.where(logits < 1, 0.3, 0.9))).astype(np.int8)
+    found = fit(logits, labels, "isotonic")
+    assert (
+        calibration_error(found.probabilities(logits), labels)
+        < 0.025
+        < calibration_error(fit(logits, labels).probabilities(logits), labels)
+    )
+    assert (np.diff(found.probabilities(np.linspace(-9, 9, 500))) >= 0).all()
+    assert Calibrator.from_facts(json.loads(json.dumps(found.facts()))) == found
+    for wrong in ([[0, 0.5], [1, 0.2]], [[0, 2.0]], [], [[float("nan"), 0.5]]):
+        with pytest.raises(CalibrationError):
+            Calibrator.from_facts({**found.facts(), "knots": wrong})
+
+
+def test_isotonic_pools_what_falls_and_equals_scikit_learn_before_smoothing() -> None:
+    isotonic = pytest.importorskip("sklearn.isotonic")
+    rng = np.random.default_rng(2)
+    logits, labels = rng.normal(size=5_000), rng.integers(0, 2, 5_000)
+    labels = (rng.random(5_000) < sigmoid(2 * logits)).astype(np.int8)
+    expected = isotonic.IsotonicRegression(out_of_bounds="clip").fit(logits, labels).predict(logits)
+    np.testing.assert_allclose(fit(logits, labels, "isotonic").probabilities(logits), expected, atol=0.12)
+    assert np.abs(fit(logits, labels, "isotonic").probabilities(logits) - expected).mean() < 0.015
+
+
 @pytest.mark.parametrize("positives", [0, 5])
 def test_too_few_answers_fit_nothing(positives: int) -> None:
     labels = np.zeros(100, np.int8)

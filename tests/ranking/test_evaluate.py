@@ -13,19 +13,27 @@ import pytest
 from ranking.baselines import ExtraMissing, as_of_days, oracle, simple_rankers
 from ranking.evaluate import (
     RankingEvidenceError,
-    auc,
     auc_difference,
     auc_samples,
-    calibration_error,
     judge_scores,
     labelled_test_rows,
-    log_loss,
-    member_aucs,
-    normalized_entropy,
+    masks_of,
+    member_ndcg,
     request_ndcg,
 )
 from ranking.evidence import evaluate_ranking, write_ranking_report
 from ranking.features import FeatureTable
+from ranking.metrics import (
+    auc,
+    calibration_error,
+    debiased_calibration_error,
+    log_loss,
+    member_aucs,
+    ndcg_within,
+    normalized_entropy,
+    reliability,
+)
+from ranking.scores import Scores
 from retrieval.data.schema import DAY, TEST, Dataset
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
@@ -74,6 +82,47 @@ def test_bootstrap_weights_equal_recomputing_the_auc_on_the_drawn_rows(tiny_data
         assert sample == pytest.approx(auc(rows.label[taken], score[taken]))
 
 
+def test_reliability_and_ndcg_equal_scikit_learn() -> None:
+    from sklearn.calibration import calibration_curve
+
+    rng = np.random.default_rng(1)
+    score = rng.random(3_000)
+    label = (rng.random(3_000) < score).astype(float)
+    happened, said = calibration_curve(label, score, n_bins=15, strategy="quantile")
+    found = reliability(label, score)
+    np.testing.assert_allclose(found[0], said, atol=1e-3)
+    np.testing.assert_allclose(found[1], happened, atol=1e-2)
+    group = rng.integers(0, 30, 3_000)
+    expected = [
+        sklearn_metrics.ndcg_score(label[None, group == one], score[None, group == one], k=10) for one in np.unique(group)
+    ]
+    assert ndcg_within(group, label, score, 10) == pytest.approx(np.mean(expected))
+
+
+def test_chance_alone_is_taken_off_the_calibration_error_and_a_real_gap_stays() -> None:
+    rng = np.random.default_rng(2)
+    plain, debiased, shifted = [], [], []
+    for _ in range(40):
+        score = rng.random(1_500)
+        label = (rng.random(1_500) < score).astype(float)
+        plain.append(calibration_error(label, score))
+        debiased.append(debiased_calibration_error(label, score))
+        shifted.append(debiased_calibration_error(label, np.clip(score + 0.1, 0, 1)))
+    assert np.mean(debiased) < 0.7 * np.mean(plain)
+    assert np.mean(shifted) == pytest.approx(0.095, abs=0.01)
+
+
+def test_slices_are_those_of_a_hand_count(tiny_dataset: Dataset) -> None:
+    rows, log = labelled_test_rows(tiny_dataset), tiny_dataset.events
+    masks = masks_of(rows)
+    for row in (0, len(rows) // 2, len(rows) - 1):
+        earlier = (log.member == rows.member[row]) & (log.timestamp < log.timestamp[rows.event[row]])
+        assert rows.history[row] == earlier.sum()
+    assert sum(mask.sum() for name, mask in masks.items() if name.startswith("history")) == len(rows)
+    assert sum(mask.sum() for name, mask in masks.items() if name.startswith("week")) == len(rows)
+    assert rows.week.min() == 0 and 0 < member_ndcg(rows, rows.label) <= 1
+
+
 def test_a_paired_difference_sees_a_small_steady_lead(tiny_dataset: Dataset) -> None:
     rows = labelled_test_rows(tiny_dataset)
     rng = np.random.default_rng(0)
@@ -92,7 +141,10 @@ def test_request_ndcg_by_hand_and_ties_do_not_leak_the_position(tiny_dataset: Da
         rows,
         label=np.array([0.0, 1, 0]),
         request=np.array([5, 5, -1], np.int32),
-        **{name: getattr(rows, name)[:3] for name in ("event", "event_id", "member", "item", "cold_member", "cold_item")},
+        **{
+            name: getattr(rows, name)[:3]
+            for name in ("event", "event_id", "member", "item", "cold_member", "cold_item", "history", "week")
+        },
     )
     assert request_ndcg(three, np.array([0.9, 0.1, 0.5])) == pytest.approx(1 / np.log2(3))
     assert np.isnan(request_ndcg(replace(three, request=np.full(3, -1, np.int32)), np.zeros(3)))
@@ -140,7 +192,7 @@ def test_classifiers_find_the_own_topic_and_the_oracle_is_aligned_by_event(tiny_
     scored = {(one.name, one.knowledge): one.probability for one in simple_rankers(tiny_dataset, rows, Truth())}
     assert auc(rows.label, scored["Oracle", "live"]) == 1
     assert auc(rows.label, scored["Logistic regression", "live"]) > 0.9 > 0.7 > auc(rows.label, scored["Item rate", "live"])
-    report = evaluate_ranking(tiny_dataset, rows, [], "live", scored["Gradient boosting", "live"])
+    report = evaluate_ranking(tiny_dataset, rows, [], "live", Scores(*[scored["Gradient boosting", "live"]] * 2))
     assert report.best == ""
 
     class Stranger:
@@ -166,8 +218,8 @@ def test_frozen_knowledge_ends_at_the_cut_and_live_at_the_start_of_the_day(tiny_
 def test_scores_parquet_has_every_labelled_event(tiny_dataset: Dataset, tmp_path: Path) -> None:
     rows = labelled_test_rows(tiny_dataset)
     probability = np.linspace(0.1, 0.9, len(rows))
-    report = evaluate_ranking(tiny_dataset, rows, [], "live", probability)
-    write_ranking_report(report, rows, probability, tmp_path)
+    report = evaluate_ranking(tiny_dataset, rows, [], "live", Scores(probability, probability))
+    write_ranking_report(report, rows, Scores(probability, 1 - probability), tmp_path)
     table = pq.read_table(tmp_path / "scores.parquet")
     assert table.column_names == ["event_id", "score", "score_text"]
     log = tiny_dataset.events

@@ -63,7 +63,7 @@ def served(dataset: Dataset, ranker: Ranker, rows: Rows, row: int, counts: str) 
 @pytest.mark.parametrize("counts", ["live", "frozen"])
 def test_scores_are_those_of_the_served_ranker(ranker: Ranker, tiny_dataset: Dataset, counts: str) -> None:
     rows = labelled_test_rows(tiny_dataset)
-    found = score_rows(tiny_dataset, rows, ranker, "live" if counts == "live" else "frozen")
+    found = score_rows(tiny_dataset, rows, ranker, "live" if counts == "live" else "frozen").final
     assert found.shape == (len(rows),)
     for row in (0, 1, len(rows) // 2, len(rows) - 1):
         assert found[row] == pytest.approx(served(tiny_dataset, ranker, rows, row, counts), abs=2e-5)

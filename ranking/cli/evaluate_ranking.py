@@ -1,0 +1,91 @@
+"""`brewline evaluate ranking`: a ranker beside rates, regression and boosting on the labelled test events."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ranking.cli.evaluate_inputs import AsJson, Counts, CountsChoice, Data, NotAsked, Out, read_with_truth
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from retrieval.data.schema import Dataset
+    from retrieval.data.world import Truth
+
+WITHOUT_ENCODER = "the head reads retrieval's cosine, which is unknown here: name the --encoder to score as the service does"
+
+
+def ranking(
+    data: Data,
+    ranker: Annotated[Path, typer.Option("--ranker", help="The ranker folder.", show_default=False)],
+    encoder: Annotated[
+        Path | None,
+        typer.Option("--encoder", help="The encoder it belongs to: its cosine joins the head and the table.", show_default=False),
+    ] = None,
+    counts: Counts = CountsChoice.live,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """AUC, calibration and order of a ranker on the labelled test events, beside rates, LR and gradient boosting.
+
+    A ranker with a head is shown fused, as it serves, beside its text alone and its numbers alone. A ranker or encoder that was
+    trained past this folder's test cut is refused. With --out it writes report.html, metrics.json, reliability.png and
+    scores.parquet (event_id, score, score_text).
+
+    Example: `brewline evaluate ranking WORLD --ranker models/ranker --counts live --out results/ranking`
+    """
+    from ranking.baselines import simple_rankers
+    from ranking.cli.output import emit, progress_bar
+    from ranking.evaluate import labelled_test_rows
+    from ranking.evidence import evaluate_ranking, ranking_table, write_ranking_report
+    from ranking.ranker import Ranker
+    from ranking.scored import check_encoder, other_tasks, retrieval_alone, score_rows
+    from retrieval.encoder import Encoder
+    from retrieval.provenance import check_provenance
+
+    dataset, truth = read_with_truth(data)
+    rows = labelled_test_rows(dataset)
+    loaded = Ranker.load(ranker)
+    check_provenance(ranker, loaded.facts.training, dataset)
+    reader = None
+    if encoder is not None:
+        check_encoder(loaded, encoder)
+        reader = Encoder.load(encoder)
+        check_provenance(encoder, reader.facts.get("training", {}), dataset)
+    with progress_bar("rank") as bar:
+        scores = score_rows(dataset, rows, loaded, counts.value, reader, bar)
+    with progress_bar("fit baselines") as bar:
+        simple = simple_rankers(dataset, rows, truth, bar)
+    if reader is not None and scores.cosine is not None:
+        simple.append(retrieval_alone(dataset, scores.cosine, reader, counts.value))
+    report = evaluate_ranking(dataset, rows, simple, counts.value, scores, other_tasks(dataset, loaded, counts.value))
+    if out is not None:
+        write_ranking_report(report, rows, scores, out, shlex.join(["brewline", *sys.argv[1:]]))
+    missing = loaded.head is not None and loaded.head.reads_cosine and reader is None
+    facts = {"ranker": loaded.fingerprint, "notes": [WITHOUT_ENCODER] if missing else []}
+    emit({**report.as_dict(), **facts}, as_json=as_json, table=lambda: ranking_table(report))
+    if missing and not as_json:
+        sys.stderr.write(f"{WITHOUT_ENCODER}\n")
+
+
+def ranking_baselines(dataset: Dataset, truth: Truth | None, out: Path | None) -> tuple[dict[str, object], Group]:
+    from ranking.baselines import simple_rankers
+    from ranking.cli.output import progress_bar
+    from ranking.evaluate import RankingEvidenceError, labelled_test_rows
+    from ranking.evidence import evaluate_ranking, ranking_table, write_ranking_report
+
+    try:
+        rows = labelled_test_rows(dataset)
+    except RankingEvidenceError as error:
+        raise NotAsked(str(error)) from error
+    with progress_bar("fit ranking baselines") as bar:
+        simple = simple_rankers(dataset, rows, truth, bar)
+    report = evaluate_ranking(dataset, rows, simple, "live")
+    if out is not None:
+        write_ranking_report(report, rows, None, out)
+    return report.as_dict(), ranking_table(report)
