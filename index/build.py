@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from index.codes import Codes, rounded
 from index.errors import BrewlineError
 from index.exact import exact_search, overlap
 from index.hits import Hits, Vectors, check_queries
@@ -32,20 +33,25 @@ class BuildError(BrewlineError):
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The kind of index: "Flat" scans everything (lists 0), "IVF256,Flat" visits some of 256 inverted lists."""
+    """The kind of index: "Flat" scans everything (lists 0), "IVF256,Flat" visits some of 256 inverted lists.
+
+    With `half` it holds the numbers as float16 ("SQfp16"), half the memory: for vectors that are kept so, the same scores.
+    """
 
     lists: int = 0
+    half: bool = False
 
     def __str__(self) -> str:
-        return f"IVF{self.lists},Flat" if self.lists else "Flat"
+        kept = "SQfp16" if self.half else "Flat"
+        return f"IVF{self.lists},{kept}" if self.lists else kept
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
         """The recipe that `str` wrote is returned. Raises BuildError for any other text."""
-        match = re.fullmatch(r"Flat|IVF([1-9][0-9]{0,6}),Flat", text, re.ASCII)
+        match = re.fullmatch(r"(?:IVF([1-9][0-9]{0,6}),)?(Flat|SQfp16)", text, re.ASCII)
         if match is None:
-            raise BuildError(f"recipe {text!r} is unknown: expected Flat or IVF<lists>,Flat, for instance IVF256,Flat")
-        return cls(int(match[1] or 0))
+            raise BuildError(f"recipe {text!r} is unknown: expected Flat, SQfp16 or IVF<lists>, before one of them (IVF256,Flat)")
+        return cls(int(match[1] or 0), match[2] != "Flat")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +80,11 @@ def build_index(vectors: Vectors, recipe: Recipe, seed: int, progress: Progress 
 
     The same vectors, recipe and seed give the same index. Raises BuildError for NaN, infinity or fewer rows than lists.
     """
-    import faiss
-
     count, dims = _shape(vectors)
     if recipe.lists > count:
         raise BuildError(f"recipe {recipe} needs at least {recipe.lists} vectors, there are {count}: use Flat")
-    index: Any = faiss.IndexFlatIP(dims)
+    index = _empty(dims, recipe)
     if recipe.lists:
-        index = faiss.IndexIVFFlat(index, dims, recipe.lists, faiss.METRIC_INNER_PRODUCT)
         index.cp.seed = seed
         index.cp.min_points_per_centroid = 1
         index.train(_finite(vectors[_sample(count, training_rows(count, recipe), seed)], 0))
@@ -90,6 +93,18 @@ def build_index(vectors: Vectors, recipe: Recipe, seed: int, progress: Progress 
         if progress is not None:
             progress(min(start + _BLOCK_ROWS, count), count)
     return index
+
+
+def _empty(dims: int, recipe: Recipe) -> Any:
+    import faiss
+
+    metric, half = faiss.METRIC_INNER_PRODUCT, faiss.ScalarQuantizer.QT_fp16
+    if not recipe.lists:
+        return faiss.IndexScalarQuantizer(dims, half, metric) if recipe.half else faiss.IndexFlatIP(dims)
+    if recipe.half:
+        # Residuals would be rounded instead of the vectors: other numbers than those that the snapshot keeps.
+        return faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dims), dims, recipe.lists, half, metric, False)
+    return faiss.IndexIVFFlat(faiss.IndexFlatIP(dims), dims, recipe.lists, metric)
 
 
 def training_rows(count: int, recipe: Recipe) -> int:
@@ -101,6 +116,7 @@ def build(
     vectors: Vectors,
     *,
     recipe: Recipe | None = None,
+    codes: Codes = "float32",
     seed: int = 0,
     k: int = 2_000,
     target: float = 0.95,
@@ -111,10 +127,12 @@ def build(
     """An index is returned whose searches reach `target` mean recall@k against exact search on sampled queries.
 
     `queries` [Q, D] are real query vectors (members' of last night): they lie elsewhere than items, and a recall measured on
-    items flatters; without them sampled items must do, and the recall says so. k is at most N. Raises BuildError.
+    items flatters; without them sampled items must do, and the recall says so. k is at most N. With `codes` the index is over
+    what the snapshot keeps of the vectors, and the recall is against exact search in those. Raises BuildError, CodesError.
     """
     count, dims = _shape(vectors)
-    recipe = recipe or choose_recipe(count, dims)
+    recipe = recipe or replace(choose_recipe(count, dims), half=codes == "float16")
+    vectors = vectors if codes == "float32" else rounded(vectors, codes)
     index = build_index(vectors, recipe, seed, progress)
     facts: dict[str, Fact] = {"seed": seed, "nprobe": 0, "training_rows": training_rows(count, recipe)}
     if count == 0:

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
+from index.codes import Codes, CodesError, codes_named
 from index.errors import BrewlineError
 
 FORMAT_VERSION = 1
 METRIC = "inner_product"
-DTYPE = "float32"
 NAME_PATTERN = re.compile(r"\d{8}-[0-9a-f]{12}")
 """Day of `as_of` (UTC), then the first 12 hex digits of the manifest's SHA-256. The manifest hashes every other file, so
 the folder's name vouches for the whole folder."""
@@ -67,7 +67,10 @@ class Recall:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything that is true of a snapshot whenever and wherever it is read. Times live in RUN.json instead."""
+    """Everything that is true of a snapshot whenever and wherever it is read. Times live in RUN.json instead.
+
+    `dtype` is what the vectors are kept in (`index.codes`).
+    """
 
     count: int
     dims: int
@@ -79,7 +82,7 @@ class Manifest:
     recall: Recall | None = None
     parent: str = ""
     extra: Mapping[str, str] = field(default_factory=dict)
-    dtype: str = DTYPE
+    dtype: Codes = "float32"
     metric: str = METRIC
     format_version: int = FORMAT_VERSION
 
@@ -146,8 +149,11 @@ def _from_json(raw: dict[str, Any], folder_name: str) -> Manifest:
     try:
         files = {name: FileFact(**fact) for name, fact in get("files", dict).items()}
         recall = None if raw.get("recall") is None else Recall(**get("recall", dict))
+        codes = codes_named(get("dtype", str))
     except TypeError as error:
         raise SnapshotTorn(f"snapshot {folder_name}: MANIFEST.json is not complete: {error}") from None
+    except CodesError as error:
+        raise SnapshotVersion(f"snapshot {folder_name}: {error}; use the program that wrote it, or build it again") from None
     return Manifest(
         count=get("count", int),
         dims=get("dims", int),
@@ -159,6 +165,6 @@ def _from_json(raw: dict[str, Any], folder_name: str) -> Manifest:
         recall=recall,
         parent=get("parent", str),
         extra=get("extra", dict),
-        dtype=get("dtype", str),
+        dtype=codes,
         metric=get("metric", str),
     )

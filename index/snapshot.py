@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from index.codes import decode_rows
 from index.durable import sha256_of
 from index.ids import IdArrays, Ids
 from index.manifest import (
-    DTYPE,
     METRIC,
     FileFact,
     Manifest,
@@ -82,9 +82,8 @@ class Snapshot:
 
     @cached_property
     def vectors(self) -> npt.NDArray[np.float32]:
-        """The vectors, float32 [N, D], mapped read-only."""
-        vectors: npt.NDArray[np.float32] = self._array(VECTORS_FILE)
-        return vectors
+        """The vectors as float32 [N, D]: mapped read-only, or in memory if they are kept in fewer bits."""
+        return decode_rows(self._array(VECTORS_FILE), self.manifest.dtype)
 
     @cached_property
     def ids(self) -> Ids:
@@ -141,20 +140,20 @@ class Snapshot:
         """Hashes prove that nothing changed since writing; this proves that what was written fits together."""
         facts = self.manifest
         missing = CORE_FILES - set(facts.files)
-        if missing or (facts.dtype, facts.metric) != (DTYPE, METRIC):
+        if missing or facts.metric != METRIC:
             raise SnapshotTorn(
-                f"snapshot {self.name}: the manifest says dtype {facts.dtype}, metric {facts.metric}, without "
-                f"{sorted(missing)}; expected {DTYPE}, {METRIC} and all of {sorted(CORE_FILES)}"
+                f"snapshot {self.name}: the manifest says metric {facts.metric}, without {sorted(missing)}; "
+                f"expected {METRIC} and all of {sorted(CORE_FILES)}"
             )
-        expected = {
-            VECTORS_FILE: (np.float32, (facts.count, facts.dims)),
+        expected: dict[str, tuple[npt.DTypeLike, tuple[int, ...]]] = {
+            VECTORS_FILE: (facts.dtype, (facts.count, facts.dims)),
             OFFSETS_FILE: (np.int64, (facts.count + 1,)),
             HASHES_FILE: (np.uint64, (facts.count,)),
             ORDER_FILE: (np.int64, (facts.count,)),
         }
         for name, (dtype, shape) in expected.items():
             array = self._array(name)
-            if array.dtype != dtype or array.shape != shape:
+            if array.dtype != np.dtype(dtype) or array.shape != shape:
                 raise SnapshotTorn(
                     f"snapshot {self.name}: {name} holds {array.dtype}{list(array.shape)}, "
                     f"expected {np.dtype(dtype)}{list(shape)}"

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from scipy.sparse.linalg import svds
 
 from retrieval.data.schema import DAY, MISSING_TIME, Dataset
-from retrieval.evidence.terms import Terms, unit_rows
+from retrieval.terms import Terms, unit_rows
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.integer]

@@ -19,8 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from index.errors import BrewlineError
+from ranking.fusion_features import asked_of
 from ranking.prompts import relations_of
 from ranking.tasks import task_named
+from retrieval.attributes import EVERYTHING, Wanted
 from retrieval.data.schema import MemberView
 from retrieval.retrieve import Candidates, Retriever, Vector, distinct, seen_items
 
@@ -49,8 +51,8 @@ class Degraded(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Ranked:
-    """K items, best first: `ids` [K], `rows` int64 [K], `places` int64 [K] in retrieval order (0 = nearest), `scores` float32 [K]
-    cosine, `probabilities` float32 [K] or None if nothing was ranked, out of `candidates`."""
+    """K items, best first: `ids` [K], `rows` int64 [K], `places` int64 [K] in retrieval order (0 = first), `scores` float32 [K]
+    of the first stage, `probabilities` float32 [K] or None if nothing was ranked, out of `candidates`."""
 
     ids: list[str]
     rows: npt.NDArray[np.int64]
@@ -136,24 +138,26 @@ class Recommender:
         exclude: Collection[str] = (),
         task: str = "",
         vector: Vector | None = None,
+        wanted: Wanted = EVERYTHING,
         deadline: float = math.inf,
         watch: Watch = unwatched,
         early: Callable[[Ranked], None] | None = None,
     ) -> Ranked:
         """The `k` best items for a member out of `fanout` candidates, by falling probability.
 
-        Neither `exclude` nor the view's history comes back. `vector` is the member's, if it is already known. If ranking
+        Only `wanted` items come back, neither `exclude` nor the history. `vector` is the member's, if known. If ranking
         would end after `deadline` (`time.monotonic()`), the answer is in retrieval order and says so. `early` is given
-        that answer as soon as it exists, for a caller who can no longer wait. Raises NoRanker, TaskError.
+        that answer as soon as it exists, for a caller who can no longer wait. Raises NoRanker, TaskError, UnknownAttribute.
         """
         task = self.task(task)
-        candidates = self.retrieve(view, fanout, exclude=exclude, vector=vector, watch=watch)
+        vector = self.describe(view, vector, watch=watch)
+        candidates = self.retrieve(view, fanout, exclude=exclude, vector=vector, wanted=wanted, watch=watch)
         if early is not None:
             early(in_retrieval_order(candidates, k, "ranking was still running when the deadline came"))
         late = self._too_late(len(candidates), deadline)
         if late:
             return in_retrieval_order(candidates, k, late)
-        probabilities = self.score(view, candidates.rows, task, watch=watch)
+        probabilities = self.score(view, candidates.rows, task, vector=vector, watch=watch)
         with watch("order"):
             return order(candidates, probabilities, k)
 
@@ -164,27 +168,53 @@ class Recommender:
         *,
         exclude: Collection[str] = (),
         vector: Vector | None = None,
+        wanted: Wanted = EVERYTHING,
         watch: Watch = unwatched,
     ) -> Candidates:
-        """The `k` nearest items that the member has not seen and that are not excluded, by falling cosine."""
-        with watch("encode"):
-            vector = self.retriever.describe(view) if vector is None else vector
-        with watch("search"):
-            return self.retriever.retrieve(vector, k, distinct(list(exclude), seen_items(view)))
+        """The `k` best `wanted` items of the first stage that the member has not seen and that are not excluded, best first.
 
-    def score(self, view: MemberView, rows: npt.NDArray[np.int64], task: str = "", *, watch: Watch = unwatched) -> Floats:
-        """The probability float32 [C] of the task's positive answer for each row of the catalogue. Raises BadScores."""
+        A known `vector` spares the encoder; a hybrid first stage reads the view all the same. Raises UnknownAttribute.
+        """
+        vector = self.describe(view, vector, watch=watch)
+        with watch("search"):
+            return self.retriever.retrieve(vector, k, distinct(list(exclude), seen_items(view)), view, wanted)
+
+    def describe(self, view: MemberView, vector: Vector | None = None, *, watch: Watch = unwatched) -> Vector:
+        """The member's vector float32 [D]: the one given, if any."""
+        with watch("encode"):
+            return self.retriever.describe(view) if vector is None else vector
+
+    def score(
+        self,
+        view: MemberView,
+        rows: npt.NDArray[np.int64],
+        task: str = "",
+        *,
+        vector: Vector | None = None,
+        watch: Watch = unwatched,
+    ) -> Floats:
+        """The probability float32 [C] of the task's positive answer for each row of the catalogue.
+
+        Where numbers join the ranker's words, the member's `vector` gives one of them, made here if unknown. Raises BadScores.
+        """
         if self.ranker is None:
             raise NoRanker("no ranker is loaded; start with --ranker DIR, or ask for retrieval only")
         task = self.task(task)
         if not len(rows):
             return np.zeros(0, np.float32)
+        head = self.ranker.head if self.ranker.fuses(task) else None
+        if head is not None and head.reads_cosine:
+            vector = self.describe(view, vector, watch=watch)
         started = time.monotonic()
         with watch("rank"):
             catalog = self.retriever.catalog
             tokens = [row.tolist() for row in catalog.tokens(rows)]
             relations = relations_of(view.connections, catalog.creators(rows)) if view.connections else None
-            probabilities = self.ranker.score(view, tokens, task, relations)
+            numbers = None
+            if head is not None:
+                cosine = self.retriever.cosines(vector, rows) if vector is not None and head.reads_cosine else None
+                numbers = asked_of(view, catalog, rows, head.static, cosine)
+            probabilities = self.ranker.score(view, tokens, task, relations, numbers)
         now = time.monotonic()
         self.pace.record(len(rows), now - started, now)
         if probabilities.shape != (len(rows),) or not np.all((probabilities >= 0) & (probabilities <= 1)):
@@ -222,7 +252,7 @@ def order(candidates: Candidates, probabilities: Floats, k: int) -> Ranked:
 
 
 def in_retrieval_order(candidates: Candidates, k: int, detail: str = "") -> Ranked:
-    """The `k` nearest candidates without probabilities; degraded if a detail says why."""
+    """The first `k` candidates without probabilities; degraded if a detail says why."""
     return Ranked(
         candidates.ids[:k],
         candidates.rows[:k],

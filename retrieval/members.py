@@ -2,7 +2,8 @@
 
 A record is kept by member id; the words of its history are the catalogue's, so they are of the same day as the vectors. A
 vector is kept under the encoder's fingerprint, behind the digest of the record and the digest of the view it was made from: one
-whose record has changed since is not returned, and the night re-encodes only what reads differently. Each night renews its
+whose record has changed since is not returned, and the night re-encodes only what reads differently. What the service is told
+during the day (`retrieval.recent`) belongs to the record from that moment on, and so outdates the vector. Each night renews its
 encoder's vectors; one that no night renewed for `VECTOR_DAYS` leaves the store, as an old encoder's all do. Nothing is pickled.
 """
 
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from index.errors import BrewlineError
 from index.keyvalue import KeyValueStore
 from retrieval.data.schema import DAY
+from retrieval.recent import RECENT, Told, append, decode_told, stranger, with_told
 from retrieval.records import DIGEST_BYTES, MemberRecord, MemberRecordError, decode_record, encode_record
 
 RECORD, VECTOR = "member", "member-vector"
@@ -38,7 +40,7 @@ class UnknownMember(BrewlineError):
 
 @dataclass(frozen=True)
 class KnownMember:
-    """A record with last night's vector, or None if there is none or the record has changed since it was made."""
+    """A record, with what was told since the night, and its vector, or None if there is none or the record has changed since."""
 
     record: MemberRecord
     vector: Vector | None
@@ -65,17 +67,35 @@ class MemberStore:
 
     def get(self, member_id: str) -> KnownMember:
         """What is known of a member. Raises UnknownMember, MemberRecordError."""
-        stored = self._store.get_many(RECORD, [member_id])[0]
-        if stored is None:
+        stored, told = self._stored(member_id)
+        if stored is None and not told:
             raise UnknownMember(
                 f"member {member_id[:80]!r} is not in the member store; check the id, run `brewline nightly` with --members, "
                 "or describe the member in the request"
             )
         value = self._store.get_many(VECTOR, [member_id], self.fingerprint)[0]
-        record = decode_record(stored, member_id)
+        before = stranger(member_id) if stored is None else decode_record(stored, member_id)
+        record = with_told(before, told)
+        if stored is None or record is not before:
+            stored = encode_record(record)
         kept = None if value is None else _Kept.read(value, member_id)
         right = kept is not None and kept.record == _digest(stored, record)
         return KnownMember(record, kept.vector if kept is not None and right else None)
+
+    def tell(self, member_id: str, told: Sequence[Told]) -> int:
+        """The engagements are part of the member's record, in time order, each event id once; returns how many were new.
+
+        A member whom no night knows begins here. Safe against every other writer of the same member. Raises MemberRecordError,
+        StoreUnavailable.
+        """
+        (stored,) = self._store.get_many(RECORD, [member_id])
+        return append(self._store, stranger(member_id) if stored is None else decode_record(stored, member_id), told)
+
+    def _stored(self, member_id: str) -> tuple[bytes | None, list[Told]]:
+        """The night's record as bytes, and what was told since."""
+        (told,) = self._store.get_many(RECENT, [member_id])  # first: what a night takes over in between is then in both
+        (stored,) = self._store.get_many(RECORD, [member_id])
+        return stored, decode_told(told, member_id)
 
     def vectors(self, records: Sequence[MemberRecord], views: Sequence[bytes]) -> list[Vector | None]:
         """float32 [D] for each record that was last encoded from a view of the same digest, else None.

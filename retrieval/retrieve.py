@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from index.errors import BrewlineError
-from index.search import Searcher
+from index.filters import RowSet
+from index.hits import Rows
+from index.live_view import LiveTable, LiveView
+from index.snapshot import Snapshot
+from retrieval.attributes import EVERYTHING, Wanted
 from retrieval.catalog import Catalog
-from retrieval.data.schema import IMPRESSION, MemberView
+from retrieval.data.schema import IMPRESSION, Connection, MemberView
+from retrieval.hybrid import LISTED, Hybrid, HybridError
+from retrieval.live_catalog import LiveCatalog, LiveItems
 
 if TYPE_CHECKING:
     from retrieval.encoder import Encoder
 
+FirstStage = Literal["dense", "hybrid"]
 Vector = npt.NDArray[np.float32]
 
 
@@ -26,7 +33,8 @@ class ExclusionFailed(BrewlineError):
 
 @dataclass(frozen=True)
 class Candidates:
-    """C items by falling cosine: `ids` [C], `rows` int64 [C] of the snapshot, `scores` float32 [C]."""
+    """C items, best first: `ids` [C], `rows` int64 [C] of the moment, `scores` float32 [C] of the first stage that found them:
+    the cosine of the dense one, the merged score of the hybrid one."""
 
     ids: list[str]
     rows: npt.NDArray[np.int64]
@@ -38,33 +46,98 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Retriever:
-    """One encoder, one index and one catalogue of the same night."""
+    """One encoder and one moment of an index of the same encoder, with its catalogue; with `hybrid` two more lists, merged with
+    the dense one. Those are the night's: an item put in since is found by its vector only."""
 
     encoder: Encoder
-    searcher: Searcher
-    catalog: Catalog
+    moment: LiveView
+    catalog: LiveCatalog
+    hybrid: Hybrid | None = None
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, encoder: Encoder, *, hybrid: Hybrid | None = None) -> Retriever:
+        """A retriever over a snapshot as the night left it."""
+        view = LiveTable(snapshot, 0).view
+        return cls(encoder, view, LiveCatalog(Catalog.open(snapshot), view, LiveItems()), hybrid)
+
+    @property
+    def first_stage(self) -> FirstStage:
+        """What finds the candidates."""
+        return "dense" if self.hybrid is None else "hybrid"
 
     def describe(self, view: MemberView) -> Vector:
         """The member as a unit vector float32 [D]."""
         vector: Vector = self.encoder.members([view])[0]
         return vector
 
-    def retrieve(self, vector: Vector, k: int, exclude: Collection[str] = ()) -> Candidates:
-        """The `k` nearest items to a vector [D] (fewer if fewer are left), none of them in `exclude`.
+    def retrieve(
+        self,
+        vector: Vector,
+        k: int,
+        exclude: Collection[str] = (),
+        view: MemberView | None = None,
+        wanted: Wanted = EVERYTHING,
+    ) -> Candidates:
+        """The `k` best items for a vector [D] (fewer if fewer are left) that are `wanted`, none of them in `exclude`.
 
-        Ids that the catalogue does not hold exclude nothing. Raises ExclusionFailed rather than return an excluded item.
+        Best is nearest; with `hybrid` it is what the merged lists say, and `view` is the member in words (HybridError without);
+        its connections are those that `wanted` may ask for. Ids that the catalogue does not hold exclude nothing. Raises
+        UnknownAttribute, and ExclusionFailed rather than return an item that must not be answered.
         """
+        moment = self.moment
         unwanted = self.excluded_rows(exclude)
-        hits = self.searcher.search(vector[None, :], min(k, len(self.catalog)), [unwanted])
+        allow, allow_live = self._allowed(wanted, () if view is None else view.connections)
+        depth = k if self.hybrid is None else max(k, LISTED)
+        size = max(1, min(depth, moment.items))
+        hits = moment.search(vector[None, :], size, [unwanted], allow=allow, allow_live=allow_live)
         rows, scores = hits.rows[0, : hits.counts[0]], hits.scores[0, : hits.counts[0]]
-        if np.isin(rows, unwanted).any():
-            raise ExclusionFailed("the search returned an excluded item; the answer is withheld, verify the snapshot")
+        if self.hybrid is not None:
+            if view is None:
+                raise HybridError("the hybrid first stage was given a vector only; it reads the member's words too")
+            rows, scores = self.hybrid.merge(rows, view, self._forbidden(unwanted, allow), k)
+        if not self._permitted(rows, unwanted, allow, allow_live):
+            raise ExclusionFailed(
+                "the search returned an item that it was told to leave out; the answer is withheld, verify the snapshot"
+            )
         return Candidates(self.catalog.ids(rows), rows, scores)
+
+    def cosines(self, vector: Vector, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """float64 [C]: the cosine of a member's vector [D] and each row's, whatever found the rows."""
+        found = np.empty((len(rows), len(vector)), np.float32)
+        older = rows < self.moment.first_live
+        found[older] = self.moment.snapshot.vectors[rows[older]]
+        for place in np.flatnonzero(~older).tolist():
+            found[place] = self.moment.vector(int(rows[place]))
+        return np.asarray(found @ vector, np.float64)
 
     def excluded_rows(self, exclude: Collection[str]) -> npt.NDArray[np.int64]:
         """int64: the distinct rows of the ids that the catalogue holds, rising."""
         rows = np.unique(self.catalog.rows(list(exclude)))
         return rows[rows >= 0]
+
+    def _allowed(self, wanted: Wanted, connections: Sequence[Connection]) -> tuple[RowSet | None, RowSet | None]:
+        """The rows of the night and the live rows that are wanted; None for all."""
+        if wanted == EVERYTHING:
+            return None, None
+        moment, connected = self.moment, {edge.other_id for edge in connections}
+        night = wanted.rows(self.catalog.attribute, connected, moment.first_live)
+        return night, wanted.rows(self.catalog.live_attribute, connected, moment.count - moment.first_live)
+
+    def _forbidden(self, unwanted: Rows, allow: RowSet | None) -> Rows:
+        """The night's rows that no list may hold."""
+        older = unwanted[unwanted < self.moment.first_live]
+        if allow is None and not self.moment.hidden.size:
+            return older
+        return (self.moment.hidden if allow is None else self.moment.hidden | ~allow).plus(older).rows()
+
+    def _permitted(self, rows: Rows, unwanted: Rows, allow: RowSet | None, allow_live: RowSet | None) -> bool:
+        """Whether an answer may hold all these rows: looked at once more, whatever found them."""
+        moment, night = self.moment, rows < self.moment.first_live
+        older, newer = rows[night], rows[~night] - self.moment.first_live
+        good = not moment.hidden.has(older).any() and moment.alive.has(newer).all() and not np.isin(rows, unwanted).any()
+        if allow is not None and allow_live is not None:
+            good = good and allow.has(older).all() and allow_live.has(newer).all()
+        return bool(good)
 
 
 def seen_items(view: MemberView) -> list[str]:

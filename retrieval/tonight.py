@@ -12,6 +12,8 @@ from retrieval.data.schema import MISSING_TIME, Dataset, Item, Items
 from retrieval.moments import NightError, moment_words
 
 Numbers = dict[str, npt.NDArray[np.float64]]
+Rows = npt.NDArray[np.int64]
+NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -23,15 +25,18 @@ class Tonight:
     as_of: int
 
     @classmethod
-    def of(cls, dataset: Dataset, as_of: int) -> Tonight:
+    def of(cls, dataset: Dataset, as_of: int, put: Rows = NONE, gone: Rows = NONE) -> Tonight:
         """The items created or engaged with before `as_of`, with numbers from events before the start of its day.
 
-        Raises NightError if there is none, or if `as_of` is no time.
+        The rows `put` exist whenever they were created, the rows `gone` do not. Raises NightError if there is no item, or if
+        `as_of` is no time.
         """
-        until = _words(as_of)
+        until = checked_words(as_of)
         items, events = dataset.items, dataset.events
         exists = (items.created_at == MISSING_TIME) | (items.created_at < as_of)
         exists[events.item[events.timestamp < as_of]] = True
+        exists[put] = True
+        exists[gone] = False
         rows = np.flatnonzero(exists)
         if not len(rows):
             raise NightError(f"none of {len(items):,} items exists before {until}; give a later --as-of (or `--as-of end`)")
@@ -43,7 +48,8 @@ class Tonight:
         return [self.items[row] for row in range(len(self.items))]
 
 
-def _words(as_of: int) -> str:
+def checked_words(as_of: int) -> str:
+    """The time as a person reads it. Raises NightError if it is none."""
     try:
         return moment_words(as_of)
     except (OverflowError, ValueError, OSError) as error:

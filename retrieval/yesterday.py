@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,14 +13,15 @@ from typing import NamedTuple
 
 from index.durable import StoreBusy, exclusive, try_lock
 from index.manifest import SnapshotError, SnapshotMismatch
-from index.publish import CURRENT_FILE, HISTORY_FILE, PublishError, current, list_snapshots
+from index.publish import CURRENT_FILE, HISTORY_FILE, NIGHT_LOCK, PublishError, current, list_snapshots
 from index.snapshot import Snapshot
-from retrieval.catalog import Catalog, CatalogError
+from retrieval.catalog import Catalog
 from retrieval.moments import NightError, moment_words
+from retrieval.parts import CatalogError
 
-NIGHT_LOCK = "NIGHT"
-"""The file of a store whose lock a night holds from beginning to end; `LOCK` is held for the moments in which pointers move."""
 UNREADABLE = "unreadable"
+RETRY_S = 0.1
+"""The garbage collector holds the night's lock for microseconds, to see whether a night works: so one is asked for twice."""
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +120,9 @@ def alone(store_dir: Path) -> Iterator[None]:
         store_dir.mkdir(parents=True, exist_ok=True)
         lock.touch()
         held = try_lock(lock)
+        if held is None:
+            time.sleep(RETRY_S)
+            held = try_lock(lock)
     except OSError as error:
         raise NightError(f"store {store_dir} cannot be written: {error.strerror}; name a folder of your own") from error
     if held is None:

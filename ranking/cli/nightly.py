@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from ranking.cli.forms import CodesChoice, HybridWeights, hybrid_settings
 from ranking.cli.output import Report, emit, progress_bar, words
 
 if TYPE_CHECKING:
@@ -28,6 +29,14 @@ def nightly(
         str | None,
         typer.Option(help="The member store: sqlite:PATH or redis://HOST. Default: in the --store folder.", metavar="URL"),
     ] = None,
+    hybrid: Annotated[
+        bool, typer.Option("--hybrid", help="Also write a lexical index and a popularity list, for `serve --hybrid`.")
+    ] = False,
+    hybrid_weights: HybridWeights = None,
+    dims: Annotated[
+        int | None, typer.Option(help="Keep the leading numbers of every vector only. Default: all.", min=1, show_default=False)
+    ] = None,
+    codes: Annotated[CodesChoice, typer.Option(help="What the items' vectors are kept in.")] = CodesChoice.float32,
     as_of: Annotated[
         str, typer.Option(help="now, end (of the data), seconds, or an ISO time: what is known then.", metavar="TIME")
     ] = "now",
@@ -40,21 +49,26 @@ def nightly(
         brewline nightly data/ --encoder encoder/ --ranker ranker/ --store store/
         brewline nightly movietweets/ --encoder encoder/ --store store/ --as-of end
         brewline nightly data/ --encoder encoder/ --store store/ --members redis://localhost/0 --as-of 2026-01-31
+        brewline nightly data/ --encoder encoder/ --store store/ --hybrid --dims 64 --codes int8
     """
     from index.store import open_store
     from ranking.serving.stack import default_members, load_models
     from retrieval.data.read import read_dataset
     from retrieval.members import MemberStore
     from retrieval.moments import read_as_of
+    from retrieval.refresh import SnapshotForm
     from retrieval.refresh import nightly as run
 
+    form = SnapshotForm(codes.value, hybrid_settings(hybrid, hybrid_weights))
     dataset = read_dataset(data)
     moment = read_as_of(as_of, dataset, time.time())
     reader, judge = load_models(encoder, ranker)
+    if dims is not None and dims != reader.dims:
+        reader = reader.truncated(dims)
     _make(store)
     with closing(open_store(members or default_members(store))) as opened, _bars() as told:
         opened.ping()  # a Redis store connects at first use, which would otherwise come after hours of encoding
-        report = run(dataset, reader, judge, store, moment, MemberStore(opened, reader.fingerprint), told)
+        report = run(dataset, reader, judge, store, moment, MemberStore(opened, reader.fingerprint), told, form)
     emit(vars(report), as_json=as_json, table=lambda: _table(report))
 
 
@@ -99,6 +113,7 @@ def _table(report: NightReport) -> Table:
     )
     recall = "not measured" if report.recall is None else f"recall@{report.recall_k} {report.recall:.4f} against exact search"
     table.add_row("index", f"{report.index}, {recall}")
+    table.add_row("vectors", f"{report.dims:,} x {report.codes}{', with a lexical index and a popularity list' * report.hybrid}")
     table.add_row("encoder", report.encoder)
     table.add_row("ranker", report.ranker or "none: only retrieval can be served")
     table.add_row("took", f"{report.seconds:.1f} s")

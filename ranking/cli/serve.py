@@ -24,6 +24,9 @@ def serve(
         str | None,
         typer.Option(help="The member store: sqlite:PATH or redis://HOST. Default: in the --store folder.", metavar="URL"),
     ] = None,
+    hybrid: Annotated[
+        bool, typer.Option("--hybrid", help="Find candidates with the hybrid first stage that the night wrote.")
+    ] = False,
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 50051,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     insecure_public: Annotated[
@@ -45,7 +48,7 @@ def serve(
 
     settings = ServeSettings(host, port, insecure_public, most_waiting, drain_seconds)
     check_address(settings)  # a taken port is said at once, not after the models are loaded
-    stack = open_stack(store, encoder, ranker, members)
+    stack = open_stack(store, encoder, ranker, members, hybrid=hybrid)
 
     def ready(bound: int) -> None:
         sys.stderr.write(_ready_line(stack, host, bound) + "\n")
@@ -58,6 +61,7 @@ def serve(
 
 def _ready_line(stack: Stack, host: str, port: int) -> str:
     stages = "retrieval and ranking" if stack.ranker is not None else "retrieval only"
+    stages = f"hybrid {stages}" if stack.recommender.retriever.hybrid is not None else stages
     return f"ready: {stages} over {len(stack.catalog):,} items of snapshot {stack.snapshot.name} on {host}:{port}"
 
 
@@ -68,6 +72,9 @@ def _ready_facts(stack: Stack, host: str, port: int) -> dict[str, object]:
         "port": port,
         "snapshot": stack.snapshot.name,
         "items": len(stack.catalog),
+        "dims": stack.encoder.dims,
+        "codes": stack.snapshot.manifest.dtype,
+        "first_stage": stack.recommender.retriever.first_stage,
         "encoder": stack.encoder.fingerprint,
         "ranker": "" if stack.ranker is None else stack.ranker.fingerprint,
     }

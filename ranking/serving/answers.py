@@ -135,7 +135,7 @@ def retrieve(stack: Stack, request: pb.RetrieveRequest, call: Call) -> pb.Retrie
     instruction = read_instruction(request.instruction)
     exclude = read_ids(request.exclude, "exclude")
     with call.watch("member"):
-        asker = asker_of(stack, request.member, instruction, words=False)
+        asker = asker_of(stack, request.member, instruction, words=stack.recommender.retriever.hybrid is not None)
     found = stack.recommender.retrieve(asker.view, k, exclude=[*exclude, *asker.seen], vector=asker.vector, watch=call.watch)
     with call.watch("order"):
         results = results_message(in_retrieval_order(found, k), stack.catalog, readable=request.readable)
@@ -164,14 +164,18 @@ def rank(stack: Stack, request: pb.RankRequest, call: Call) -> pb.RankResponse:
         results = results_message(ranked, stack.catalog, readable=request.readable)
     return pb.RankResponse(
         results=results,
-        provenance=provenance(stack, ranked=True),
+        provenance=provenance(stack, ranked=True, retrieved=False),
         times=call.times(),
         task=task,
         request_id=call.request_id,
     )
 
 
-def provenance(stack: Stack, *, ranked: bool) -> pb.Provenance:
-    """Which snapshot and models make an answer; the ranker only if it took part."""
-    ranker = stack.ranker.fingerprint if ranked and stack.ranker is not None else ""
-    return pb.Provenance(snapshot=stack.snapshot.name, encoder=stack.encoder.fingerprint, ranker=ranker)
+def provenance(stack: Stack, *, ranked: bool, retrieved: bool = True) -> pb.Provenance:
+    """Which snapshot, models and first stage make an answer; the ranker and the first stage only if they took part."""
+    return pb.Provenance(
+        snapshot=stack.snapshot.name,
+        encoder=stack.encoder.fingerprint,
+        ranker=stack.ranker.fingerprint if ranked and stack.ranker is not None else "",
+        first_stage=stack.recommender.retriever.first_stage if retrieved else "",
+    )

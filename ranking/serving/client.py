@@ -47,6 +47,7 @@ class Row:
 class Answer:
     """K items, best first. `scores`, `probabilities` float32 [K] (None where not computed), `places` int64 [K].
 
+    `scores` are cosines if `first_stage` is "dense", merged scores if it is "hybrid".
     `rows` are the same with words, if they were asked for. `times` are microseconds by stage.
     """
 
@@ -64,6 +65,7 @@ class Answer:
     candidates: int = 0
     degraded: Degraded = Degraded.NONE
     degraded_detail: str = ""
+    first_stage: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -85,6 +87,8 @@ class ServerInfo:
     attention: str = ""
     uptime_seconds: float = 0.0
     requests: int = 0
+    codes: str = ""
+    first_stage: str = ""
 
 
 class Client:
@@ -194,6 +198,8 @@ class Client:
             attention=reply.attention,
             uptime_seconds=reply.uptime_seconds,
             requests=reply.requests,
+            codes=reply.codes,
+            first_stage=reply.provenance.first_stage,
         )
 
     def _call(self, method: Callable[..., Any], request: object, deadline_ms: float | None) -> Any:
@@ -240,6 +246,7 @@ def _answer(
         candidates=candidates,
         degraded=degraded,
         degraded_detail=detail,
+        first_stage=reply.provenance.first_stage,
     )
 
 

@@ -124,14 +124,16 @@ class ResultItem(_message.Message):
     def __init__(self, item_id: _Optional[str] = ..., title: _Optional[str] = ..., category: _Optional[str] = ..., creator: _Optional[str] = ..., score: _Optional[float] = ..., probability: _Optional[float] = ..., place: _Optional[int] = ...) -> None: ...
 
 class Provenance(_message.Message):
-    __slots__ = ("snapshot", "encoder", "ranker")
+    __slots__ = ("snapshot", "encoder", "ranker", "first_stage")
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     ENCODER_FIELD_NUMBER: _ClassVar[int]
     RANKER_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STAGE_FIELD_NUMBER: _ClassVar[int]
     snapshot: str
     encoder: str
     ranker: str
-    def __init__(self, snapshot: _Optional[str] = ..., encoder: _Optional[str] = ..., ranker: _Optional[str] = ...) -> None: ...
+    first_stage: str
+    def __init__(self, snapshot: _Optional[str] = ..., encoder: _Optional[str] = ..., ranker: _Optional[str] = ..., first_stage: _Optional[str] = ...) -> None: ...
 
 class StageTimes(_message.Message):
     __slots__ = ("queue_us", "member_us", "encode_us", "search_us", "rank_us", "order_us", "total_us")
@@ -248,7 +250,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("version", "provenance", "items", "dims", "index", "tasks", "as_of", "attention", "uptime_seconds", "requests")
+    __slots__ = ("version", "provenance", "items", "dims", "index", "tasks", "as_of", "attention", "uptime_seconds", "requests", "codes")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROVENANCE_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
@@ -259,6 +261,7 @@ class InfoResponse(_message.Message):
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    CODES_FIELD_NUMBER: _ClassVar[int]
     version: str
     provenance: Provenance
     items: int
@@ -269,4 +272,5 @@ class InfoResponse(_message.Message):
     attention: str
     uptime_seconds: float
     requests: int
-    def __init__(self, version: _Optional[str] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., items: _Optional[int] = ..., dims: _Optional[int] = ..., index: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., as_of: _Optional[int] = ..., attention: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., requests: _Optional[int] = ...) -> None: ...
+    codes: str
+    def __init__(self, version: _Optional[str] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., items: _Optional[int] = ..., dims: _Optional[int] = ..., index: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., as_of: _Optional[int] = ..., attention: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., requests: _Optional[int] = ..., codes: _Optional[str] = ...) -> None: ...

@@ -48,7 +48,8 @@ class RecommenderServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Retrieve(self, request, context):
-        """Only the first stage: the `k` items whose vectors are nearest to the member's, by falling cosine.
+        """Only the first stage, best first: the `k` items whose vectors are nearest to the member's, by falling cosine; or, where the
+        server was started with the hybrid first stage, the `k` best of its three merged lists.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -67,6 +67,7 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
             items=len(stack.catalog),
             dims=stack.encoder.dims,
             index=stack.snapshot.manifest.recipe,
+            codes=stack.snapshot.manifest.dtype,
             tasks=[] if stack.ranker is None else list(stack.ranker.tasks),
             as_of=stack.catalog.as_of,
             attention="" if stack.ranker is None else stack.ranker.engine.backend,

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from index.errors import BrewlineError
 from index.publish import current
 from index.search import Searcher
-from index.snapshot import Snapshot
+from index.snapshot import Snapshot, read_manifest
 from index.store import open_store
 from ranking.pipeline import Recommender
 from retrieval.catalog import Catalog
 from retrieval.data.schema import Member, MemberView
 from retrieval.fingerprint import FingerprintMismatch
+from retrieval.hybrid import Hybrid
 from retrieval.members import MemberStore
 from retrieval.retrieve import Retriever
 
@@ -66,24 +67,26 @@ def default_members(store: Path) -> str:
     return f"sqlite:{store / MEMBERS_FILE}"
 
 
-def open_stack(store: Path, encoder: Path, ranker: Path | None, members: str | None) -> Stack:
-    """The current night of a store with the models that made it.
+def open_stack(store: Path, encoder: Path, ranker: Path | None, members: str | None, *, hybrid: bool = False) -> Stack:
+    """The current night of a store with the models that made it; the encoder's vectors are cut to the night's length.
 
-    `members` is a store URL (None: the snapshot store's own). Raises FingerprintMismatch or SnapshotMismatch with both
-    values if the models are not the ones that the snapshot was made with, NotServable or the models' own errors if
-    something is missing.
+    `members` is a store URL (None: the snapshot store's own). `hybrid`: candidates come from the hybrid first stage that the
+    night wrote. Raises HybridError if it wrote none, FingerprintMismatch or SnapshotMismatch with both values if the models are
+    not the ones that the snapshot was made with, NotServable or the models' own errors if something is missing.
     """
     _exists("--store", store)
     published = current(store)
     if published is None:
         raise NotServable(f"--store {store}: nothing was published; run `brewline nightly` first")
     reader, judge = load_models(encoder, ranker)
+    dims = read_manifest(published).dims
+    reader = reader.truncated(dims) if dims < reader.dims else reader
     snapshot = Snapshot.open(published, fingerprint=reader.fingerprint)
     catalog = Catalog.open(snapshot)
     if judge is not None:
         catalog.require_ranker(judge.fingerprint)
     kept = MemberStore(open_store(members or default_members(store)), reader.fingerprint)
-    retriever = Retriever(reader, Searcher.of(snapshot), catalog)
+    retriever = Retriever(reader, Searcher.of(snapshot), catalog, Hybrid.open(snapshot) if hybrid else None)
     return Stack(snapshot, catalog, reader, judge, kept, Recommender(retriever, judge))
 
 

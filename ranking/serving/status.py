@@ -11,9 +11,11 @@ from ranking.pipeline import BadScores, NoRanker
 from ranking.prefill.errors import EmptyItem, EmptyPrefix, ItemTooLong, PrefixTooLong
 from ranking.serving.messages import BadRequest
 from ranking.tasks import TaskError
-from retrieval.catalog import CatalogError, UnknownItem
+from retrieval.catalog import UnknownItem
 from retrieval.fingerprint import FingerprintMismatch
+from retrieval.hybrid import HybridError
 from retrieval.members import UnknownMember
+from retrieval.parts import CatalogError
 from retrieval.records import MemberRecordError
 from retrieval.retrieve import ExclusionFailed
 
@@ -44,6 +46,7 @@ TABLE: tuple[tuple[type[BrewlineError], grpc.StatusCode], ...] = (
     (SnapshotMismatch, Code.FAILED_PRECONDITION),
     (FingerprintMismatch, Code.FAILED_PRECONDITION),
     (CatalogError, Code.FAILED_PRECONDITION),
+    (HybridError, Code.FAILED_PRECONDITION),
     (Overloaded, Code.RESOURCE_EXHAUSTED),
     (Late, Code.DEADLINE_EXCEEDED),
     (Draining, Code.UNAVAILABLE),

@@ -20,7 +20,7 @@ import scipy.sparse as sp
 from retrieval.data.schema import Dataset, Events
 from retrieval.evidence.protocol import EvidenceError, Queries, Window
 from retrieval.evidence.rank import Scorer
-from retrieval.evidence.terms import Terms
+from retrieval.terms import Terms
 
 Knowledge = Literal["frozen", "live"]
 Floats = npt.NDArray[np.float32]

@@ -8,33 +8,16 @@ searched exactly.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
 
-import numpy as np
-
-from retrieval import records
-from retrieval.data.schema import DAY, Dataset, MemberView
+from retrieval.data.schema import Dataset
 from retrieval.evidence.baselines import Baseline, Knowledge, Oracle, Past, Random, Truth
+from retrieval.evidence.forms import Form, VectorModel, rank_forms
 from retrieval.evidence.intervals import Estimate, paired_differences
 from retrieval.evidence.metrics import Quality, judge
-from retrieval.evidence.protocol import EvidenceError, Queries, Window, cold_items, last_after_cut, member_views
-from retrieval.evidence.rank import DEPTH, Floats, Progress, Ranked, Scorer, rank_queries
+from retrieval.evidence.protocol import EvidenceError, Queries, Window, cold_items, last_after_cut
+from retrieval.evidence.rank import Progress, Ranked, rank_queries
 from retrieval.evidence.similarity import Probe, Similarity
-
-
-class VectorModel(Protocol):
-    """A model whose score is the inner product of a member's and an item's vector."""
-
-    @property
-    def name(self) -> str: ...
-    def item_vectors(self, day_start: int) -> Floats:
-        """Float32 [N, D] of the whole catalogue with what was known at that second (the start of a day, or the cut)."""
-        ...
-
-    def member_vectors(self, views: Sequence[MemberView]) -> Floats:
-        """Float32 [B, D] of members as of their queries."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +40,8 @@ class RetrievalReport:
 
     `best` names, for each metric, the simple baseline to beat: the highest on these very queries among those that know no
     more than the model does. `differences` baseline -> metric -> model minus baseline, paired over members. `left_out`
-    baseline -> why it does not stand in the table though it does by default.
+    baseline -> why it does not stand in the table though it does by default. `apart` are the same reports about the model's other
+    forms (hybrid, shorter and coarser vectors), each with the model among its baselines; here they stand beside, never for it.
     """
 
     dataset: str
@@ -71,13 +55,15 @@ class RetrievalReport:
     ranked: Ranked | None
     similarity: Similarity | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    apart: Sequence[RetrievalReport] = ()
+
+    def about(self, name: str, setting: str, ranked: Ranked, items: int) -> RetrievalReport:
+        """Returns the same report about a system that made these lists of `items` candidates."""
+        run = Run(name, self.counts, setting, judge(ranked, self.queries, items))
+        return replace(self, model=run, ranked=ranked, differences={one.name: differences(run, one) for one in self.baselines})
 
     def as_dict(self) -> dict[str, object]:
         """The report ready for JSON: everything but the lists."""
-        differences = {
-            name: {metric: estimate.as_dict() for metric, estimate in of_metric.items()}
-            for name, of_metric in self.differences.items()
-        }
         return {
             "dataset": self.dataset,
             "counts": self.counts,
@@ -85,61 +71,22 @@ class RetrievalReport:
             "model": None if self.model is None else self.model.as_dict(),
             "baselines": [run.as_dict() for run in self.baselines],
             "best_baseline": dict(self.best),
-            "model_minus_baseline": differences,
+            "model_minus_baseline": {name: self.minus(name) for name in self.differences},
             "similarity_against_popularity": None if self.similarity is None else self.similarity.as_dict(),
             "baselines_left_out": dict(self.left_out),
+            "apart": [{**form.own.as_dict(), "minus_model": form.minus(self.own.name)} for form in self.apart],
         }
 
+    @property
+    def own(self) -> Run:
+        """The model's run. Raises EvidenceError for a report about baselines only."""
+        if self.model is None:
+            raise EvidenceError("This report is about baselines only; it has no model.")
+        return self.model
 
-def vector_scorer(dataset: Dataset, model: VectorModel, counts: Knowledge, cut: int, probe: Probe | None = None) -> Scorer:
-    """Returns a scorer of query blocks. Item vectors are asked for once per day while the queries come in day order."""
-    kept: dict[int, Floats] = {}
-
-    def items_as_of(moment: int) -> Floats:
-        if moment not in kept:
-            kept.clear()
-            kept[moment] = _checked(model.item_vectors(moment), len(dataset.items), model.name)
-        return kept[moment]
-
-    def score(queries: Queries) -> Floats:
-        views = member_views(dataset, queries, newest=records.NEWEST)
-        members = _checked(model.member_vectors(views), len(queries), model.name)
-        scores = np.empty((len(queries), len(dataset.items)), np.float32)
-        moments = queries.day * DAY if counts == "live" else np.full(len(queries), cut)
-        for moment in np.unique(moments).tolist():
-            rows = np.flatnonzero(moments == moment)
-            scores[rows] = members[rows] @ items_as_of(moment).T
-            if probe is not None:
-                probe.see(queries.take(rows), members[rows], items_as_of(moment), moment)
-        return scores
-
-    return score
-
-
-def _checked(vectors: Floats, expected: int, name: str) -> Floats:
-    if vectors.ndim != 2 or len(vectors) != expected or not np.isfinite(vectors).all():
-        raise EvidenceError(f"{name} returned vectors {vectors.shape}, expected {expected} rows of finite numbers.")
-    return vectors
-
-
-def rank_with_vectors(
-    dataset: Dataset,
-    queries: Queries,
-    model: VectorModel,
-    counts: Knowledge,
-    depth: int = DEPTH,
-    progress: Progress | None = None,
-    probe: Probe | None = None,
-) -> Ranked:
-    """Returns the model's lists in query order; the work is done in day order, so each night's vectors are built once.
-
-    `probe` looks at the vectors on the way.
-    """
-    order = np.argsort(queries.timestamp, kind="stable")
-    scorer = vector_scorer(dataset, model, counts, queries.cut, probe)
-    ranked = rank_queries(queries.take(order), scorer, len(dataset.items), depth, progress)
-    back = np.argsort(order)
-    return Ranked(ranked.rows[back], ranked.scores[back])
+    def minus(self, other: str) -> dict[str, object]:
+        """Returns the model minus another system of the report, ready for JSON."""
+        return {metric: estimate.as_dict() for metric, estimate in self.differences[other].items()}
 
 
 def run_baselines(
@@ -171,37 +118,42 @@ def evaluate_retrieval(
     window: Window = "test",
     progress: Progress | None = None,
     left_out: Mapping[str, str] | None = None,
+    forms: Sequence[Form] = (),
 ) -> RetrievalReport:
     """Returns the model (if any) beside the baselines and, where the truth is known, the oracle.
 
-    `baselines` are ready settings (`choice.choose_baselines`), `left_out` (of the same choice) is only told.
+    `baselines` are ready settings (`choice.choose_baselines`), `left_out` (of the same choice) is only told, `forms` are judged
+    apart.
     Raises EvidenceError if the window asks nothing or there is nothing to judge.
     """
     queries = last_after_cut(dataset, window)
     asked = [*baselines, *([] if truth is None else [Oracle(truth)])]
     if model is None and not asked:
         raise EvidenceError("There is nothing to judge: no model, and every baseline is left out. Add one with --with NAME.")
-    total = (len(asked) + (model is not None)) * len(queries)
+    total = (len(asked) + (model is not None) * (1 + len(forms))) * len(queries)
     runs = run_baselines(dataset, queries, asked, _part_of(progress, 0, total))
-    ours = ranked = None
-    probe = Probe(len(queries), len(dataset.items))
-    if model is not None:
-        tell = _part_of(progress, len(asked) * len(queries), total)
-        ranked = rank_with_vectors(dataset, queries, model, counts, progress=tell, probe=probe)
-        ours = Run(model.name, counts, f"{counts} counts", judge(ranked, queries, len(dataset.items)))
-    return RetrievalReport(
+    plain = RetrievalReport(
         dataset=dataset.meta.name,
         queries=queries,
         facts=window_facts(queries, len(dataset.items)),
         counts=counts,
-        model=ours,
+        model=None,
         baselines=runs,
         best=best_baselines(runs, counts),
-        differences={} if ours is None else {run.name: differences(ours, run) for run in runs},
-        ranked=ranked,
-        similarity=None if ours is None else probe.found(),
+        differences={},
+        ranked=None,
         left_out=left_out or {},
     )
+    if model is None:
+        return plain
+    tell = _part_of(progress, len(asked) * len(queries), total)
+    probe = Probe(len(queries), len(dataset.items))
+    ranked, *others = rank_forms(dataset, queries, model, counts, forms, progress=tell, probe=probe)
+    items = len(dataset.items)
+    ours = replace(plain.about(model.name, f"{counts} counts", ranked, items), similarity=probe.found())
+    beside = replace(plain, baselines=[ours.own, *runs])
+    told = zip(forms, others, strict=True)
+    return replace(ours, apart=[beside.about(form.name, form.setting, lists, items) for form, lists in told])
 
 
 def window_facts(queries: Queries, items: int) -> dict[str, object]:

@@ -45,6 +45,8 @@ def report_table(report: RetrievalReport) -> Group:
     parts: list[RenderableType] = [systems_table(report), settings_line(report)]
     if report.model is not None:
         parts += [lead_table(report), slices_table(report)]
+    if report.apart:
+        parts.append(apart_table(report))
     if report.similarity is not None:
         parts.append(Text(similarity_line(report.similarity)))
     return Group(*parts)
@@ -59,13 +61,17 @@ def systems_table(report: RetrievalReport) -> Table:
     shown = [name for name in SHOWN if name in runs[0].quality.metrics]
     table.add_column("system", overflow="fold", min_width=19)
     for name in shown:
-        table.add_column(name.replace("recall", "R").replace("ndcg", "NDCG"), justify="right", no_wrap=True)
+        table.add_column(_column(name), justify="right", no_wrap=True)
     for run in runs:
         ours = run is report.model
         name = f"{run.name} ({run.knowledge})" if ours else run.name
         cells = [with_error(run.quality.metrics[metric], report.best.get(metric) == run.name) for metric in shown]
         table.add_row(name, *cells, style="bold" if ours else None, end_section=ours)
     return table
+
+
+def _column(metric: str) -> str:
+    return metric.replace("recall", "R").replace("ndcg", "NDCG")
 
 
 def with_error(estimate: Estimate, best: bool = False) -> str:
@@ -104,6 +110,21 @@ def lead_table(report: RetrievalReport) -> Table:
     for metric, baseline in report.best.items():
         lead = report.differences[baseline][metric]
         table.add_row(metric, baseline, f"{lead.value:+.4f}", f"{lead.low:+.4f} .. {lead.high:+.4f}", verdict(lead))
+    return table
+
+
+def apart_table(report: RetrievalReport) -> Table:
+    """Returns a row for each other form of the model, and below it that form minus the model, paired over members."""
+    table = Table(title="Reported apart: other forms of the model, and each minus the model (paired, 95 %)", **PLAIN)
+    shown = [name for name in SHOWN if name in report.own.quality.metrics]
+    table.add_column("system", overflow="fold", min_width=19)
+    for name in shown:
+        table.add_column(_column(name), justify="right")
+    for form in report.apart:
+        leads = [form.differences[report.own.name][name] for name in shown]
+        table.add_row(form.own.name, *(with_error(form.own.quality.metrics[name]) for name in shown))
+        told = (f"{lead.value:+.4f} {verdict(lead)}" for lead in leads)
+        table.add_row(Text(form.own.setting, style="dim"), *told, end_section=True)
     return table
 
 

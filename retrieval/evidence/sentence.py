@@ -13,7 +13,7 @@ from retrieval.data.schema import Items
 from retrieval.evidence.baselines import Floats, Knowledge, Past
 from retrieval.evidence.protocol import EvidenceError, Queries
 from retrieval.evidence.rank import Scorer
-from retrieval.evidence.terms import FIELD_CHARACTERS
+from retrieval.terms import FIELD_CHARACTERS
 
 
 @dataclass(frozen=True)

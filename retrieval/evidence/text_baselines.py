@@ -10,7 +10,7 @@ from retrieval.data.schema import Members
 from retrieval.evidence.baselines import Floats, Knowledge, Past, history_matrix
 from retrieval.evidence.protocol import Queries
 from retrieval.evidence.rank import Scorer
-from retrieval.evidence.terms import FIELD_CHARACTERS, Terms, unit_rows
+from retrieval.terms import Terms, read_fields, unit_rows
 
 __all__ = ["Bm25", "Terms", "TfIdf", "profile_texts"]
 
@@ -50,7 +50,7 @@ class TfIdf:
 def profile_texts(members: Members) -> list[str]:
     """Returns all profile fields of each member in one text."""
     columns = [members.profile[name] for name in members.profile]
-    return [" ".join(column[row][:FIELD_CHARACTERS] for column in columns) for row in range(len(members))]
+    return [read_fields(column[row] for column in columns) for row in range(len(members))]
 
 
 @dataclass(frozen=True)

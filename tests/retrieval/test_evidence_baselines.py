@@ -15,8 +15,8 @@ from retrieval.evidence.metrics import judge
 from retrieval.evidence.popularity import Freshness, LivePopularity, Popularity
 from retrieval.evidence.protocol import EvidenceError, Queries, last_after_cut
 from retrieval.evidence.rank import rank_queries
-from retrieval.evidence.terms import Terms
 from retrieval.evidence.text_baselines import Bm25, TfIdf
+from retrieval.terms import Terms
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+import retrieval.load_members
 import retrieval.refresh
 from index.store import open_store
 from retrieval.data.read import read_dataset
@@ -39,7 +40,7 @@ class TitleLengths:
         return [[len(item.title)] for item in items]
 
 torch.set_num_threads(1)
-retrieval.refresh.MEMBER_BATCH = 8
+retrieval.load_members.MEMBER_BATCH = 8
 dataset, reader = read_dataset(Path(sys.argv[1])), Encoder.load(Path(sys.argv[2]))
 print("ready", flush=True)
 for line in sys.stdin:

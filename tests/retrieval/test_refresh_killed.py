@@ -32,6 +32,7 @@ NIGHT = """
 import os, signal, sys
 from pathlib import Path
 
+import retrieval.load_members
 import retrieval.refresh
 from index.store import open_store
 from retrieval.data.read import read_dataset
@@ -52,7 +53,7 @@ def told(now, done, of):
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 
-retrieval.refresh.MEMBER_BATCH = 8
+retrieval.load_members.MEMBER_BATCH = 8
 reader = Encoder.load(Path(encoder))
 members = MemberStore(open_store(f"sqlite:{store}/members.sqlite"), reader.fingerprint)
 retrieval.refresh.nightly(read_dataset(Path(data)), reader, TitleLengths(), Path(store), int(as_of), members, told)

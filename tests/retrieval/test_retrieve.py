@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,9 @@ import torch
 
 from index.exact import exact_search
 from index.hits import Hits
+from index.live_view import LiveView
 from index.publish import current
-from index.search import Searcher
 from index.snapshot import Snapshot
-from retrieval.catalog import Catalog
 from retrieval.data.schema import Dataset, Engagement, Member, MemberView
 from retrieval.encoder import Encoder, save_encoder
 from retrieval.features import Quantizer
@@ -39,7 +39,7 @@ def retriever(
     path: Path | None = current(folder / "store")
     assert path is not None
     snapshot = Snapshot.open(path, fingerprint=encoder.fingerprint)
-    return Retriever(encoder, Searcher.of(snapshot), Catalog.open(snapshot))
+    return Retriever.of(snapshot, encoder)
 
 
 @pytest.fixture
@@ -83,14 +83,12 @@ def test_an_item_that_was_only_shown_is_not_seen(tiny_dataset: Dataset) -> None:
 
 
 def test_a_search_that_ignores_exclusions_gives_no_answer(retriever: Retriever, view: MemberView) -> None:
-    class Deaf(Searcher):
-        def __init__(self) -> None:
-            pass
+    class Deaf(LiveView):
+        def search(self, queries: np.ndarray, k: int, *_exclude: object, **_allow: object) -> Hits:
+            return retriever.moment.search(queries, k)
 
-        def search(self, queries: np.ndarray, k: int, *_exclude: object) -> Hits:
-            return retriever.searcher.search(queries, k)
-
-    deaf = Retriever(retriever.encoder, Deaf(), retriever.catalog)
+    moment = Deaf(**{one.name: getattr(retriever.moment, one.name) for one in fields(LiveView)})
+    deaf = Retriever(retriever.encoder, moment, retriever.catalog)
     with pytest.raises(ExclusionFailed):
         deaf.retrieve(retriever.describe(view), 60, ["i3"])
 

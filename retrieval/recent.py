@@ -1,0 +1,92 @@
+"""What members did since the night: appended by the service, laid behind the night's record, forgotten once a night knows it.
+
+A night replaces a member's record as a whole, so what the service is told lies beside it, under a key of its own. Appending is a
+compare-and-swap: servers, threads and a night may work on the same member, and nothing that was acknowledged is lost.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from index.keyvalue import KeyValueStore, StoreUnavailable
+from retrieval.data.schema import DAY, Member
+from retrieval.records import Entry, MemberRecord, MemberRecordError
+
+RECENT = "member-recent"
+RECENT_DAYS = 30
+"""Days that they stay after the last of them: far longer than it takes until a night has read them in the data."""
+MOST = 2_048
+"""Of one member; the oldest leave first. Several times what a prompt shows."""
+ATTEMPTS = 50
+"""How often an append is tried while others append to the same member at the same moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One engagement under the id that whoever told it gave it."""
+
+    event_id: str
+    entry: Entry
+
+
+def decode_told(stored: bytes | None, member_id: str) -> list[Told]:
+    """What was told of a member, oldest first. Raises MemberRecordError if the bytes are not that."""
+    if stored is None:
+        return []
+    try:
+        return [Told(event_id, Entry(*entry)) for event_id, *entry in json.loads(stored)]
+    except (ValueError, TypeError) as error:
+        raise MemberRecordError(
+            f"what member {member_id[:80]!r} did since the night cannot be read ({type(error).__name__}: {error}); "
+            f"delete {RECENT!r} of that member"
+        ) from error
+
+
+def with_told(record: MemberRecord, told: Sequence[Told]) -> MemberRecord:
+    """The record with what it does not know yet in its history, oldest first; the same record if it knows all of it."""
+    known = {_what(entry) for entry in record.history}
+    new = [one.entry for one in told if _what(one.entry) not in known]
+    if not new:
+        return record
+    history = sorted([*record.history, *new], key=lambda entry: entry.timestamp)
+    return MemberRecord(record.member, tuple(history), record.connections, record.as_of)
+
+
+def stranger(member_id: str) -> MemberRecord:
+    """The record of a member of whom no night has told anything."""
+    return MemberRecord(Member(member_id))
+
+
+def append(store: KeyValueStore, record: MemberRecord, new: Sequence[Told]) -> int:
+    """The engagements are in the store, each once, in time order; returns how many were not known before.
+
+    Known is one with the id of another, and one that the night's `record` holds. Raises StoreUnavailable if others append to
+    this member without a pause.
+    """
+    who, known = record.member.member_id, {_what(entry) for entry in record.history}
+    for _ in range(ATTEMPTS):
+        (stored,) = store.get_many(RECENT, [who])
+        before = decode_told(stored, who)
+        seen = {one.event_id for one in before}
+        added = [one for one in {one.event_id: one for one in new}.values() if one.event_id not in seen]
+        added = [one for one in added if _what(one.entry) not in known]
+        if not added:
+            return 0
+        # What the night knows by now leaves, so that the value stays as short as a day.
+        kept = [one for one in before if _what(one.entry) not in known]
+        after = sorted([*kept, *added], key=lambda one: one.entry.timestamp)[-MOST:]
+        if store.swap(RECENT, who, stored, _encoded(after), ttl_s=RECENT_DAYS * DAY):
+            return len(added)
+    raise StoreUnavailable(f"member {who[:80]!r} is being written by too many at once; ask again in a moment")
+
+
+def _what(entry: Entry) -> tuple[str, int, str]:
+    """What makes two entries the same: a label may be known to one side only."""
+    return entry.item_id, entry.timestamp, entry.action
+
+
+def _encoded(told: Sequence[Told]) -> bytes:
+    rows = [[one.event_id, one.entry.item_id, one.entry.timestamp, one.entry.action, one.entry.label] for one in told]
+    return json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,0 +1,140 @@
+"""What a table reports is what a server answers: 100 members, the same items in the same order with the same scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ranking.cli.main import app
+from ranking.serving.client import Client
+from ranking.serving.stack import open_stack
+from retrieval.data.schema import DAY, TEST, TRAIN, Dataset, Events, Members
+from retrieval.data.write import write_dataset
+from retrieval.encoder import save_encoder
+from retrieval.features import Quantizer
+from retrieval.hybrid import HybridError
+from retrieval.llama import Size, new_llama
+from retrieval.tokens import Tokens
+from retrieval.writer import Budgets, Writer
+
+MEMBERS, TOP = 100, 40
+SIZE = Size(hidden=32, layers=1, heads=2, kv_heads=1, mlp=48)
+Start = Callable[..., tuple[int, Callable[[], None]]]
+
+
+@pytest.fixture(scope="module")
+def measured(
+    tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Dataset, tiny_quantizer: Quantizer, tiny_tokens: Tokens
+) -> Path:
+    """A folder with data, an encoder and the evaluation `out` of its plain, hybrid, shorter and coarser lists."""
+    folder = tmp_path_factory.mktemp("measured")
+    write_dataset(one_moment(tiny_dataset), folder / "data")
+    writer = Writer(tiny_tokens, tiny_quantizer, Budgets(item=32, member=96), ("like",))
+    torch.manual_seed(5)
+    save_encoder(folder / "encoder", new_llama(SIZE, len(tiny_tokens), causal_lm=False), writer, {})
+    forms = ["--hybrid", "--hybrid-weights", "1,0.6,0.3", "--dims", "32", "--dims", "16", "--codes", "float16", "--codes", "int8"]
+    brewline("evaluate", "retrieval", folder / "data", "--encoder", folder / "encoder", "--without", "all",
+             "--out", folder / "out", "--json", *forms)  # fmt: skip
+    return folder
+
+
+def one_moment(tiny: Dataset) -> Dataset:
+    """100 members of the tiny shop who all ask at the test cut: the night of that moment knows what every query knows."""
+    rng = np.random.default_rng(11)
+    cut, rows = tiny.meta.cut_test, []
+    for member in range(MEMBERS):
+        items = rng.permutation(len(tiny.items))[: rng.integers(3, 14)]
+        times = [*np.sort(rng.integers(cut - 12 * DAY, cut, len(items) - 1)).tolist(), cut]
+        rows += [(at, member, item) for at, item in zip(times, items.tolist())]
+    time, member, item = np.array(sorted(rows), np.int64).T
+    none = np.full(len(rows), -1, np.int16)
+    events = Events(
+        event_id=np.arange(len(rows)), member=member.astype(np.int32), item=item.astype(np.int32), timestamp=time,
+        action=np.zeros(len(rows), np.int16), label=np.ones(len(rows), np.int8), value=np.full(len(rows), np.nan, np.float32),
+        split=np.where(time < cut, TRAIN, TEST).astype(np.int8), request=none.astype(np.int32), position=none, surface=none,
+        actions=("like",),
+    )  # fmt: skip
+    members = Members(
+        [f"m{row}" for row in range(MEMBERS)], {"role": [tiny.members.profile["role"][row % 40] for row in range(MEMBERS)]}
+    )
+    items_all_there = replace(tiny.items, created_at=np.full(len(tiny.items), cut - 30 * DAY))
+    return Dataset(tiny.meta, items_all_there, members, events)
+
+
+def brewline(*arguments: object) -> str:
+    done = CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def publish(measured: Path, store: Path, *options: str) -> Path:
+    cut = pq.read_table(measured / "out" / "ranked.parquet")["query_timestamp"][0].as_py()
+    brewline(
+        "nightly", measured / "data", "--encoder", measured / "encoder", "--store", store, "--as-of", cut, "--json", *options
+    )
+    return store
+
+
+def assert_served(client: Client, ranked: Path, first_stage: str) -> None:
+    rows = pq.read_table(ranked).to_pylist()
+    assert len(rows) == MEMBERS
+    for row in rows:
+        answer = client.retrieve(row["member_id"], TOP)
+        assert answer.first_stage == first_stage
+        assert answer.ids == row["item_ids"][:TOP], row["member_id"]
+        np.testing.assert_allclose(answer.scores, np.array(row["scores"][:TOP], np.float32), atol=1e-5)
+
+
+def test_dense_and_hybrid_answers_are_the_measured_ones(measured: Path, tmp_path: Path, start: Start) -> None:
+    store = publish(measured, tmp_path / "store", "--hybrid", "--hybrid-weights", "1,0.6,0.3")
+    for first_stage, folder in (("dense", "."), ("hybrid", "hybrid")):
+        stack = open_stack(store, measured / "encoder", None, None, hybrid=first_stage == "hybrid")
+        port, stop = start(stack)
+        with Client(f"127.0.0.1:{port}") as client:
+            assert_served(client, measured / "out" / folder / "ranked.parquet", first_stage)
+            assert client.info().first_stage == first_stage
+        stop()
+    dense, hybrid = (pq.read_table(measured / "out" / folder / "ranked.parquet")["item_ids"] for folder in (".", "hybrid"))
+    assert sum(one != other for one, other in zip(dense.to_pylist(), hybrid.to_pylist())) > MEMBERS / 2
+
+
+@pytest.mark.parametrize(("dims", "codes", "index"), [(32, "float16", "SQfp16"), (32, "int8", "Flat"), (16, "int8", "Flat")])
+def test_shorter_and_coarser_answers_are_the_measured_ones(
+    measured: Path, tmp_path: Path, start: Start, dims: int, codes: str, index: str
+) -> None:
+    store = publish(measured, tmp_path / "store", "--dims", str(dims), "--codes", codes)
+    port, _ = start(open_stack(store, measured / "encoder", None, None))
+    with Client(f"127.0.0.1:{port}") as client:
+        told = client.info()
+        assert (told.dims, told.codes, told.index) == (dims, codes, index)
+        assert_served(client, measured / "out" / f"dual-encoder-{dims}-x-{codes}" / "ranked.parquet", "dense")
+
+
+def test_a_night_without_the_lists_serves_no_hybrid(measured: Path, tmp_path: Path) -> None:
+    store = publish(measured, tmp_path / "store")
+    with pytest.raises(HybridError, match="nightly` with --hybrid"):
+        open_stack(store, measured / "encoder", None, None, hybrid=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--hybrid-weights", "1,1,1"], "--hybrid too"),
+        (["--hybrid", "--hybrid-weights", "1,1"], "expected three numbers"),
+        (["--dims", "33"], "33"),
+        (["--codes", "int4"], "int4"),
+    ],
+)
+def test_forms_that_cannot_be_are_refused(measured: Path, tmp_path: Path, options: list[str], told: str) -> None:
+    data, encoder = str(measured / "data"), ["--encoder", str(measured / "encoder")]
+    for command in (["evaluate", "retrieval", data, "--without", "all"], ["nightly", data, "--store", str(tmp_path / "store")]):
+        done = CliRunner().invoke(app, [*command, *encoder, *options])
+        assert done.exit_code != 0
+        assert told in done.output + str(done.exception)
