@@ -10,20 +10,27 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.counts import NEVER, Counts, appeared
-from retrieval.data.schema import DAY, Dataset, MemberView
+from retrieval.data.schema import DAY, MISSING_TIME, Dataset, MemberView
 from retrieval.evidence.protocol import engagements
 from retrieval.learn.passed import PassedOver
 from retrieval.learn.timeline import Ints, Timeline, day_runs
 from retrieval.writer import Writer
 
 Bools = npt.NDArray[np.bool_]
+MONTH_WEIGHT = 8.0
+"""An engagement of the last 30 days heats an item that much less than one of the last 7."""
 HardSource = Literal["impressions", "mined"]
 
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """How a batch is drawn. `targets`: positives aimed at; `random_items`: easy negatives added, from the part of the catalogue
-    that had appeared by the batch's day.
+    """How a batch is drawn. `targets`: positives aimed at; `random_items`: easy negatives added on average, from the part of the
+    catalogue that had appeared by the batch's day, the share `popular` of them in proportion to the day's popularity.
+
+    `strangers`: columns that stand for what nobody has met by then. A catalogue without times of creation holds items that
+    appear with their first engagement, so that every item without counts that training meets is one that is about to be
+    chosen, while those not yet met compete in every search. A stranger is another item's words with the numbers of nothing;
+    words of unmet items themselves must not be learned as wrong answers.
 
     `hard`: hard negatives per target, of `hard_from`: passed over in the request of the target, or among the best of the model
     `mine_every` steps ago at most, the first `mine_skip` left out, drawn from the next `mine_window` (none before step
@@ -34,7 +41,9 @@ class BatchSettings:
 
     targets: int = 160
     targets_per_member: int = 8
-    random_items: int = 160
+    random_items: int = 240
+    popular: float = 0.5
+    strangers: int = 80
     hard: int = 0
     hard_from: HardSource = "impressions"
     hard_weight: float = 1.0
@@ -92,6 +101,8 @@ class Sampler:
         )
         since = appeared(dataset)
         self._since = np.where(since < before, since // DAY, NEVER)
+        self._undated = dataset.items.created_at == MISSING_TIME
+        self._odds_of: dict[int, npt.NDArray[np.float64]] = {}
 
     def there(self, day: int) -> Bools:
         """Bool [N]: the items that had appeared by a day."""
@@ -206,29 +217,47 @@ class Sampler:
         self, rows: list[list[int]], owner: Ints, prefix: Ints, target: Ints, run: Ints, rng: np.random.Generator
     ) -> Batch:
         timeline, day = self.timeline, int(np.median(self.timeline.day[target]))
-        there = np.flatnonzero(self._since <= day)
-        extra = rng.choice(there, min(self.settings.random_items, len(there)), replace=False)
+        odds, unmet = self._odds(day), int((self._undated & (self._since > day)).sum())
+        extra = np.flatnonzero(rng.random(len(odds)) < odds)
+        known = np.flatnonzero(self.there(day))
+        strangers = rng.choice(known, min(self.settings.strangers, unmet, len(known)), replace=False)
         keys = timeline.item[target] * _SPAN + timeline.day[target]
-        keys = np.concatenate([keys, extra * _SPAN + day])
+        keys = np.concatenate([keys, extra * _SPAN + day, strangers * _SPAN + _BEFORE_ALL])
         columns, positive = np.unique(keys, return_inverse=True)
         item, item_day = columns // _SPAN, columns % _SPAN
         records = [self.dataset.items[row] for row in item.tolist()]
         item_rows = self.writer.items(records, self.counts.at(item, item_day))
-        log_q = np.log(self._inclusion(item, target, run, len(extra) / len(there), day))
+        log_q = np.log(self._inclusion(item, target, run, odds))
+        if len(strangers):
+            log_q[item_day == _BEFORE_ALL] = np.log(len(strangers) / unmet)
         hidden = item[None, :] == timeline.item[target][:, None]
         hidden |= self._engaged_anyway(timeline.member[target], item)
         positive = positive[: len(target)]
         hidden[np.arange(len(target)), positive] = False
         return Batch(rows, owner, prefix, item_rows, positive, log_q.astype(np.float32), hidden, target, item, day)
 
-    def _inclusion(self, item: Ints, target: Ints, run: Ints, random: float, day: int) -> npt.NDArray[np.float64]:
-        """Probability [C] that the batch holds each column: as a target of the run, or, if it is there by the day, as a random
-        item, each of which is drawn with probability `random`."""
+    def _odds(self, day: int) -> npt.NDArray[np.float64]:
+        """Probability [N] with which each item is drawn as an easy negative on a day, each on its own: 0 if it is not there yet.
+
+        Even draws alone meet the hundreds of items that compete for the first hundred places once in fifty batches, and then
+        with the weight of all of them.
+        """
+        if day not in self._odds_of:
+            there = self.there(day)
+            rows = np.arange(len(there))
+            numbers = self.counts.at(rows, np.full(len(rows), day))
+            heat = np.where(there, numbers["n_7d"] + numbers["n_30d"] / MONTH_WEIGHT, 0.0)
+            hot = self.settings.popular * self.settings.random_items if heat.any() else 0.0
+            odds = (self.settings.random_items - hot) * there / max(there.sum(), 1) + hot * heat / max(heat.sum(), 1.0)
+            self._odds_of[day] = np.minimum(odds, 1.0)
+        return self._odds_of[day]
+
+    def _inclusion(self, item: Ints, target: Ints, run: Ints, odds: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Probability [C] that the batch holds each column: as a target of the run, or as an easy negative (`odds` [N])."""
         in_run = np.bincount(self.timeline.item[run], minlength=len(self.dataset.items))[item]
         share = min(len(target) / len(run), 1 - 1e-6)
         missed_as_target = (1 - share) ** in_run
-        missed_as_random = np.where(self._since[item] <= day, 1 - random, 1.0)
-        return np.maximum(1 - missed_as_target * missed_as_random, 1e-9)
+        return np.maximum(1 - missed_as_target * (1 - odds[item]), 1e-9)
 
     def _engaged_anyway(self, member: Ints, item: Ints) -> Bools:
         """Bool [P, C]: the member engages with the column's item at some time before the end of the data used here."""
@@ -246,6 +275,8 @@ class Sampler:
 
 _SPAN = 1 << 24
 """Larger than any day number, so that item * _SPAN + day is one key."""
+_BEFORE_ALL = 0
+"""A day (of 1970) before every log: the counts of that day are those of an item that nobody has met."""
 
 
 def _shown(row: list[int], opening: list[int], known: list[list[int]]) -> int:

@@ -23,6 +23,7 @@ from retrieval.llama import Size, pad_rows
 PLAN = EncoderPlan(
     size=Size(hidden=32, layers=2, heads=2, kv_heads=1, mlp=64, vocabulary=400),
     batch=BatchSettings(targets=24, random_items=16),
+    loop=LoopSettings(pooling="mean"),
 )
 
 
@@ -72,7 +73,7 @@ def gradients(dataset: Dataset, **settings: object) -> tuple[float, torch.Tensor
 
 def test_defaults_give_the_weights_of_the_plain_step_bit_for_bit(tiny_dataset: Dataset) -> None:
     ours, plain = (start(tiny_dataset, tiny_dataset.meta.cut_test, PLAN, 6) for _ in range(2))
-    plain = Plain(plain.model, plain.sampler, 6, plain.settings, {})
+    plain = Plain(plain.model, plain.sampler, 6, plain.settings, {}, plain.model.device)
     for trainer in (ours, plain):
         trainer.run(6)
     assert torch.equal(weights(ours), weights(plain))

@@ -18,7 +18,7 @@ from retrieval.llama import Size
 
 PLAN = EncoderPlan(
     size=Size(hidden=32, layers=1, heads=2, kv_heads=1, mlp=64, vocabulary=400),
-    batch=BatchSettings(targets=24, random_items=30),
+    batch=BatchSettings(targets=24, random_items=12),
 )
 
 
@@ -89,8 +89,49 @@ def test_random_items_of_a_batch_were_there_on_its_day(tiny_dataset: Dataset) ->
         assert theirs.item_rows == sampler.batch(step).item_rows
     nobody, day = np.zeros(0, np.int64), int(np.median(days))
     early, late = int(np.argmin(days)), int(np.argmax(days))
-    found = sampler._inclusion(np.array([early, late]), nobody, sampler.runs[0], 0.25, day)
-    assert found[0] == pytest.approx(0.25) and found[1] < 1e-6
+    odds = sampler._odds(day)
+    found = sampler._inclusion(np.array([early, late]), nobody, sampler.runs[0], odds)
+    assert found[0] == pytest.approx(odds[early]) and 0 < odds[early] < 1 and odds[late] == 0 and found[1] < 1e-6
+
+
+def test_easy_negatives_come_as_often_as_their_correction_says(tiny_dataset: Dataset) -> None:
+    """With half of them by popularity: what is popular that day comes more often, and every odds is what it is drawn with."""
+    sampler = start(tiny_dataset, tiny_dataset.meta.cut_test, PLAN, 10).sampler
+    day = int(sampler.timeline.day[sampler.runs[-1]].max())
+    odds, n_7d = sampler._odds(day), sampler.counts.at(np.arange(60), np.full(60, day))["n_7d"]
+    assert odds.sum() == pytest.approx(12) and odds[n_7d.argmax()] > 2 * odds[sampler.there(day)].min() > 0
+    target = np.zeros(0, np.int64)
+    drawn = np.zeros(60)
+    for seed in range(400):
+        batch = sampler._with_items([], target, target, sampler.runs[-1][-1:], sampler.runs[-1], np.random.default_rng(seed))
+        drawn[batch.columns[1:] if batch.columns[0] == batch.columns[batch.positive[0]] else batch.columns] += 1
+    here = sampler.there(batch.day) & (np.arange(60) != sampler.timeline.item[sampler.runs[-1][-1]])
+    assert np.abs(drawn[here] / 400 - sampler._odds(batch.day)[here]).max() < 0.1
+
+
+def test_strangers_stand_for_what_nobody_has_met(tiny_dataset: Dataset) -> None:
+    """Without creation times, a batch shows known items with no counts, as many as its correction says; with them, none."""
+    undated = created(tiny_dataset, **{f"i{row}": MISSING_TIME for row in range(60)})
+    settings = replace(PLAN.batch, strangers=4)
+    sampler = start(undated, undated.meta.cut_test, replace(PLAN, batch=settings), 10).sampler
+    met = appeared(undated) // DAY
+    met[appeared(undated) >= undated.meta.cut_test] = np.iinfo(np.int64).max
+    most = 0
+    for step in range(40):
+        batch = sampler.batch(step)
+        items = [undated.items[row] for row in batch.columns.tolist()]
+        nothing, today = (np.full(len(items), day, np.int64) for day in (0, batch.day))
+        bare, full = (sampler.writer.items(items, sampler.counts.at(batch.columns, day)) for day in (nothing, today))
+        unmet = int((met > batch.day).sum())
+        wanted = set(batch.positive.tolist())
+        strangers = [n for n, row in enumerate(batch.item_rows) if row == bare[n] != full[n] and n not in wanted]
+        assert len(strangers) <= min(4, unmet) and (met[batch.columns[strangers]] <= batch.day).all()
+        assert batch.log_q[strangers] == pytest.approx(np.log(min(4, unmet) / max(unmet, 1)))
+        most = max(most, len(strangers))
+    assert most == 4
+    plans = [replace(PLAN, batch=replace(settings, strangers=strangers)) for strangers in (4, 0)]
+    some, none = (start(tiny_dataset, tiny_dataset.meta.cut_test, plan, 10).sampler.batch(0) for plan in plans)
+    assert some.item_rows == none.item_rows
 
 
 def second_item(dataset: Dataset, name: str, values: list[str]) -> Dataset:
