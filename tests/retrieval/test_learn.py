@@ -76,13 +76,13 @@ def test_a_batch_keeps_its_promises(tiny_dataset: Dataset) -> None:
 
 
 def test_a_prefix_of_a_row_is_the_shorter_row(tiny_dataset: Dataset) -> None:
-    """One causal pass serves all targets of a member: the mean over a prefix equals encoding the prefix alone."""
+    """One causal pass serves all targets of a member: what is pooled of a prefix is what the prefix alone gives."""
     trainer = start(tiny_dataset, tiny_dataset.meta.cut_test, PLAN, 10)
     batch = trainer.sampler.batch(0)
     with torch.no_grad():
         together = trainer._member_states(batch)
         alone = [
-            encode(trainer.model, *pad_rows([batch.member_rows[row][:prefix]], 0))[0]
+            encode(trainer.model, *pad_rows([batch.member_rows[row][:prefix]], 0), trainer.settings.pooling)[0]
             for row, prefix in zip(batch.owner.tolist(), batch.prefix.tolist())
         ]
     torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-5)
