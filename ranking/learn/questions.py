@@ -1,0 +1,152 @@
+"""What a chain of compressions is taught and judged on: one data set, one way of writing it, the same groups for every model.
+
+    taught      every group before the test cut but those of the members that the teacher's refit held back in its newest days
+    held back   those groups, one for each member and day: calibrators and gates
+    test        the groups after the test cut, as fresh as served ones: the table, and nothing else
+
+Legend: n candidates, D hidden dims.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from index.errors import BrewlineError
+from ranking.calibrate import ENOUGH
+from ranking.learn.batches import Batch, GroupWriter
+from ranking.learn.distill import Labels, answers, layers_of
+from ranking.learn.examples import GroupSettings, Pool, held_back, pools_of
+from ranking.learn.validate import sampled
+from ranking.prefill.request import Request
+from ranking.ranker import Ranker
+from retrieval.data.schema import Dataset
+from retrieval.learn.checkpoint import dataset_digest
+
+GROUPS_PER_PASS = 32
+TIMED = 2_000
+"""Candidates that the speed of a model is measured on."""
+
+Raw = npt.NDArray[np.float32]
+
+
+class NothingToJudge(BrewlineError):
+    """A data folder has too few held-out answers to compare two models."""
+
+
+class Scoring(Protocol):
+    """What scores requests: the torch engine or an exported one."""
+
+    label_ids: tuple[int, ...]
+
+    def score(self, requests: Sequence[Request]) -> list[Raw]:
+        """Logits float32 [N, labels] of each request's N items."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Groups of one task as a ranker is asked them, the answers int8 [n] and the members int64 [n]."""
+
+    task: str
+    requests: list[Request]
+    label: npt.NDArray[np.int8]
+    member: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, writer: GroupWriter, pool: Pool, candidates: int) -> Questions:
+        """About that many candidates' groups of a pool, always the same ones."""
+        chosen = sampled(pool, candidates)
+        batch = writer.write({pool.task: pool}, chosen)
+        member = np.repeat([pool.member[group] for _, group in chosen], [len(one.items) for one in batch.requests])
+        return cls(pool.task, batch.requests, batch.label.astype(np.int8), member.astype(np.int64))
+
+    @property
+    def rarer(self) -> int:
+        """How many answers there are of the rarer kind."""
+        positives = int(self.label.sum(dtype=int))
+        return min(positives, len(self.label) - positives)
+
+    def scores(self, engine: Scoring, labels: Labels) -> Raw:
+        """z_yes - z_no float32 [n]."""
+        yes, no = (engine.label_ids.index(token) for token in labels[self.task])
+        parts = []
+        for first in range(0, len(self.requests), GROUPS_PER_PASS):
+            logits = np.concatenate(engine.score(self.requests[first : first + GROUPS_PER_PASS]))
+            parts.append(logits[:, yes] - logits[:, no])
+        return np.concatenate(parts)
+
+    def states(self, ranker: Ranker) -> Raw:
+        """The states float32 [n, D] that the head of a model reads."""
+        layers, found = layers_of(ranker.engine.model), []
+        for first in range(0, len(self.requests), GROUPS_PER_PASS):
+            some = self.requests[first : first + GROUPS_PER_PASS]
+            with torch.no_grad():
+                batch = Batch(some, [self.task] * len(some), np.zeros(0, np.float32))
+                found.append(answers(layers, ranker.facts.labels, batch)[0].cpu().numpy())
+        return np.concatenate(found)
+
+    def items_per_second(self, engine: Scoring) -> float:
+        """The speed of an engine that keeps no prefixes, on about TIMED candidates after a first request."""
+        sizes = np.cumsum([len(one.items) for one in self.requests])
+        some = self.requests[: int(np.searchsorted(sizes, TIMED)) + 1]
+        engine.score(some[:1])
+        began = time.perf_counter()
+        engine.score(some)
+        return sum(len(one.items) for one in some) / (time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """The parts of a data set as the module says; `held` by task, `main` the first task's name."""
+
+    digest: str
+    main: str
+    labels: Labels
+    writer: GroupWriter
+    pools: Mapping[str, Pool]
+    held: Mapping[str, Questions]
+    test: Questions
+
+    @property
+    def asked(self) -> Questions:
+        """The held-back groups of the main task."""
+        return self.held[self.main]
+
+
+def ground_of(dataset: Dataset, teacher: Ranker, judged: int) -> Ground:
+    """The ground that a teacher's facts and a data set decide; `judged` candidates at most of each part that judges.
+
+    Raises NothingToJudge where no answers are held back, or none come after the test cut.
+    """
+    training, meta = teacher.facts.training, dataset.meta
+    try:
+        seed = int(training["settings"]["seed"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise NothingToJudge(
+            f"the teacher does not say which members it held back (training.settings.seed: {error}); train it again"
+        ) from error
+    tasks, main = teacher.tasks, next(iter(teacher.tasks))
+    held = held_back(dataset, seed)
+    writer = GroupWriter(dataset, teacher.prompts, tasks, meta.cut_test)
+    pools = pools_of(dataset, tasks, None, meta.cut_test, GroupSettings(), seed)
+    pools = {name: pool.only(~(held[pool.member] & (pool.moment >= meta.cut_valid))) for name, pool in pools.items()}
+    fresh = replace(GroupSettings(), least=1)
+    window = pools_of(dataset, tasks, meta.cut_valid, meta.cut_test, fresh, seed)
+    window = {name: pool.only(held[pool.member]) for name, pool in window.items()}
+    asked = {name: Questions.of(writer, pool, judged) for name, pool in window.items() if len(pool)}
+    end = int(dataset.events.timestamp.max()) + 1
+    after = pools_of(dataset, {main: tasks[main]}, meta.cut_test, end, fresh, seed)
+    if main not in asked or asked[main].rarer < ENOUGH or main not in after or main not in pools:
+        seen = asked[main].rarer if main in asked else 0
+        raise NothingToJudge(
+            f"{meta.name}: {seen} answers of the rarer kind among the members held back between the cuts (at least {ENOUGH}), "
+            f"{len(after)} tasks after the test cut; a step could not be judged. Move the cuts, or bring more events"
+        )
+    test = Questions.of(GroupWriter(dataset, teacher.prompts, tasks, end), after[main], judged)
+    return Ground(dataset_digest(dataset), main, teacher.facts.labels, writer, pools, asked, test)
