@@ -32,6 +32,12 @@ class KeyValueStore(Protocol):
         Each value is replaced whole; after an error some may be kept and others not: put them again.
         """
 
+    def swap(self, kind: str, one: str, old: bytes | None, new: bytes, fingerprint: str = "", ttl_s: float | None = None) -> bool:
+        """The value of one id is `new` if it was `old` (None: there was none), in one step for everybody; returns whether it was.
+
+        What is read, changed and swapped until that succeeds is an atomic update, whoever else does the same.
+        """
+
     def delete_many(self, kind: str, ids: Sequence[str], fingerprint: str = "") -> None:
         """None of the ids has a value any more; ids without one are no error."""
 

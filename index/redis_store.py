@@ -33,6 +33,14 @@ _BUCKETS = 64
 _CHUNK = 1_024
 """Keys per round trip: enough to hide the network, few enough that Redis serves others in between."""
 
+_SWAP = """
+local found = redis.call('GET', KEYS[1])
+if (ARGV[1] == '') ~= (found == false) or (found and found ~= ARGV[2]) then return 0 end
+if ARGV[4] == '' then redis.call('SET', KEYS[1], ARGV[3]) else redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4]) end
+return 1
+"""
+"""Key; whether there was a value ('' no), that value, the new one, its milliseconds ('' for ever). Redis runs it in one step."""
+
 
 class RedisStore:
     """A `KeyValueStore` in Redis. The server's clock decides what has expired. Connects at first use, not before.
@@ -81,6 +89,14 @@ class RedisStore:
                 for key, value in chunk:
                     pipe.set(key, value, px=lifetime)
                 pipe.execute()
+
+    def swap(self, kind: str, one: str, old: bytes | None, new: bytes, fingerprint: str = "", ttl_s: float | None = None) -> bool:
+        """See KeyValueStore."""
+        check_ttl(ttl_s)
+        lifetime = "" if ttl_s is None else max(1, round(ttl_s * 1000))
+        with self._errors() as client:
+            asked = ("" if old is None else "1", old or b"", new, lifetime)
+            return bool(client.eval(_SWAP, 1, _key(kind, one, fingerprint), *asked))
 
     def delete_many(self, kind: str, ids: Sequence[str], fingerprint: str = "") -> None:
         """See KeyValueStore."""

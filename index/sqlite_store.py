@@ -15,6 +15,7 @@ _APPLICATION = 0x42726577
 _CHUNK = 500
 """Ids per statement; old SQLite builds allow 999 parameters."""
 _BUSY_MS = 5_000
+_PUT = "INSERT OR REPLACE INTO entries (kind, fingerprint, id, value, expires) VALUES (?, ?, ?, ?, ?)"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
   kind BLOB NOT NULL, fingerprint BLOB NOT NULL, id BLOB NOT NULL, value BLOB NOT NULL, expires REAL,
@@ -72,10 +73,21 @@ class SqliteStore:
         with self._transaction() as now:
             expires = None if ttl_s is None else now + ttl_s
             self._database.execute("DELETE FROM entries WHERE expires IS NOT NULL AND expires <= ?", (now,))
-            self._database.executemany(
-                "INSERT OR REPLACE INTO entries (kind, fingerprint, id, value, expires) VALUES (?, ?, ?, ?, ?)",
-                ((*prefix, key, value, expires) for key, value in rows),
-            )
+            self._database.executemany(_PUT, ((*prefix, key, value, expires) for key, value in rows))
+
+    def swap(self, kind: str, one: str, old: bytes | None, new: bytes, fingerprint: str = "", ttl_s: float | None = None) -> bool:
+        """See KeyValueStore."""
+        check_ttl(ttl_s)
+        key = (*_prefix(kind, fingerprint), encode_key(one, "id"))
+        with self._transaction() as now:
+            found = self._database.execute(
+                "SELECT value FROM entries WHERE kind = ? AND fingerprint = ? AND id = ? AND (expires IS NULL OR expires > ?)",
+                (*key, now),
+            ).fetchone()
+            if (None if found is None else found[0]) != old:
+                return False
+            self._database.execute(_PUT, (*key, new, None if ttl_s is None else now + ttl_s))
+        return True
 
     def delete_many(self, kind: str, ids: Sequence[str], fingerprint: str = "") -> None:
         """See KeyValueStore."""

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,9 +17,10 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from index.codes import Codes, encode_rows
 from index.durable import exclusive, fsync_path, sha256_of, try_lock
 from index.ids import encode_ids
-from index.manifest import Fact, FileFact, Manifest, Recall, SnapshotError
+from index.manifest import Fact, FileFact, Manifest, Recall, SnapshotError, SnapshotTorn
 from index.snapshot import (
     BLOB_FILE,
     CORE_FILES,
@@ -34,8 +35,9 @@ from index.snapshot import (
     snapshots_dir,
 )
 
-PARTIAL_PREFIX = ".partial-"
-"""A folder so named is being written; it holds a lock on itself, and one without is what a crash left behind."""
+PARTIAL_PREFIX, TRASH_PREFIX = ".partial-", ".trash-"
+"""A folder so named is being written; it holds a lock on itself, and one without is what a crash left behind. Or it is to be
+swept by the garbage collector."""
 _PART_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _BLOCK_ROWS = 65_536
 
@@ -61,6 +63,7 @@ class SnapshotWriter:
         self._folder: Path | None = None
         self._lock: int | None = None
         self._shape: tuple[int, int] | None = None
+        self._codes: Codes = "float32"
         self._id_count: int | None = None
         self._index_facts: tuple[str, dict[str, Fact], Recall | None, tuple[int, int]] | None = None
         self._started = 0.0
@@ -103,20 +106,22 @@ class SnapshotWriter:
         """The name of the finished snapshot."""
         return self.path.name
 
-    def vectors(self, vectors: npt.NDArray[Any]) -> None:
-        """The vectors [N, D] are written as float32, in blocks, so a mapped array of any size will do."""
+    def vectors(self, vectors: npt.NDArray[Any], codes: Codes = "float32") -> None:
+        """The vectors [N, D] are written in these codes, in blocks, so a mapped array of any size will do.
+
+        Raises CodesError for a vector that has no such codes.
+        """
         if vectors.ndim != 2 or vectors.dtype.kind != "f" or vectors.shape[1] == 0:
             raise SnapshotError(f"vectors are {vectors.dtype}{list(vectors.shape)}, expected floats [N, D] with D > 0")
         count, dims = vectors.shape
         path = self._beside() / VECTORS_FILE
-        header = {"descr": "<f4", "fortran_order": False, "shape": (count, dims)}
+        descr = encode_rows(np.zeros((0, dims), np.float32), codes).dtype.str
+        header = {"descr": descr, "fortran_order": False, "shape": (count, dims)}
         with _disk(path), path.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, count, _BLOCK_ROWS):
-                with np.errstate(over="ignore"):
-                    block = np.ascontiguousarray(vectors[start : start + _BLOCK_ROWS], dtype="<f4")
-                file.write(block.data)
-        self._shape = (count, dims)
+                file.write(encode_rows(vectors[start : start + _BLOCK_ROWS], codes).data)
+        self._shape, self._codes = (count, dims), codes
 
     def ids(self, ids: Sequence[str]) -> None:
         """The ids of the rows are written. Raises SnapshotError for one that is not UTF-8 text."""
@@ -187,14 +192,16 @@ class SnapshotWriter:
             recall=recall,
             parent=self._parent,
             extra=self.extra,
+            dtype=self._codes,
         )
 
     def _commit(self, folder: Path) -> Path:
         manifest = self._manifest(folder)
         target = folder.parent / manifest.name
         if target.exists():
-            # Same name, same content: either it is whole and this work was done before, or opening it says what is broken.
-            return Snapshot.open(target).path
+            # Same name, same content: if it is whole, this work was done before.
+            with suppress(SnapshotTorn):
+                return Snapshot.open(target).path
         (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
         finished = time.time()
         times = {"started_at": self._started, "written_at": finished, "seconds": finished - self._started}
@@ -202,6 +209,10 @@ class SnapshotWriter:
         for path in folder.iterdir():
             fsync_path(path)
         fsync_path(folder)
+        if target.exists():
+            # A torn one must not keep its name from the whole one for ever.
+            with exclusive(self._store_dir):
+                target.rename(target.with_name(f"{TRASH_PREFIX}{folder.name}"))
         folder.rename(target)
         fsync_path(target.parent)
         return target

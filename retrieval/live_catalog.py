@@ -63,7 +63,8 @@ class PutItem:
             found = json.loads(record)
             if found["format"] != FORMAT:
                 raise CatalogError(f"an item of the log is of format {found['format']}, expected {FORMAT}; put it in again")
-            item = Item(*found["words"], found["created_at"], dict(found["static"]))
+            item_id, title, text, category, creator = found["words"]
+            item = Item(item_id, title, text, category, creator, found["created_at"], dict(found["static"]))
             return cls(item, dict(found["numbers"]), str(found["digest"]), int(found["at"]))
         except (ValueError, KeyError, TypeError) as error:
             raise CatalogError(f"an item of the log cannot be read ({type(error).__name__}: {error}); put it in again") from error

@@ -126,8 +126,8 @@ def nightly(
     """The items as of a time (seconds) are searchable and served, and the members' records and vectors are in the store.
 
     Only items whose prompt changed since the published snapshot of the same encoder are encoded; a damaged snapshot is replaced;
-    the `keep` newest snapshots stay. `clock` tells when the changes of the log were taken over. Raises NightError, StoreBusy while
-    another night works on the store, GateFailed (nothing is published then), LogDamaged, and what the parts raise.
+    the `keep` newest snapshots stay. `clock` tells when the changes of the log were taken over. Raises NightError, StoreBusy
+    while another night works on the store, GateFailed (nothing is published then), LogDamaged, and what the parts raise.
     """
     spent = _Clock()
     told = progress or _silent

@@ -117,7 +117,7 @@ def facts_of(taken: TakenOver) -> dict[str, str]:
 
 
 def cut_of(dataset: Dataset, as_of: int) -> int:
-    """The last moment (seconds) before `as_of` that a folder shows to know: its last event, else its newest item; 0 if neither."""
+    """The last moment (seconds) before `as_of` that a folder knows: its last event, else its newest item; 0 if neither."""
     times = dataset.events.timestamp if len(dataset.events) else dataset.items.created_at
     known = times[(times < as_of) & (times != MISSING_TIME)]
     return int(known.max()) if len(known) else 0
@@ -162,7 +162,7 @@ def _resumed(path: Path, as_of: int, parent: str) -> Begun | None:
 
 
 def _with_items(items: Items, replaced: list[Item], places: list[int], new: list[Item]) -> Items:
-    """The items with some replaced at their places and new ones behind them; numbers that the folder does not know are left out."""
+    """The items with some replaced at their places and new ones behind them; numbers that the folder lacks are left out."""
 
     def column(name: str, values: list[str]) -> list[str]:
         found = list(values)
@@ -177,5 +177,5 @@ def _with_items(items: Items, replaced: list[Item], places: list[int], new: list
         for name, known in numbers.items():
             known[place] = item.numbers.get(name, np.nan)
     ids = [*items.item_id, *(item.item_id for item in new)]
-    words = [column(name, getattr(items, name)) for name in ("title", "text", "category", "creator")]
-    return Items(ids, *words, created, numbers)
+    words = {name: column(name, getattr(items, name)) for name in ("title", "text", "category", "creator")}
+    return Items(ids, words["title"], words["text"], words["category"], words["creator"], created, numbers)

@@ -11,6 +11,21 @@ from rich.table import Table
 from rich.text import Text
 
 from index.errors import BrewlineError
+from ranking.cli import tell
+from ranking.cli.connection import (
+    DEFAULT_ADDRESS,
+    DEFAULT_DEADLINE_MS,
+    Address,
+    AsJson,
+    Block,
+    ByConnections,
+    Category,
+    Creator,
+    Deadline,
+    Language,
+    Region,
+    wanted_of,
+)
 from ranking.cli.output import emit, words
 
 if TYPE_CHECKING:
@@ -19,9 +34,14 @@ if TYPE_CHECKING:
     from ranking.serving.client import Answer, ServerInfo
     from retrieval.data.schema import MemberView
 
-app = typer.Typer(no_args_is_help=True, help="Ask a running server (`brewline serve`): recommend, retrieve, rank, info.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Ask a running server (`brewline serve`): recommend, retrieve, rank, info; tell it: upsert, withdraw, record.",
+)
+app.command()(tell.upsert)
+app.command()(tell.withdraw)
+app.command()(tell.record)
 
-Address = Annotated[str, typer.Option(help="Where the server listens.", metavar="HOST:PORT")]
 MemberId = Annotated[str, typer.Option("--member", help="A member that the store knows.", metavar="ID")]
 Profile = Annotated[
     list[str] | None,
@@ -36,11 +56,6 @@ Exclude = Annotated[
     list[str] | None, typer.Option("--exclude", help="An item that must not come back; may be repeated.", metavar="ITEM_ID")
 ]
 Task = Annotated[str, typer.Option(help="Which question the ranker answers; see `brewline ask info`.")]
-Deadline = Annotated[float, typer.Option("--deadline-ms", help="How long to wait, in milliseconds.", min=1)]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-DEFAULT_DEADLINE_MS = 30_000.0
 
 
 class AskError(BrewlineError):
@@ -57,6 +72,12 @@ def recommend(
     profile: Profile = None,
     history: History = None,
     exclude: Exclude = None,
+    category: Category = None,
+    creator: Creator = None,
+    language: Language = None,
+    region: Region = None,
+    block_creator: Block = None,
+    by_connections: ByConnections = False,
     address: Address = DEFAULT_ADDRESS,
     deadline_ms: Deadline = DEFAULT_DEADLINE_MS,
     as_json: AsJson = False,
@@ -66,8 +87,11 @@ def recommend(
     brewline ask recommend --member m42
     brewline ask recommend --member m42 --instruction "more about databases" -k 5
     brewline ask recommend --profile "headline=database engineer" --history p17 --history p99
+    brewline ask recommend --member m42 --category coffee --block-creator "Some Shop"
     """
     from ranking.serving.client import Client
+
+    wanted = wanted_of(category, creator, language, region, block_creator, by_connections)
 
     with Client(address, deadline_ms) as client:
         answer = client.recommend(
@@ -77,6 +101,7 @@ def recommend(
             task=task,
             instruction=instruction,
             exclude=exclude or (),
+            wanted=wanted,
             readable=True,
         )
     _show(answer, as_json=as_json, title="Recommended")
@@ -90,6 +115,12 @@ def retrieve(
     profile: Profile = None,
     history: History = None,
     exclude: Exclude = None,
+    category: Category = None,
+    creator: Creator = None,
+    language: Language = None,
+    region: Region = None,
+    block_creator: Block = None,
+    by_connections: ByConnections = False,
     address: Address = DEFAULT_ADDRESS,
     deadline_ms: Deadline = DEFAULT_DEADLINE_MS,
     as_json: AsJson = False,
@@ -100,8 +131,9 @@ def retrieve(
     """
     from ranking.serving.client import Client
 
+    wanted, who = wanted_of(category, creator, language, region, block_creator, by_connections), _who(member, profile, history)
     with Client(address, deadline_ms) as client:
-        answer = client.retrieve(_who(member, profile, history), k, instruction=instruction, exclude=exclude or (), readable=True)
+        answer = client.retrieve(who, k, instruction=instruction, exclude=exclude or (), wanted=wanted, readable=True)
     _show(answer, as_json=as_json, title="Retrieved")
 
 
@@ -199,6 +231,7 @@ def _info_table(told: ServerInfo) -> Table:
     table = Table("fact", "value", title="Serving", title_justify="left", show_header=False)
     table.add_row("snapshot", f"{told.snapshot}, {told.items:,} items of {told.dims} dims, index {told.index}")
     table.add_row("as of", moment_words(told.as_of))
+    table.add_row("since then", f"{told.live_items:,} of the items were put in, up to position {told.live_position} of the log")
     table.add_row("encoder", told.encoder)
     table.add_row("ranker", f"{told.ranker}, attention {told.attention}" if told.ranker else "none: only retrieval")
     table.add_row("tasks", words(", ".join(told.tasks) or "none"))

@@ -37,12 +37,17 @@ def nightly(
         int | None, typer.Option(help="Keep the leading numbers of every vector only. Default: all.", min=1, show_default=False)
     ] = None,
     codes: Annotated[CodesChoice, typer.Option(help="What the items' vectors are kept in.")] = CodesChoice.float32,
+    keep: Annotated[
+        int, typer.Option(help="Snapshots to keep, the newest; the served one and the one before stay anyway.", min=0)
+    ] = 7,
     as_of: Annotated[
         str, typer.Option(help="now, end (of the data), seconds, or an ISO time: what is known then.", metavar="TIME")
     ] = "now",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Encode what changed, build and check the index, load the members, and publish. No snapshot is served before the end.
+
+    What servers were told since the data folder's last event (`brewline ask upsert|withdraw`) wins over the folder.
 
     Counts, histories and items are those known at --as-of; a historical data set is served as of its end.
 
@@ -68,7 +73,7 @@ def nightly(
     _make(store)
     with closing(open_store(members or default_members(store))) as opened, _bars() as told:
         opened.ping()  # a Redis store connects at first use, which would otherwise come after hours of encoding
-        report = run(dataset, reader, judge, store, moment, MemberStore(opened, reader.fingerprint), told, form)
+        report = run(dataset, reader, judge, store, moment, MemberStore(opened, reader.fingerprint), told, form, keep=keep)
     emit(vars(report), as_json=as_json, table=lambda: _table(report))
 
 
@@ -108,6 +113,10 @@ def _table(report: NightReport) -> Table:
         compared = f"{report.items_before:,} items, tonight's count was compared with that"
     table.add_row("before", words(f"{report.predecessor or 'nothing was published'}; {compared}"))
     table.add_row("items", f"{report.items:,}, of which {report.embedded:,} were encoded in {report.seconds_embed:.1f} s")
+    if report.live_position:
+        told = f"{report.put:,} items put in and {report.withdrawn:,} withdrawn won over the folder"
+        table.add_row("by day", f"{told}, up to change {report.live_position}")
+    table.add_row("removed", f"{report.removed:,} old snapshots")
     table.add_row(
         "members", f"{report.members:,}, of which {report.members_encoded:,} were encoded in {report.seconds_members:.1f} s"
     )

@@ -41,7 +41,8 @@ def serve(
         brewline serve --store store/ --encoder encoder/ --ranker ranker/ --port 50051
         brewline serve --store store/ --encoder encoder/ --members redis://localhost/0 --port 0 --json
 
-    Ask it with `brewline ask recommend --member ID`, or with grpcurl: reflection and the health service are on.
+    Ask it with `brewline ask recommend --member ID`, or with grpcurl: reflection and the health service are on. Tell it what
+    changed with `brewline ask upsert`, `withdraw` and `record`; of several servers over one store one takes changes of items.
     """
     from ranking.serving.server import ServeSettings, check_address, serve_until_signal
     from ranking.serving.stack import open_stack

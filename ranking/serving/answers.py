@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from index.keyvalue import StoreError
 from ranking.pipeline import Ranked, Stopwatch, in_retrieval_order
 from ranking.serving import recommender_pb2 as pb
+from ranking.serving.change_messages import read_wanted
 from ranking.serving.messages import (
     MAX_ID,
     BadRequest,
@@ -24,8 +27,12 @@ from ranking.serving.stack import Stack
 from retrieval.catalog import UnknownItem
 from retrieval.data.schema import MemberView
 from retrieval.members import UnknownMember
-from retrieval.records import view_of
+from retrieval.records import MemberRecord, view_digest, view_of
 from retrieval.retrieve import Vector
+
+NO_MEMBERS = "this server has no member store; describe the member in the request or start with --members URL"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -61,11 +68,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Asker:
-    """Who asks: the view that prompts read, all ids that must not come back, and the vector if last night's is right."""
+    """Who asks: the view that prompts read, all ids that must not come back, and the vector if a kept one is right.
+
+    `record` is the member's if a vector of it is worth keeping: there is none, and the view is the record's own.
+    """
 
     view: MemberView
     seen: list[str]
     vector: Vector | None = None
+    record: MemberRecord | None = None
 
 
 def asker_of(stack: Stack, message: pb.Member, instruction: str, *, words: bool = True) -> Asker:
@@ -80,12 +91,24 @@ def asker_of(stack: Stack, message: pb.Member, instruction: str, *, words: bool 
     if len(message.id.encode()) > MAX_ID:
         raise BadRequest(f"member.id: more than {MAX_ID} bytes")
     if stack.members is None:
-        raise UnknownMember("this server has no member store; describe the member in the request or start with --members URL")
+        raise UnknownMember(NO_MEMBERS)
     known = stack.members.get(message.id)
     vector = None if instruction else known.vector
     if vector is not None and not words:
-        return Asker(MemberView(known.record.member), known.record.seen, vector)
-    return Asker(view_of(known.record, stack.catalog, instruction), known.record.seen, vector)
+        return Asker(MemberView(known.record.member, (), known.record.connections), known.record.seen, vector)
+    view = view_of(known.record, stack.catalog, instruction)
+    return Asker(view, known.record.seen, vector, None if instruction or vector is not None else known.record)
+
+
+def vector_of(stack: Stack, asker: Asker, call: Call) -> Vector:
+    """The member's vector; one that had to be made for want of a right one is kept for the next question."""
+    vector = stack.recommender.describe(asker.view, asker.vector, watch=call.watch)
+    if asker.record is not None and stack.members is not None:
+        try:
+            stack.members.put_vectors([asker.record], [view_digest(asker.view)], vector[None])
+        except StoreError as error:  # the answer does not need it
+            log.warning("a member's vector is not kept: %s", error)
+    return vector
 
 
 def recommend(stack: Stack, request: pb.RecommendRequest, call: Call) -> pb.RecommendResponse:
@@ -93,6 +116,7 @@ def recommend(stack: Stack, request: pb.RecommendRequest, call: Call) -> pb.Reco
     sizes = recommend_sizes(request)
     instruction = read_instruction(request.instruction)
     exclude = read_ids(request.exclude, "exclude")
+    wanted = read_wanted(request.filter)
     task = stack.recommender.task(request.task)
     with call.watch("member"):
         asker = asker_of(stack, request.member, instruction)
@@ -121,7 +145,8 @@ def recommend(stack: Stack, request: pb.RecommendRequest, call: Call) -> pb.Reco
         sizes.fanout,
         exclude=[*exclude, *asker.seen],
         task=task,
-        vector=asker.vector,
+        vector=vector_of(stack, asker, call),
+        wanted=wanted,
         deadline=call.deadline,
         watch=call.watch,
         early=early,
@@ -134,9 +159,12 @@ def retrieve(stack: Stack, request: pb.RetrieveRequest, call: Call) -> pb.Retrie
     k = retrieve_size(request)
     instruction = read_instruction(request.instruction)
     exclude = read_ids(request.exclude, "exclude")
+    wanted = read_wanted(request.filter)
     with call.watch("member"):
         asker = asker_of(stack, request.member, instruction, words=stack.recommender.retriever.hybrid is not None)
-    found = stack.recommender.retrieve(asker.view, k, exclude=[*exclude, *asker.seen], vector=asker.vector, watch=call.watch)
+    vector = vector_of(stack, asker, call)
+    unwanted = [*exclude, *asker.seen]
+    found = stack.recommender.retrieve(asker.view, k, exclude=unwanted, vector=vector, wanted=wanted, watch=call.watch)
     with call.watch("order"):
         results = results_message(in_retrieval_order(found, k), stack.catalog, readable=request.readable)
     return pb.RetrieveResponse(
@@ -157,7 +185,7 @@ def rank(stack: Stack, request: pb.RankRequest, call: Call) -> pb.RankResponse:
     if (rows < 0).any():
         first = int(np.argmax(rows < 0))
         raise UnknownItem(f"items[{first}]: {ids[first][:80]!r} is not in the catalogue of snapshot {stack.snapshot.name}")
-    probabilities = stack.recommender.score(asker.view, rows, task, watch=call.watch)
+    probabilities = stack.recommender.score(asker.view, rows, task, vector=asker.vector, watch=call.watch)
     with call.watch("order"):
         best = np.argsort(-probabilities, kind="stable")
         ranked = Ranked([ids[place] for place in best], rows[best], best, None, probabilities[best], len(ids))

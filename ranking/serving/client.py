@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
-import numpy as np
-import numpy.typing as npt
 
 from index.errors import BrewlineError
 from ranking.pipeline import Degraded
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving import recommender_pb2_grpc
-from ranking.serving.messages import member_message, pack_ids, unpack_ids
-from retrieval.data.schema import MemberView
+from ranking.serving.change_messages import event_message, item_message, wanted_message
+from ranking.serving.messages import member_message, pack_ids
+from ranking.serving.replies import Answer, Changed, Recorded, Row, ServerInfo, answer_of, info_of
+from retrieval.attributes import EVERYTHING, Wanted
+from retrieval.data.schema import Item, MemberView
+from retrieval.recent import Told
 
-Floats = npt.NDArray[np.float32]
+__all__ = ["Answer", "Changed", "Client", "Recorded", "Row", "ServerInfo", "ServiceError"]
+
 DEADLINE_MS = 30_000
 
 
@@ -28,67 +30,6 @@ class ServiceError(BrewlineError):
     def __init__(self, address: str, code: str, details: str) -> None:
         super().__init__(f"{address} says {code}: {details}")
         self.code, self.details = code, details
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of an answer with its words; `score` or `probability` is None where it was not computed."""
-
-    item_id: str
-    title: str
-    category: str
-    creator: str
-    score: float | None
-    probability: float | None
-    place: int
-
-
-@dataclass(frozen=True)
-class Answer:
-    """K items, best first. `scores`, `probabilities` float32 [K] (None where not computed), `places` int64 [K].
-
-    `scores` are cosines if `first_stage` is "dense", merged scores if it is "hybrid".
-    `rows` are the same with words, if they were asked for. `times` are microseconds by stage.
-    """
-
-    ids: list[str]
-    scores: Floats | None
-    probabilities: Floats | None
-    places: npt.NDArray[np.int64]
-    rows: list[Row]
-    snapshot: str
-    encoder: str
-    ranker: str
-    times: Mapping[str, int]
-    request_id: str
-    task: str = ""
-    candidates: int = 0
-    degraded: Degraded = Degraded.NONE
-    degraded_detail: str = ""
-    first_stage: str = ""
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
-class ServerInfo:
-    """What is being served; `as_of` in seconds UTC."""
-
-    version: str
-    snapshot: str
-    encoder: str
-    ranker: str
-    items: int
-    dims: int
-    index: str
-    tasks: list[str] = field(default_factory=list)
-    as_of: int = 0
-    attention: str = ""
-    uptime_seconds: float = 0.0
-    requests: int = 0
-    codes: str = ""
-    first_stage: str = ""
 
 
 class Client:
@@ -118,6 +59,7 @@ class Client:
         task: str = "",
         instruction: str = "",
         exclude: Sequence[str] = (),
+        wanted: Wanted = EVERYTHING,
         readable: bool = False,
         deadline_ms: float | None = None,
     ) -> Answer:
@@ -129,10 +71,11 @@ class Client:
             task=task,
             instruction=_wish(member, instruction),
             exclude=pack_ids(exclude),
+            filter=wanted_message(wanted),
             readable=readable,
         )
         reply: pb.RecommendResponse = self._call(self._stub.Recommend, request, deadline_ms)
-        return _answer(
+        return answer_of(
             reply,
             task=reply.task,
             candidates=reply.candidates,
@@ -147,6 +90,7 @@ class Client:
         *,
         instruction: str = "",
         exclude: Sequence[str] = (),
+        wanted: Wanted = EVERYTHING,
         readable: bool = False,
         deadline_ms: float | None = None,
     ) -> Answer:
@@ -156,10 +100,11 @@ class Client:
             k=k,
             instruction=_wish(member, instruction),
             exclude=pack_ids(exclude),
+            filter=wanted_message(wanted),
             readable=readable,
         )
         reply: pb.RetrieveResponse = self._call(self._stub.Retrieve, request, deadline_ms)
-        return _answer(reply, candidates=reply.results.count)
+        return answer_of(reply, candidates=reply.results.count)
 
     def rank(
         self,
@@ -180,27 +125,30 @@ class Client:
             readable=readable,
         )
         reply: pb.RankResponse = self._call(self._stub.Rank, request, deadline_ms)
-        return _answer(reply, task=reply.task, candidates=reply.results.count)
+        return answer_of(reply, task=reply.task, candidates=reply.results.count)
+
+    def upsert(self, items: Sequence[Item], *, deadline_ms: float | None = None) -> Changed:
+        """The items are kept and can be answered; sending them again changes nothing. Raises ServiceError."""
+        request = pb.UpsertItemsRequest(items=[item_message(item) for item in items])
+        reply: pb.UpsertItemsResponse = self._call(self._stub.UpsertItems, request, deadline_ms)
+        return Changed(reply.position, reply.provenance.snapshot, reply.request_id)
+
+    def withdraw(self, items: Sequence[str], *, deadline_ms: float | None = None) -> Changed:
+        """The items are in no later answer. Raises ServiceError."""
+        request = pb.WithdrawItemsRequest(items=pack_ids(items))
+        reply: pb.WithdrawItemsResponse = self._call(self._stub.WithdrawItems, request, deadline_ms)
+        return Changed(reply.position, reply.provenance.snapshot, reply.request_id, reply.were_here)
+
+    def record(self, member: str, told: Sequence[Told], *, deadline_ms: float | None = None) -> Recorded:
+        """The engagements belong to the member, each event id once; sending them again changes nothing. Raises ServiceError."""
+        request = pb.RecordEngagementsRequest(member_id=member, events=[event_message(one) for one in told])
+        reply: pb.RecordEngagementsResponse = self._call(self._stub.RecordEngagements, request, deadline_ms)
+        return Recorded(reply.recorded, reply.known, reply.request_id)
 
     def info(self, *, deadline_ms: float | None = None) -> ServerInfo:
         """What the server serves. Raises ServiceError."""
         reply: pb.InfoResponse = self._call(self._stub.Info, pb.InfoRequest(), deadline_ms)
-        return ServerInfo(
-            version=reply.version,
-            snapshot=reply.provenance.snapshot,
-            encoder=reply.provenance.encoder,
-            ranker=reply.provenance.ranker,
-            items=reply.items,
-            dims=reply.dims,
-            index=reply.index,
-            tasks=list(reply.tasks),
-            as_of=reply.as_of,
-            attention=reply.attention,
-            uptime_seconds=reply.uptime_seconds,
-            requests=reply.requests,
-            codes=reply.codes,
-            first_stage=reply.provenance.first_stage,
-        )
+        return info_of(reply)
 
     def _call(self, method: Callable[..., Any], request: object, deadline_ms: float | None) -> Any:
         seconds = (self.deadline_ms if deadline_ms is None else deadline_ms) / 1e3
@@ -220,47 +168,3 @@ def _reason(error: grpc.RpcError) -> str:
 def _wish(member: str | MemberView, instruction: str) -> str:
     """The call's own instruction, else the one that the view carries."""
     return instruction or ("" if isinstance(member, str) else member.instruction)
-
-
-def _answer(
-    reply: pb.RecommendResponse | pb.RetrieveResponse | pb.RankResponse,
-    *,
-    candidates: int,
-    task: str = "",
-    degraded: Degraded = Degraded.NONE,
-    detail: str = "",
-) -> Answer:
-    results = reply.results
-    return Answer(
-        ids=unpack_ids(results.ids),
-        scores=_floats(results.scores),
-        probabilities=_floats(results.probabilities),
-        places=np.frombuffer(results.places, "<u4").astype(np.int64),
-        rows=[_row(item) for item in results.items],
-        snapshot=reply.provenance.snapshot,
-        encoder=reply.provenance.encoder,
-        ranker=reply.provenance.ranker,
-        times={stage.name: getattr(reply.times, stage.name) for stage in pb.StageTimes.DESCRIPTOR.fields},
-        request_id=reply.request_id,
-        task=task,
-        candidates=candidates,
-        degraded=degraded,
-        degraded_detail=detail,
-        first_stage=reply.provenance.first_stage,
-    )
-
-
-def _floats(packed: bytes) -> Floats | None:
-    return np.frombuffer(packed, "<f4") if packed else None
-
-
-def _row(item: pb.ResultItem) -> Row:
-    return Row(
-        item_id=item.item_id,
-        title=item.title,
-        category=item.category,
-        creator=item.creator,
-        score=item.score if item.HasField("score") else None,
-        probability=item.probability if item.HasField("probability") else None,
-        place=item.place,
-    )

@@ -49,7 +49,7 @@ def retrieve_size(request: pb.RetrieveRequest) -> int:
 
 def read_instruction(text: str) -> str:
     """The member's own wish, of an allowed length. Raises BadRequest."""
-    return _words("instruction", text, MAX_INSTRUCTION)
+    return words_of("instruction", text, MAX_INSTRUCTION)
 
 
 def read_ids(ids: pb.Ids, field: str) -> list[str]:
@@ -89,26 +89,26 @@ def read_description(message: pb.Member, instruction: str, catalog: Catalog, act
     Raises BadRequest; UnknownItem for an item whose words neither the request nor the catalogue holds.
     """
     described = message.description
-    _at_most("member.description.profile", len(described.profile), MAX_PROFILE)
-    _at_most("member.description.history", len(described.history), MAX_HISTORY)
-    _at_most("member.description.connections", len(described.connections), MAX_CONNECTIONS)
+    at_most("member.description.profile", len(described.profile), MAX_PROFILE)
+    at_most("member.description.history", len(described.history), MAX_HISTORY)
+    at_most("member.description.connections", len(described.connections), MAX_CONNECTIONS)
     words: dict[str, str] = {}
     numbers: dict[str, float] = {}
     for place, field in enumerate(described.profile):
         _read_field(field, f"member.description.profile[{place}]", words, numbers)
     history = _read_history(described.history, catalog, action)
     connections = tuple(_read_connection(edge, place) for place, edge in enumerate(described.connections))
-    member = Member(_words("member.id", message.id, MAX_ID), words, numbers)
+    member = Member(words_of("member.id", message.id, MAX_ID), words, numbers)
     return MemberView(member, history, connections, instruction)
 
 
 def _read_field(field: pb.ProfileField, where: str, words: dict[str, str], numbers: dict[str, float]) -> None:
-    name = _words(f"{where}.name", field.name, MAX_NAME)
+    name = words_of(f"{where}.name", field.name, MAX_NAME)
     if not name or name in words or name in numbers:
         raise BadRequest(f"{where}.name: {name!r} is {'given twice' if name else 'empty'}; each field needs a name of its own")
     which = field.WhichOneof("value")
     if which == "words":
-        words[name] = _words(f"{where}.words", field.words, MAX_WORDS)
+        words[name] = words_of(f"{where}.words", field.words, MAX_WORDS)
     elif which == "number":
         if not math.isfinite(field.number):
             raise BadRequest(f"{where}.number: {field.number} is not finite; leave the value out if it is unknown")
@@ -116,31 +116,31 @@ def _read_field(field: pb.ProfileField, where: str, words: dict[str, str], numbe
 
 
 def _read_history(entries: Sequence[pb.Engagement], catalog: Catalog, action: str) -> tuple[Engagement, ...]:
-    ids = [_id(entry.item_id, f"member.description.history[{place}].item_id") for place, entry in enumerate(entries)]
+    ids = [id_of(entry.item_id, f"member.description.history[{place}].item_id") for place, entry in enumerate(entries)]
     done = []
     for place, (entry, row) in enumerate(zip(entries, catalog.rows(ids).tolist())):
         where = f"member.description.history[{place}]"
         if row < 0 and not entry.HasField("words"):
             raise UnknownItem(f"{where}: item {entry.item_id[:80]!r} is not in the catalogue; send its words with it")
-        item = catalog.item(row) if row >= 0 else _read_item(entry, where)
+        item = catalog.item(row) if row >= 0 else item_of(entry.item_id, entry.words, where)
         label = int(entry.liked) if entry.HasField("liked") else None
-        did = _words(f"{where}.action", entry.action, MAX_NAME) or action
+        did = words_of(f"{where}.action", entry.action, MAX_NAME) or action
         done.append(Engagement(item, entry.timestamp, did, label))
     return tuple(sorted(done, key=lambda one: one.timestamp))
 
 
-def _read_item(entry: pb.Engagement, where: str) -> Item:
-    words = entry.words
+def item_of(item_id: str, words: pb.ItemWords, where: str) -> Item:
+    """An item in the words of a request. Raises BadRequest for a text that is too long."""
     names = ("title", "text", "category", "creator")
-    title, text, category, creator = (_words(f"{where}.words.{name}", getattr(words, name), MAX_WORDS) for name in names)
+    title, text, category, creator = (words_of(f"{where}.words.{name}", getattr(words, name), MAX_WORDS) for name in names)
     created = words.created_at if words.HasField("created_at") else None
-    return Item(entry.item_id, title, text, category, creator, created)
+    return Item(item_id, title, text, category, creator, created)
 
 
 def _read_connection(edge: pb.Connection, place: int) -> Connection:
     where = f"member.description.connections[{place}]"
     since = edge.since if edge.HasField("since") else None
-    return Connection(_id(edge.other_id, f"{where}.other_id"), _words(f"{where}.kind", edge.kind, MAX_NAME), since)
+    return Connection(id_of(edge.other_id, f"{where}.other_id"), words_of(f"{where}.kind", edge.kind, MAX_NAME), since)
 
 
 def member_message(member: str | MemberView) -> pb.Member:
@@ -200,20 +200,23 @@ def _floats(column: npt.NDArray[np.float32] | None) -> bytes:
     return b"" if column is None else column.astype("<f4").tobytes()
 
 
-def _id(text: str, where: str) -> str:
+def id_of(text: str, where: str) -> str:
+    """An id of an allowed length. Raises BadRequest."""
     if not text:
         raise BadRequest(f"{where}: is empty; an id is needed")
-    return _words(where, text, MAX_ID)
+    return words_of(where, text, MAX_ID)
 
 
-def _words(where: str, text: str, limit: int) -> str:
+def words_of(where: str, text: str, limit: int) -> str:
+    """A text of at most `limit` bytes. Raises BadRequest."""
     size = len(text.encode())
     if size > limit:
         raise BadRequest(f"{where}: {size:,} bytes, at most {limit:,} are allowed")
     return text
 
 
-def _at_most(where: str, count: int, limit: int) -> None:
+def at_most(where: str, count: int, limit: int) -> None:
+    """Nothing happens if so many entries are allowed. Raises BadRequest."""
     if count > limit:
         raise BadRequest(f"{where}: {count:,} entries, at most {limit:,} are allowed")
 

@@ -79,6 +79,22 @@ class Connection(_message.Message):
     since: int
     def __init__(self, other_id: _Optional[str] = ..., kind: _Optional[str] = ..., since: _Optional[int] = ...) -> None: ...
 
+class Filter(_message.Message):
+    __slots__ = ("categories", "creators", "languages", "regions", "blocked_creators", "by_connections")
+    CATEGORIES_FIELD_NUMBER: _ClassVar[int]
+    CREATORS_FIELD_NUMBER: _ClassVar[int]
+    LANGUAGES_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKED_CREATORS_FIELD_NUMBER: _ClassVar[int]
+    BY_CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    categories: _containers.RepeatedScalarFieldContainer[str]
+    creators: _containers.RepeatedScalarFieldContainer[str]
+    languages: _containers.RepeatedScalarFieldContainer[str]
+    regions: _containers.RepeatedScalarFieldContainer[str]
+    blocked_creators: _containers.RepeatedScalarFieldContainer[str]
+    by_connections: bool
+    def __init__(self, categories: _Optional[_Iterable[str]] = ..., creators: _Optional[_Iterable[str]] = ..., languages: _Optional[_Iterable[str]] = ..., regions: _Optional[_Iterable[str]] = ..., blocked_creators: _Optional[_Iterable[str]] = ..., by_connections: bool = ...) -> None: ...
+
 class Ids(_message.Message):
     __slots__ = ("plain", "packed", "ends")
     PLAIN_FIELD_NUMBER: _ClassVar[int]
@@ -154,7 +170,7 @@ class StageTimes(_message.Message):
     def __init__(self, queue_us: _Optional[int] = ..., member_us: _Optional[int] = ..., encode_us: _Optional[int] = ..., search_us: _Optional[int] = ..., rank_us: _Optional[int] = ..., order_us: _Optional[int] = ..., total_us: _Optional[int] = ...) -> None: ...
 
 class RecommendRequest(_message.Message):
-    __slots__ = ("member", "k", "fanout", "task", "instruction", "exclude", "readable")
+    __slots__ = ("member", "k", "fanout", "task", "instruction", "exclude", "readable", "filter")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     FANOUT_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +178,7 @@ class RecommendRequest(_message.Message):
     INSTRUCTION_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_FIELD_NUMBER: _ClassVar[int]
     READABLE_FIELD_NUMBER: _ClassVar[int]
+    FILTER_FIELD_NUMBER: _ClassVar[int]
     member: Member
     k: int
     fanout: int
@@ -169,7 +186,8 @@ class RecommendRequest(_message.Message):
     instruction: str
     exclude: Ids
     readable: bool
-    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., k: _Optional[int] = ..., fanout: _Optional[int] = ..., task: _Optional[str] = ..., instruction: _Optional[str] = ..., exclude: _Optional[_Union[Ids, _Mapping]] = ..., readable: bool = ...) -> None: ...
+    filter: Filter
+    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., k: _Optional[int] = ..., fanout: _Optional[int] = ..., task: _Optional[str] = ..., instruction: _Optional[str] = ..., exclude: _Optional[_Union[Ids, _Mapping]] = ..., readable: bool = ..., filter: _Optional[_Union[Filter, _Mapping]] = ...) -> None: ...
 
 class RecommendResponse(_message.Message):
     __slots__ = ("results", "candidates", "degraded", "degraded_detail", "provenance", "times", "task", "request_id")
@@ -192,18 +210,20 @@ class RecommendResponse(_message.Message):
     def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., candidates: _Optional[int] = ..., degraded: _Optional[_Union[Degraded, str]] = ..., degraded_detail: _Optional[str] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., task: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("member", "k", "instruction", "exclude", "readable")
+    __slots__ = ("member", "k", "instruction", "exclude", "readable", "filter")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     INSTRUCTION_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_FIELD_NUMBER: _ClassVar[int]
     READABLE_FIELD_NUMBER: _ClassVar[int]
+    FILTER_FIELD_NUMBER: _ClassVar[int]
     member: Member
     k: int
     instruction: str
     exclude: Ids
     readable: bool
-    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., k: _Optional[int] = ..., instruction: _Optional[str] = ..., exclude: _Optional[_Union[Ids, _Mapping]] = ..., readable: bool = ...) -> None: ...
+    filter: Filter
+    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., k: _Optional[int] = ..., instruction: _Optional[str] = ..., exclude: _Optional[_Union[Ids, _Mapping]] = ..., readable: bool = ..., filter: _Optional[_Union[Filter, _Mapping]] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
     __slots__ = ("results", "provenance", "times", "request_id")
@@ -245,12 +265,96 @@ class RankResponse(_message.Message):
     request_id: str
     def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., task: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
+class UpsertItemsRequest(_message.Message):
+    __slots__ = ("items",)
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[ItemRecord]
+    def __init__(self, items: _Optional[_Iterable[_Union[ItemRecord, _Mapping]]] = ...) -> None: ...
+
+class ItemRecord(_message.Message):
+    __slots__ = ("item_id", "words", "numbers")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    WORDS_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    item_id: str
+    words: ItemWords
+    numbers: _containers.RepeatedCompositeFieldContainer[ItemNumber]
+    def __init__(self, item_id: _Optional[str] = ..., words: _Optional[_Union[ItemWords, _Mapping]] = ..., numbers: _Optional[_Iterable[_Union[ItemNumber, _Mapping]]] = ...) -> None: ...
+
+class ItemNumber(_message.Message):
+    __slots__ = ("name", "value")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value: float
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+
+class UpsertItemsResponse(_message.Message):
+    __slots__ = ("position", "provenance", "request_id")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    PROVENANCE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    provenance: Provenance
+    request_id: str
+    def __init__(self, position: _Optional[int] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class WithdrawItemsRequest(_message.Message):
+    __slots__ = ("items",)
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    items: Ids
+    def __init__(self, items: _Optional[_Union[Ids, _Mapping]] = ...) -> None: ...
+
+class WithdrawItemsResponse(_message.Message):
+    __slots__ = ("position", "were_here", "provenance", "request_id")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    WERE_HERE_FIELD_NUMBER: _ClassVar[int]
+    PROVENANCE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    were_here: int
+    provenance: Provenance
+    request_id: str
+    def __init__(self, position: _Optional[int] = ..., were_here: _Optional[int] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class RecordEngagementsRequest(_message.Message):
+    __slots__ = ("member_id", "events")
+    MEMBER_ID_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    member_id: str
+    events: _containers.RepeatedCompositeFieldContainer[MemberEvent]
+    def __init__(self, member_id: _Optional[str] = ..., events: _Optional[_Iterable[_Union[MemberEvent, _Mapping]]] = ...) -> None: ...
+
+class MemberEvent(_message.Message):
+    __slots__ = ("event_id", "item_id", "action", "timestamp", "liked")
+    EVENT_ID_FIELD_NUMBER: _ClassVar[int]
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
+    LIKED_FIELD_NUMBER: _ClassVar[int]
+    event_id: str
+    item_id: str
+    action: str
+    timestamp: int
+    liked: bool
+    def __init__(self, event_id: _Optional[str] = ..., item_id: _Optional[str] = ..., action: _Optional[str] = ..., timestamp: _Optional[int] = ..., liked: bool = ...) -> None: ...
+
+class RecordEngagementsResponse(_message.Message):
+    __slots__ = ("recorded", "known", "request_id")
+    RECORDED_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    recorded: int
+    known: int
+    request_id: str
+    def __init__(self, recorded: _Optional[int] = ..., known: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+
 class InfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("version", "provenance", "items", "dims", "index", "tasks", "as_of", "attention", "uptime_seconds", "requests", "codes")
+    __slots__ = ("version", "provenance", "items", "dims", "index", "tasks", "as_of", "attention", "uptime_seconds", "requests", "codes", "live_position", "live_items")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROVENANCE_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
@@ -262,6 +366,8 @@ class InfoResponse(_message.Message):
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     CODES_FIELD_NUMBER: _ClassVar[int]
+    LIVE_POSITION_FIELD_NUMBER: _ClassVar[int]
+    LIVE_ITEMS_FIELD_NUMBER: _ClassVar[int]
     version: str
     provenance: Provenance
     items: int
@@ -273,4 +379,6 @@ class InfoResponse(_message.Message):
     uptime_seconds: float
     requests: int
     codes: str
-    def __init__(self, version: _Optional[str] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., items: _Optional[int] = ..., dims: _Optional[int] = ..., index: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., as_of: _Optional[int] = ..., attention: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., requests: _Optional[int] = ..., codes: _Optional[str] = ...) -> None: ...
+    live_position: int
+    live_items: int
+    def __init__(self, version: _Optional[str] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., items: _Optional[int] = ..., dims: _Optional[int] = ..., index: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., as_of: _Optional[int] = ..., attention: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., requests: _Optional[int] = ..., codes: _Optional[str] = ..., live_position: _Optional[int] = ..., live_items: _Optional[int] = ...) -> None: ...

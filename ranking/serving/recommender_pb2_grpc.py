@@ -29,6 +29,21 @@ class RecommenderStub(object):
                 request_serializer=ranking_dot_serving_dot_recommender__pb2.RankRequest.SerializeToString,
                 response_deserializer=ranking_dot_serving_dot_recommender__pb2.RankResponse.FromString,
                 )
+        self.UpsertItems = channel.unary_unary(
+                '/brewline.v1.Recommender/UpsertItems',
+                request_serializer=ranking_dot_serving_dot_recommender__pb2.UpsertItemsRequest.SerializeToString,
+                response_deserializer=ranking_dot_serving_dot_recommender__pb2.UpsertItemsResponse.FromString,
+                )
+        self.WithdrawItems = channel.unary_unary(
+                '/brewline.v1.Recommender/WithdrawItems',
+                request_serializer=ranking_dot_serving_dot_recommender__pb2.WithdrawItemsRequest.SerializeToString,
+                response_deserializer=ranking_dot_serving_dot_recommender__pb2.WithdrawItemsResponse.FromString,
+                )
+        self.RecordEngagements = channel.unary_unary(
+                '/brewline.v1.Recommender/RecordEngagements',
+                request_serializer=ranking_dot_serving_dot_recommender__pb2.RecordEngagementsRequest.SerializeToString,
+                response_deserializer=ranking_dot_serving_dot_recommender__pb2.RecordEngagementsResponse.FromString,
+                )
         self.Info = channel.unary_unary(
                 '/brewline.v1.Recommender/Info',
                 request_serializer=ranking_dot_serving_dot_recommender__pb2.InfoRequest.SerializeToString,
@@ -62,6 +77,31 @@ class RecommenderServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpsertItems(self, request, context):
+        """Puts items in, or in place of what has the same ids: encoded, on the disk before the answer, in every later answer of this
+        server and within a second in those of the others of its store. One server of a store takes changes of items (the first that
+        is asked, until it ends); the others answer UNAVAILABLE to these two calls.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WithdrawItems(self, request, context):
+        """Takes items away: on the disk before the answer, in no later answer of this server and after a second in none of the others.
+        The next nights leave them out too, until the data folder has had the chance to know.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RecordEngagements(self, request, context):
+        """Adds to what a member did: in the member store before the answer. The items are in none of the member's later answers, and
+        the member is encoded anew at the next question. Safe from any number of servers at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Info(self, request, context):
         """What is being served: the snapshot, the models, their fingerprints and facts.
         """
@@ -86,6 +126,21 @@ def add_RecommenderServicer_to_server(servicer, server):
                     servicer.Rank,
                     request_deserializer=ranking_dot_serving_dot_recommender__pb2.RankRequest.FromString,
                     response_serializer=ranking_dot_serving_dot_recommender__pb2.RankResponse.SerializeToString,
+            ),
+            'UpsertItems': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpsertItems,
+                    request_deserializer=ranking_dot_serving_dot_recommender__pb2.UpsertItemsRequest.FromString,
+                    response_serializer=ranking_dot_serving_dot_recommender__pb2.UpsertItemsResponse.SerializeToString,
+            ),
+            'WithdrawItems': grpc.unary_unary_rpc_method_handler(
+                    servicer.WithdrawItems,
+                    request_deserializer=ranking_dot_serving_dot_recommender__pb2.WithdrawItemsRequest.FromString,
+                    response_serializer=ranking_dot_serving_dot_recommender__pb2.WithdrawItemsResponse.SerializeToString,
+            ),
+            'RecordEngagements': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordEngagements,
+                    request_deserializer=ranking_dot_serving_dot_recommender__pb2.RecordEngagementsRequest.FromString,
+                    response_serializer=ranking_dot_serving_dot_recommender__pb2.RecordEngagementsResponse.SerializeToString,
             ),
             'Info': grpc.unary_unary_rpc_method_handler(
                     servicer.Info,
@@ -150,6 +205,57 @@ class Recommender(object):
         return grpc.experimental.unary_unary(request, target, '/brewline.v1.Recommender/Rank',
             ranking_dot_serving_dot_recommender__pb2.RankRequest.SerializeToString,
             ranking_dot_serving_dot_recommender__pb2.RankResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def UpsertItems(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/brewline.v1.Recommender/UpsertItems',
+            ranking_dot_serving_dot_recommender__pb2.UpsertItemsRequest.SerializeToString,
+            ranking_dot_serving_dot_recommender__pb2.UpsertItemsResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def WithdrawItems(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/brewline.v1.Recommender/WithdrawItems',
+            ranking_dot_serving_dot_recommender__pb2.WithdrawItemsRequest.SerializeToString,
+            ranking_dot_serving_dot_recommender__pb2.WithdrawItemsResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def RecordEngagements(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/brewline.v1.Recommender/RecordEngagements',
+            ranking_dot_serving_dot_recommender__pb2.RecordEngagementsRequest.SerializeToString,
+            ranking_dot_serving_dot_recommender__pb2.RecordEngagementsResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

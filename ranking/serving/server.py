@@ -60,6 +60,7 @@ async def run_server(stack: Stack, settings: ServeSettings, ready: Callable[[int
         log.info("draining", extra={"seconds": settings.drain_s})
         await server.stop(settings.drain_s)
         await asyncio.to_thread(worker.close)
+        stack.today.close()
         log.info("stopped")
 
 

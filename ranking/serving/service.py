@@ -1,4 +1,4 @@
-"""The four calls on the event loop: each is named, timed, run by the worker, kept to its deadline, and logged."""
+"""The calls on the event loop: each is named, timed, run by the worker, kept to its deadline, and logged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar, cast
 
 import grpc
 
-from ranking.serving import answers, recommender_pb2_grpc
+from ranking.serving import answers, changes, recommender_pb2_grpc
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving.answers import Call
 from ranking.serving.stack import Stack
@@ -31,7 +31,7 @@ Response = TypeVar("Response", covariant=True)
 
 
 class Work(Protocol[Request, Response]):
-    """One of the functions of `ranking.serving.answers`."""
+    """One of the functions of `ranking.serving.answers` and `ranking.serving.changes`."""
 
     def __call__(self, stack: Stack, request: Request, call: Call, /) -> Response: ...
 
@@ -57,14 +57,31 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
         """See the contract."""
         return await self._answer("Rank", answers.rank, request, context)
 
+    async def UpsertItems(self, request: pb.UpsertItemsRequest, context: grpc.aio.ServicerContext) -> pb.UpsertItemsResponse:
+        """See the contract."""
+        return await self._answer("UpsertItems", changes.upsert_items, request, context)
+
+    async def WithdrawItems(
+        self, request: pb.WithdrawItemsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.WithdrawItemsResponse:
+        """See the contract."""
+        return await self._answer("WithdrawItems", changes.withdraw_items, request, context)
+
+    async def RecordEngagements(
+        self, request: pb.RecordEngagementsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RecordEngagementsResponse:
+        """See the contract."""
+        return await self._answer("RecordEngagements", changes.record_engagements, request, context)
+
     async def Info(self, request: pb.InfoRequest, context: grpc.aio.ServicerContext) -> pb.InfoResponse:
         """See the contract."""
         del request, context
         stack = self.stack
+        moment, _ = stack.today.shown
         return pb.InfoResponse(
             version=code_version(),
             provenance=answers.provenance(stack, ranked=True),
-            items=len(stack.catalog),
+            items=moment.items,
             dims=stack.encoder.dims,
             index=stack.snapshot.manifest.recipe,
             codes=stack.snapshot.manifest.dtype,
@@ -73,6 +90,8 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
             attention="" if stack.ranker is None else stack.ranker.engine.backend,
             uptime_seconds=time.monotonic() - self._since,
             requests=self._requests,
+            live_position=moment.position,
+            live_items=moment.alive.size,
         )
 
     async def _answer(
@@ -97,7 +116,7 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
             call.started = time.monotonic()
             if call.abandoned or call.started >= call.deadline:
                 raise Late("the deadline passed while the request waited; give more time, or ask again when it is quieter")
-            return work(stack, request, call)
+            return work(stack.now(), request, call)
 
         future = self._worker.submit(run)
         timeout = None if math.isinf(call.deadline) else max(call.deadline - time.monotonic() - REPLY_S, 0)

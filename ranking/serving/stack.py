@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from index.errors import BrewlineError
 from index.publish import current
-from index.search import Searcher
 from index.snapshot import Snapshot, read_manifest
 from index.store import open_store
 from ranking.pipeline import Recommender
+from ranking.serving.today import Today
 from retrieval.catalog import Catalog
 from retrieval.data.schema import Member, MemberView
 from retrieval.fingerprint import FingerprintMismatch
@@ -37,7 +37,7 @@ class NotServable(BrewlineError):
 
 @dataclass(frozen=True)
 class Stack:
-    """One night, ready to answer. Nothing in it changes; a new night is a new stack."""
+    """One night, ready to answer, and what changed since. Nothing in it changes but `today`; a new night is a new stack."""
 
     snapshot: Snapshot
     catalog: Catalog
@@ -45,21 +45,29 @@ class Stack:
     ranker: Ranker | None
     members: MemberStore | None
     recommender: Recommender
+    today: Today
 
     @property
     def engaged(self) -> str:
         """The action of an engagement whose action nobody named: the first that the encoder was trained on."""
         return next(iter(self.encoder.writer.actions), "")
 
+    def now(self) -> Stack:
+        """The stack of the present moment, for one request from beginning to end. Raises LogDamaged."""
+        moment, catalog = self.today.now()
+        retriever = replace(self.recommender.retriever, moment=moment, catalog=catalog)
+        return replace(self, catalog=catalog, recommender=replace(self.recommender, retriever=retriever))
+
     def probe(self) -> None:
         """Encodes a tiny member and searches for one item: raises whatever would fail for a real request."""
-        self.recommender.retrieve(PROBE, 1)
+        self.now().recommender.retrieve(PROBE, 1)
 
     def warm(self) -> None:
         """Runs both stages once, so that the first caller does not pay for first-use work and the pace is known."""
-        found = self.recommender.retrieve(PROBE, WARM_CANDIDATES)
+        recommender = self.now().recommender
+        found = recommender.retrieve(PROBE, WARM_CANDIDATES)
         if self.ranker is not None:
-            self.recommender.score(PROBE, found.rows)
+            recommender.score(PROBE, found.rows)
 
 
 def default_members(store: Path) -> str:
@@ -82,12 +90,13 @@ def open_stack(store: Path, encoder: Path, ranker: Path | None, members: str | N
     dims = read_manifest(published).dims
     reader = reader.truncated(dims) if dims < reader.dims else reader
     snapshot = Snapshot.open(published, fingerprint=reader.fingerprint)
-    catalog = Catalog.open(snapshot)
     if judge is not None:
-        catalog.require_ranker(judge.fingerprint)
+        Catalog.open(snapshot).require_ranker(judge.fingerprint)
+    today = Today(snapshot, store, reader, judge)
     kept = MemberStore(open_store(members or default_members(store)), reader.fingerprint)
-    retriever = Retriever(reader, Searcher.of(snapshot), catalog, Hybrid.open(snapshot) if hybrid else None)
-    return Stack(snapshot, catalog, reader, judge, kept, Recommender(retriever, judge))
+    moment, catalog = today.now()
+    retriever = Retriever(reader, moment, catalog, Hybrid.open(snapshot) if hybrid else None)
+    return Stack(snapshot, catalog, reader, judge, kept, Recommender(retriever, judge), today)
 
 
 def load_models(encoder: Path, ranker: Path | None) -> tuple[Encoder, Ranker | None]:

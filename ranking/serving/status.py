@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import grpc
 
+from index.changes import ChangeRefused
+from index.durable import StoreBusy
 from index.errors import BrewlineError
+from index.hits import ExclusionError, FilterIgnored
 from index.keyvalue import StoreUnavailable
 from index.manifest import SnapshotMismatch
+from index.wal import LogBroken, LogDamaged, LogTrimmed
 from ranking.pipeline import BadScores, NoRanker
 from ranking.prefill.errors import EmptyItem, EmptyPrefix, ItemTooLong, PrefixTooLong
 from ranking.serving.messages import BadRequest
 from ranking.tasks import TaskError
+from retrieval.attributes import UnknownAttribute
 from retrieval.catalog import UnknownItem
 from retrieval.fingerprint import FingerprintMismatch
 from retrieval.hybrid import HybridError
@@ -40,6 +45,8 @@ TABLE: tuple[tuple[type[BrewlineError], grpc.StatusCode], ...] = (
     (PrefixTooLong, Code.INVALID_ARGUMENT),
     (EmptyItem, Code.INVALID_ARGUMENT),
     (ItemTooLong, Code.INVALID_ARGUMENT),
+    (UnknownAttribute, Code.INVALID_ARGUMENT),
+    (ChangeRefused, Code.INVALID_ARGUMENT),
     (UnknownMember, Code.NOT_FOUND),
     (UnknownItem, Code.NOT_FOUND),
     (NoRanker, Code.FAILED_PRECONDITION),
@@ -51,7 +58,13 @@ TABLE: tuple[tuple[type[BrewlineError], grpc.StatusCode], ...] = (
     (Late, Code.DEADLINE_EXCEEDED),
     (Draining, Code.UNAVAILABLE),
     (StoreUnavailable, Code.UNAVAILABLE),
+    (StoreBusy, Code.UNAVAILABLE),
+    (LogBroken, Code.UNAVAILABLE),
+    (LogTrimmed, Code.FAILED_PRECONDITION),
+    (LogDamaged, Code.DATA_LOSS),
     (MemberRecordError, Code.DATA_LOSS),
+    (ExclusionError, Code.INTERNAL),
+    (FilterIgnored, Code.INTERNAL),
     (ExclusionFailed, Code.INTERNAL),
     (BadScores, Code.INTERNAL),
 )

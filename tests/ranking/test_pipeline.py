@@ -11,13 +11,11 @@ import pytest
 import torch
 
 from index.publish import current
-from index.search import Searcher
 from index.snapshot import Snapshot
 from ranking.pipeline import BadScores, Degraded, NoRanker, Pace, Ranked, Recommender, Stopwatch
 from ranking.prompts import RankBudgets, RankPrompts
 from ranking.ranker import Ranker, RankerFacts, labels_of, save_ranker
 from ranking.tasks import TaskError, tasks_of
-from retrieval.catalog import Catalog
 from retrieval.data.schema import Dataset, MemberView
 from retrieval.encoder import Encoder, save_encoder
 from retrieval.features import Quantizer
@@ -48,7 +46,7 @@ def recommender(
     path: Path | None = current(folder / "store")
     assert path is not None
     snapshot = Snapshot.open(path)
-    return Recommender(Retriever(encoder, Searcher.of(snapshot), Catalog.open(snapshot)), ranker)
+    return Recommender(Retriever.of(snapshot, encoder), ranker)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +134,7 @@ def test_no_candidates_is_an_empty_answer(recommender: Recommender, views: list[
 def test_scores_that_are_no_probabilities_are_not_served(recommender: Recommender, views: list[MemberView]) -> None:
     class Broken(Ranker):
         def __init__(self) -> None:
-            self.facts = recommender.ranker.facts
+            self.facts, self.head = recommender.ranker.facts, None
 
         def score(self, *_: object) -> np.ndarray:
             return np.array([0.5, math.nan], np.float32)

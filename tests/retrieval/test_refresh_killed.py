@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from index.durable import StoreBusy
-from index.publish import collect_garbage, current
+from index.durable import StoreBusy, try_lock
+from index.publish import NIGHT_LOCK, collect_garbage, current
 from index.snapshot import Snapshot
 from index.store import open_store
 from ranking.serving import recommender_pb2 as pb
@@ -25,7 +27,7 @@ from retrieval.encoder import Encoder
 from retrieval.members import VECTOR, VECTOR_DAYS, MemberStore
 from retrieval.moments import end_of
 from retrieval.refresh import NightReport, nightly
-from retrieval.yesterday import alone
+from retrieval.yesterday import RETRY_S, alone
 
 ROOT = Path(__file__).parents[2]
 NIGHT = """
@@ -196,5 +198,10 @@ def test_two_nights_on_one_store_are_refused(tmp_path: Path, dataset: Dataset, e
     with alone(tmp_path), pytest.raises(StoreBusy, match="another night is working"):
         nightly(dataset, encoder, None, tmp_path, end_of(dataset))
     assert current(tmp_path) is None and not (tmp_path / "snapshots").exists()
+    held = try_lock(tmp_path / NIGHT_LOCK)  # as the collector does, for a moment
+    assert held is not None
+    threading.Timer(RETRY_S / 3, os.close, [held]).start()
+    with alone(tmp_path):
+        pass
     assert nightly(dataset, encoder, None, tmp_path, end_of(dataset)).published
     assert Snapshot.open(current(tmp_path) or tmp_path).manifest.count == 60

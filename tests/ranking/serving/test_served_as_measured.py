@@ -1,4 +1,4 @@
-"""What a table reports is what a server answers: 100 members, the same items in the same order with the same scores."""
+"""What a table reports is what a server answers: the same items in the same order with the same scores, both stages."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ranking.calibrate import Calibrator
 from ranking.cli.main import app
+from ranking.fusion import Blend, Head
+from ranking.fusion_rows import FeatureRows, training_pool
+from ranking.prompts import RankBudgets, RankPrompts
+from ranking.ranker import RankerFacts, labels_of, save_ranker
 from ranking.serving.client import Client
 from ranking.serving.stack import open_stack
+from ranking.tasks import tasks_of
+from ranking.trees import Boosting, grow
 from retrieval.data.schema import DAY, TEST, TRAIN, Dataset, Events, Members
 from retrieval.data.write import write_dataset
 from retrieval.encoder import save_encoder
@@ -138,3 +145,55 @@ def test_forms_that_cannot_be_are_refused(measured: Path, tmp_path: Path, option
         done = CliRunner().invoke(app, [*command, *encoder, *options])
         assert done.exit_code != 0
         assert told in done.output + str(done.exception)
+
+
+@pytest.fixture(scope="module")
+def judged(
+    tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Dataset, tiny_quantizer: Quantizer, tiny_tokens: Tokens
+) -> Path:
+    """A folder with data, an encoder, a ranker of words alone (`text`) and the same with a head that reads all it can."""
+    folder = tmp_path_factory.mktemp("judged")
+    write_dataset(tiny_dataset, folder / "data")
+    writer = Writer(tiny_tokens, tiny_quantizer, Budgets(item=32, member=96), ("like",))
+    torch.manual_seed(6)
+    encoder = save_encoder(folder / "encoder", new_llama(SIZE, len(tiny_tokens), causal_lm=False), writer, {})
+    prompts, tasks = RankPrompts(tiny_tokens, tiny_quantizer, RankBudgets()), tasks_of(tiny_dataset)
+    facts = RankerFacts(tasks, labels_of(tiny_tokens, tasks), RankBudgets(), {}, encoder, {})
+    model = new_llama(SIZE, len(tiny_tokens), causal_lm=True)
+    pool = training_pool(tiny_dataset, tiny_dataset.meta.cut_test, 4_000, 0)
+    rows = FeatureRows(tiny_dataset, tiny_dataset.meta.cut_test, 0.4).of(pool, range(len(pool)))
+    trees = grow(rows, pool.label.astype(float), Boosting(trees=30, depth=2))
+    blend = Blend(np.array([0.8, 0.1, 0.9, 0.4, 1.5]), -0.3, np.array([0.0, 0.0, 1.0, 0.5, 1.0]), 0.1, 0.2, 0.3)
+    save_ranker(folder / "text", model, prompts, facts)
+    head = Head(tuple(tiny_dataset.items.numbers), 0.4, trees, Calibrator("platt", 2.0, 0.5, 99), blend)
+    save_ranker(folder / "fused", model, prompts, facts, head)
+    return folder
+
+
+@pytest.mark.parametrize("ranker", ["text", "fused"])
+def test_ranked_answers_are_the_measured_ones(
+    judged: Path, tmp_path: Path, tiny_dataset: Dataset, start: Start, ranker: str
+) -> None:
+    data, models = judged / "data", ["--encoder", judged / "encoder", "--ranker", judged / ranker]
+    brewline("evaluate", "ranking", data, *models, "--counts", "frozen", "--out", tmp_path / "out", "--json")
+    cut = tiny_dataset.meta.cut_test
+    brewline("nightly", data, *models, "--store", tmp_path / "store", "--as-of", cut, "--json")
+    scores = pq.read_table(tmp_path / "out" / "scores.parquet").to_pydict()
+    score = dict(zip(scores["event_id"], scores["score"]))
+    assert (np.ptp(np.subtract(scores["score"], scores["score_text"])) > 0.05) == (ranker == "fused")
+    log, ids = tiny_dataset.events, tiny_dataset.items.item_id
+    measured: dict[str, dict[str, float]] = {}
+    for event, member, item in zip(log.event_id.tolist(), log.member.tolist(), log.item.tolist()):
+        if event in score:
+            measured.setdefault(f"m{member}", {})[ids[item]] = score[event]
+    port, _ = start(open_stack(tmp_path / "store", judged / "encoder", judged / ranker, None))
+    compared = 0
+    with Client(f"127.0.0.1:{port}") as client:
+        for member, expected in measured.items():
+            ranked = client.rank(member, list(expected), task="label")
+            np.testing.assert_allclose(ranked.probabilities, [expected[one] for one in ranked.ids], atol=1e-5)
+            recommended = client.recommend(member, 60, task="label")
+            both = [(said, expected[one]) for one, said in zip(recommended.ids, recommended.probabilities) if one in expected]
+            np.testing.assert_allclose([said for said, _ in both], [right for _, right in both], atol=1e-5)
+            compared += len(both)
+    assert len(measured) == 40 and compared > 100

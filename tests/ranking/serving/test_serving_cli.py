@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,11 @@ from typer.testing import CliRunner
 
 from index.errors import BrewlineError
 from ranking.cli import ask, index, nightly
+from ranking.serving.stack import open_stack
 from retrieval.data.schema import MemberView
 
 ROOT = Path(__file__).parents[3]
+Start = Callable[..., tuple[int, Callable[[], None]]]
 
 
 def run(*words: object) -> Result:
@@ -99,6 +103,35 @@ def test_questions_have_readable_answers(port: int, views: list[MemberView]) -> 
     assert sorted(ranked["ids"]) == sorted(["i1", seen]) and ranked["scores"] is None
     assert answer("ask", "info", *at)["items"] == 60
     assert "attention" in run("ask", "info", *at).stdout
+
+
+def test_a_server_is_told_what_changed(night: Path, start: Start, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(night / "store", tmp_path / "store"))
+    port, _ = start(open_stack(store, night / "encoder1", night / "ranker1", None))
+    at = ("--address", f"127.0.0.1:{port}")
+    put = ("ask", "upsert", "new", "--title", "roses", "--category", "gardens", "--creator", "author 9", "--number", "price=3")
+    assert answer(*put, *at)["position"] == 1
+    lines = tmp_path / "items.jsonl"
+    lines.write_text('{"item_id": "a", "title": "hedge", "numbers": {"price": 2}}\n\n{"item_id": "b", "text": "signal"}\n')
+    assert "2 items are kept up to position 2" in run("ask", "upsert", "--from", lines, *at).stdout
+    assert answer("ask", "withdraw", "b", "nobody", *at)["were_here"] == 1
+    only = ("--category", "gardens", "--block-creator", "author 2", "-k", "60")
+    assert answer("ask", "retrieve", "--member", "m2", *only, *at)["ids"] == ["new"]
+    assert answer("ask", "recommend", "--member", "m2", "--creator", "author 9", *at)["ids"] == ["new"]
+    once = ("ask", "record", "--member", "m2", "new", "--liked", "--event-id", "e1", *at)
+    assert [answer(*once)["recorded"] for _ in range(2)] == [1, 0]
+    assert answer("ask", "retrieve", "--member", "m2", *only, *at)["ids"] == []
+    assert "2 of the items were put in" in run("ask", "info", *at).stdout
+    for words, told in (
+        (("upsert",), "give ITEM_ID"),
+        (("upsert", "x", "--from", lines), "two things"),
+        (("upsert", "x", "--number", "price"), "NAME=VALUE"),
+        (("upsert", "--from", tmp_path), "cannot be read"),
+        (("upsert", "--from", tmp_path / "store" / "CURRENT"), "line 1: no item"),
+        (("record", "--member", "m1", "i1", "i2", "--event-id", "e"), "one by one"),
+        (("retrieve", "--member", "m2", "--region", "north"), "no column 'region'"),
+    ):
+        assert told in refused("ask", *words, *at)
 
 
 def test_an_unknown_member_is_described_in_words(port: int) -> None:

@@ -6,8 +6,9 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from ranking.pipeline import Degraded, Recommender
 from ranking.ranker import Ranker
 from ranking.serving.client import Client, ServiceError
 from ranking.serving.stack import Stack
-from retrieval.data.schema import MemberView
 
 Start = Callable[..., tuple[int, Callable[[], None]]]
 
@@ -28,16 +28,14 @@ def slowed(stack: Stack, seconds: float) -> Stack:
         def __init__(self) -> None:
             assert stack.ranker is not None
             self.facts, self.fingerprint, self.engine = stack.ranker.facts, stack.ranker.fingerprint, stack.ranker.engine
-            self.quick = True
+            self.head, self.quick = None, True
 
-        def score(
-            self, view: MemberView, item_tokens: Sequence[Sequence[int]], task: str = "", relations: Sequence[str] | None = None
-        ) -> np.ndarray:
+        def score(self, *asked: Any) -> np.ndarray:
             assert stack.ranker is not None
             if not self.quick:
                 time.sleep(seconds)
             self.quick = False  # the warm-up is quick, so the forecast is wrong
-            return stack.ranker.score(view, item_tokens, task, relations)
+            return stack.ranker.score(*asked)
 
     return replace(stack, ranker=Slow(), recommender=Recommender(stack.recommender.retriever, Slow()))
 
@@ -87,7 +85,7 @@ def test_a_bug_is_internal_with_a_request_id_and_the_next_request_succeeds(
         def __init__(self) -> None:
             assert stack.ranker is not None
             self.facts, self.fingerprint, self.engine = stack.ranker.facts, stack.ranker.fingerprint, stack.ranker.engine
-            self.left = 1
+            self.head, self.left = None, 1
 
         def score(self, *rest: object) -> np.ndarray:
             self.left -= 1
