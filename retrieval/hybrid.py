@@ -25,7 +25,7 @@ from retrieval.terms import read_fields, words_of
 FACT = "hybrid"
 """Name of the settings among a manifest's further facts."""
 LISTED = 2_000
-"""How deep each list is read at least, however few items are asked for: a short answer is the head of a long one."""
+"""How deep each list is read at least: up to so many items, a short answer is the head of a long one."""
 
 Rows = npt.NDArray[np.int64]
 

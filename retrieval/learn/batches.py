@@ -17,6 +17,8 @@ from retrieval.learn.timeline import Ints, Timeline, day_runs
 from retrieval.writer import Writer
 
 Bools = npt.NDArray[np.bool_]
+KEPT_DAYS = 64
+"""Days whose odds stay in memory, 8 bytes an item each."""
 MONTH_WEIGHT = 8.0
 """An engagement of the last 30 days heats an item that much less than one of the last 7."""
 HardSource = Literal["impressions", "mined"]
@@ -221,15 +223,17 @@ class Sampler:
         extra = np.flatnonzero(rng.random(len(odds)) < odds)
         known = np.flatnonzero(self.there(day))
         strangers = rng.choice(known, min(self.settings.strangers, unmet, len(known)), replace=False)
-        keys = timeline.item[target] * _SPAN + timeline.day[target]
-        keys = np.concatenate([keys, extra * _SPAN + day, strangers * _SPAN + _BEFORE_ALL])
+        keys = timeline.item[target] * _SPAN + 1 + timeline.day[target]
+        keys = np.concatenate([keys, extra * _SPAN + 1 + day, strangers * _SPAN])
         columns, positive = np.unique(keys, return_inverse=True)
-        item, item_day = columns // _SPAN, columns % _SPAN
+        item, item_day, strange = columns // _SPAN, np.maximum(columns % _SPAN - 1, 0), columns % _SPAN == 0
         records = [self.dataset.items[row] for row in item.tolist()]
-        item_rows = self.writer.items(records, self.counts.at(item, item_day))
-        log_q = np.log(self._inclusion(item, target, run, odds))
+        item_rows = self.writer.items(records, self.counts.at(item, np.where(strange, _BEFORE_ALL, item_day)))
+        # An item that stands in the batch with the numbers of several days is one item: its columns share its weight.
+        copies = np.bincount(item, weights=~strange, minlength=len(self.dataset.items))[item]
+        log_q = np.log(self._inclusion(item, target, run, odds) * np.maximum(copies, 1))
         if len(strangers):
-            log_q[item_day == _BEFORE_ALL] = np.log(len(strangers) / unmet)
+            log_q[strange] = np.log(len(strangers) / unmet)
         hidden = item[None, :] == timeline.item[target][:, None]
         hidden |= self._engaged_anyway(timeline.member[target], item)
         positive = positive[: len(target)]
@@ -243,6 +247,8 @@ class Sampler:
         with the weight of all of them.
         """
         if day not in self._odds_of:
+            if len(self._odds_of) >= KEPT_DAYS:
+                self._odds_of.pop(next(iter(self._odds_of)))
             there = self.there(day)
             rows = np.arange(len(there))
             numbers = self.counts.at(rows, np.full(len(rows), day))
@@ -275,8 +281,8 @@ class Sampler:
 
 _SPAN = 1 << 24
 """Larger than any day number, so that item * _SPAN + day is one key."""
-_BEFORE_ALL = 0
-"""A day (of 1970) before every log: the counts of that day are those of an item that nobody has met."""
+_BEFORE_ALL = -(1 << 20)
+"""A day before every log: the counts of that day are those of an item that nobody has met."""
 
 
 def _shown(row: list[int], opening: list[int], known: list[list[int]]) -> int:

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from index.durable import fsync_path
 from index.errors import BrewlineError
 from retrieval.data.schema import Dataset
 from retrieval.learn.ranks import Ranks, part_like, whole
@@ -104,7 +105,9 @@ def save_state(
         return
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "state.tmp", metadata={"facts": json.dumps({**facts, "identity": identity})})
+    fsync_path(folder / "state.tmp")
     (folder / "state.tmp").replace(folder / STATE)
+    fsync_path(folder)
 
 
 def load_state(
@@ -120,7 +123,7 @@ def load_state(
         return None
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
     states: dict[int, dict[str, torch.Tensor]] = {}
-    with safe_open(path, framework="pt") as file, torch.no_grad():
+    with _opened(path) as file, torch.no_grad():
         facts: dict[str, Any] = json.loads(file.metadata()["facts"])
         check_identity(path, facts.get("identity", {}), identity)
         for name, weight in weights:
@@ -132,6 +135,15 @@ def load_state(
                 states.setdefault(int(number), {})[name] = part_like(file.get_tensor(key), trained[int(number)])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
     return facts
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{path} cannot be read ({error}); delete this file, and the training starts from its beginning"
+        ) from error
 
 
 def remembered(work: Path, identity: Mapping[str, object]) -> dict[str, Any] | None:

@@ -109,6 +109,23 @@ def test_easy_negatives_come_as_often_as_their_correction_says(tiny_dataset: Dat
     assert np.abs(drawn[here] / 400 - sampler._odds(batch.day)[here]).max() < 0.1
 
 
+def test_an_item_weighs_one_on_average_however_many_of_its_days_a_batch_shows(tiny_dataset: Dataset) -> None:
+    """Over many batches the columns of an item add up to one item: the correction is that of items, not of columns."""
+    settings = BatchSettings(targets=60, targets_per_member=2, random_items=12)
+    sampler = start(tiny_dataset, tiny_dataset.meta.cut_test, replace(PLAN, batch=settings), 10).sampler
+    run = max(sampler.runs, key=lambda one: len(np.unique(sampler.timeline.day[one])))
+    assert len(np.unique(sampler.timeline.day[run])) > 1
+    sampler.runs, sampler._share = [run], np.ones(1)
+    batches = 300
+    weight, seen = np.zeros(60), np.zeros(60)
+    for step in range(batches):
+        batch = sampler.batch(step)
+        np.add.at(weight, batch.columns, np.exp(-batch.log_q) / batches)
+        seen[np.unique(batch.columns)] += 1
+    often = seen > batches / 2
+    assert often.sum() > 5 and abs(weight[often].mean() - 1) < 0.06 and weight[often].max() < 1.6, weight[often].round(2)
+
+
 def test_strangers_stand_for_what_nobody_has_met(tiny_dataset: Dataset) -> None:
     """Without creation times, a batch shows known items with no counts, as many as its correction says; with them, none."""
     undated = created(tiny_dataset, **{f"i{row}": MISSING_TIME for row in range(60)})
@@ -120,7 +137,7 @@ def test_strangers_stand_for_what_nobody_has_met(tiny_dataset: Dataset) -> None:
     for step in range(40):
         batch = sampler.batch(step)
         items = [undated.items[row] for row in batch.columns.tolist()]
-        nothing, today = (np.full(len(items), day, np.int64) for day in (0, batch.day))
+        nothing, today = (np.full(len(items), day, np.int64) for day in (-9, batch.day))
         bare, full = (sampler.writer.items(items, sampler.counts.at(batch.columns, day)) for day in (nothing, today))
         unmet = int((met > batch.day).sum())
         wanted = set(batch.positive.tolist())

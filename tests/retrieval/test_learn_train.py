@@ -112,6 +112,16 @@ def test_a_killed_training_does_not_go_on_with_other_data_or_settings(tiny_datas
     assert train_encoder(tiny_dataset, tmp_path / "encoder", replace(PLAN, steps=3)).fingerprint == whole.fingerprint
 
 
+def test_a_torn_checkpoint_is_named_and_not_read(tiny_dataset: Dataset, tmp_path: Path) -> None:
+    trainer = start(tiny_dataset, tiny_dataset.meta.cut_test, PLAN, 4)
+    trainer.run(1)
+    trainer.save(tmp_path)
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:40])
+    with pytest.raises(TrainingError, match=r"state.safetensors cannot be read .* delete this file"):
+        start(tiny_dataset, tiny_dataset.meta.cut_test, PLAN, 4).resume(tmp_path)
+
+
 def test_the_validation_encoder_stands_beside_and_saw_nothing_after_its_cut(tiny_dataset: Dataset, tmp_path: Path) -> None:
     """Whatever happens from `cut_valid` on, to events and to items that appear then: the validation encoder stays the same."""
     cut, log = tiny_dataset.meta.cut_valid, tiny_dataset.events
