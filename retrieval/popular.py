@@ -19,8 +19,8 @@ from retrieval.parts import CatalogError, map_part, part_bytes, part_facts
 POPULAR_PART = "popular.arrow"
 COLUMNS = {"row": pa.int64(), "n_7d": pa.float64(), "n_30d": pa.float64()}
 LISTED = 1_000_000
-"""Longer lists are cut: far more than one member can have seen. A filter that permits a few of many more items can leave nothing of the
-list; then the other lists answer alone."""
+"""Longer lists are cut: far more than one member can have seen. A filter that permits a few of many more items can leave nothing
+of the list; then the other lists answer alone."""
 
 Rows = npt.NDArray[np.int64]
 Numbers = Mapping[str, npt.NDArray[np.float64]]
