@@ -141,9 +141,7 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise TrainingError(
-            f"{path} cannot be read ({error}); delete this file, and the training starts from its beginning"
-        ) from error
+        raise TrainingError(f"{path} cannot be read ({error}); delete this file to train from the start") from error
 
 
 def remembered(work: Path, identity: Mapping[str, object]) -> dict[str, Any] | None:
