@@ -17,6 +17,7 @@ from index.hits import Hits, Rows, Vectors
 CENTRES, NOISE = 2_000, 0.7
 CENTRE_SEED, ITEM_SEED, QUERY_SEED, SHIFT_SEED = 0, 1, 2, 3
 _ROWS = 65_536
+_APART = 11
 Progress = Callable[[str, int, int], None]
 Find = Callable[[Vectors, int], Rows]
 """The rows [Q, k] of the best, -1 where there are none, for queries [Q, D]."""
@@ -155,7 +156,8 @@ def _take_turns(ready: Ready, queries: Vectors, wishes: Wishes, progress: Progre
             return clocks
         for place in waiting:
             clocks[place].yardsticks.append(_seconds(lambda: yard[0] @ yard[1]))
-            batch = batches[turn % len(batches)]
+            # Another batch for each setting: what one has read must not lie in the cache for the next.
+            batch = batches[(turn + _APART * place) % len(batches)]
             taken = _seconds(partial(ready.settings[place].find, batch, wishes.k))
             spent[place] += taken
             if turn:  # the first call warms

@@ -14,12 +14,16 @@ import numpy as np
 from index.bench import Method, Missing, Ready, Setting
 from index.errors import BrewlineError
 from index.hits import Rows, Vectors
+from index.shortlist import FEWEST_ROWS
 
 REACHES = (0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998)
+SHARES = (1 / 24, 1 / 20, 1 / 16, 1 / 12, 1 / 10, 1 / 8, 1 / 6, 1 / 4)
+"""Of the short lists, visited."""
 LISTS = (1024, 4096, 16384)
-CODES = ("SQ8", "SQfp16", "PQ")
+CODES = ("SQ8", "SQfp16", "PQ", "PQ fine")
+"""PQ: 4 bits for two numbers; fine: 4 bits for each."""
 PROBED = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)
-REFINED = (1, 2, 4)
+REFINED = (1, 1.5, 2, 4)
 WIDTHS = (2_000, 3_000, 4_000, 8_000)
 """ef of the graphs; those below k are left out."""
 _TORCH_SCORES = 1 << 27
@@ -54,6 +58,24 @@ def _ours(vectors: Vectors) -> Iterator[Ready]:
 
     settings = [Setting(f"lists reach={reach}", partial(find, reach), size) for reach in REACHES]
     yield Ready("ours", time.perf_counter() - started, settings)
+    del settings
+    if len(vectors) >= FEWEST_ROWS:
+        yield _short_lists(vectors)
+
+
+def _short_lists(vectors: Vectors) -> Ready:
+    from index.shortlist import ShortLists
+
+    started = time.perf_counter()
+    index = ShortLists(vectors)
+    size = index.bytes + vectors.nbytes
+
+    def find(probes: int, queries: Vectors, k: int) -> Rows:
+        return index.search(queries, k, probes=probes).rows
+
+    probed = sorted({max(1, round(share * index.lists)) for share in SHARES})
+    settings = [Setting(f"short list probes={p} of {index.lists}", partial(find, p), size) for p in probed]
+    return Ready("ours", time.perf_counter() - started, settings)
 
 
 def _flat(vectors: Vectors) -> Iterator[Ready]:
@@ -98,26 +120,28 @@ def _inverted(vectors: Vectors, centres: Vectors, codes: str, trained: float) ->
     quantizer = faiss.IndexFlatIP(dims)
     quantizer.add(centres)
     metric, kinds = faiss.METRIC_INNER_PRODUCT, faiss.ScalarQuantizer
-    if codes == "PQ":
-        inner: Any = faiss.IndexIVFPQFastScan(quantizer, dims, lists, dims // 2, 4, metric)
+    parts = {"PQ": dims // 2, "PQ fine": dims}.get(codes)
+    if parts:
+        inner: Any = faiss.IndexIVFPQFastScan(quantizer, dims, lists, parts, 4, metric)
     else:
         inner = faiss.IndexIVFScalarQuantizer(quantizer, dims, lists, kinds.QT_8bit if codes == "SQ8" else kinds.QT_fp16, metric)
-    index: Any = faiss.IndexRefineFlat(inner) if codes == "PQ" else inner
+    index: Any = faiss.IndexRefineFlat(inner) if parts else inner
     index.train(vectors)
     index.add(vectors)
-    size = count * (inner.code_size + 8) + lists * dims * 4 + (vectors.nbytes if codes == "PQ" else 0)
+    size = count * (inner.code_size + 8) + lists * dims * 4 + (vectors.nbytes if parts else 0)
     built = trained + time.perf_counter() - started
 
-    def find(probed: int, factor: int, queries: Vectors, k: int) -> Rows:
+    def find(probed: int, factor: float, queries: Vectors, k: int) -> Rows:
+        inner.parallel_mode = 1 if len(queries) == 1 else 0  # a lone query's lists over FAISS's threads, else the queries
         chosen: Any = faiss.SearchParametersIVF(nprobe=probed)
-        if codes == "PQ":
+        if parts:
             chosen = faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=chosen)
         rows: Rows = index.search(queries, k, params=chosen)[1]
         return rows
 
     probes = sorted({max(1, round(share * lists)) for share in PROBED})
-    name = f"IVF{lists}," + (f"PQ{dims // 2}x4fs" if codes == "PQ" else codes)
-    if codes != "PQ":
+    name = f"IVF{lists}," + (f"PQ{parts}x4fs" if parts else codes)
+    if not parts:
         return Ready("faiss", built, [Setting(f"{name} nprobe={p}", partial(find, p, 1), size) for p in probes])
     pairs = [(probed, factor) for probed in probes for factor in REFINED]
     return Ready("faiss", built, [Setting(f"{name},RFlat x{f} nprobe={p}", partial(find, p, f), size) for p, f in pairs])

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from index.certified import truth
 from index.codes import Codes, rounded
 from index.errors import BrewlineError
-from index.exact import exact_search, overlap
+from index.exact import overlap
 from index.hits import Hits, Vectors, check_queries
 from index.manifest import Fact, Recall
 from index.search import Searcher
@@ -24,6 +25,8 @@ FLAT_NUMBERS = FLAT_ROWS * 128
 """Up to this many rows, or this many numbers, one scan takes milliseconds and stays exact."""
 TRAINING_ROWS_PER_LIST = 64
 """k-means wants at least 39 points per centroid (FAISS warns below that) and gains little beyond a few times that."""
+RECALL_KS = (10, 100, 2_000)
+"""How deep the recall is written down, mean and worst twentieth, whatever k the lists were chosen for."""
 _BLOCK_ROWS = 65_536
 
 
@@ -139,8 +142,13 @@ def build(
         return Built(index, recipe, facts, None)
     asked = sample_queries(vectors if queries is None else queries, samples, seed)
     source = "items" if queries is None else "members"
-    nprobe, recall = choose_nprobe(index, vectors, asked, min(k, count), target, source)
-    facts.update(nprobe=nprobe, target_recall=target)
+    true = truth(vectors, asked, min(k, count))
+    nprobe, recall = least_probes(index, vectors, asked, true, target, source)
+    facts.update(nprobe=nprobe, target_recall=target, recall_source=source)
+    found = Searcher(index, nprobe=nprobe).search(asked, true.rows.shape[1])
+    for depth in (depth for depth in RECALL_KS if depth <= true.rows.shape[1]):
+        seen = summarise(vectors, asked, _first(found, depth), _first(true, depth), source)
+        facts.update({f"recall@{depth}": seen.mean, f"recall@{depth}_p5": seen.p5})
     return Built(index, recipe, facts, recall)
 
 
@@ -150,11 +158,15 @@ def choose_nprobe(index: Any, vectors: Vectors, queries: Vectors, k: int, target
     Doubling until it is reached, then halving the gap; all lists are exact, so there is always an answer. 0 for Flat.
     """
     queries = check_queries(queries, vectors.shape[1])
-    truth = exact_search(vectors, queries, k)
+    return least_probes(index, vectors, queries, truth(vectors, queries, k), target, source)
+
+
+def least_probes(index: Any, vectors: Vectors, queries: Vectors, true: Hits, target: float, source: str) -> tuple[int, Recall]:
+    """The same against a truth that is known already."""
 
     def measure(nprobe: int) -> Recall:
-        found = Searcher(index, nprobe=nprobe).search(queries, k)
-        return summarise(vectors, queries, found, truth, source)
+        found = Searcher(index, nprobe=nprobe).search(queries, true.rows.shape[1])
+        return summarise(vectors, queries, found, true, source)
 
     lists = int(index.nlist) if _is_ivf(index) else 0
     if lists == 0:
@@ -174,11 +186,15 @@ def choose_nprobe(index: Any, vectors: Vectors, queries: Vectors, k: int, target
     return high, recall
 
 
-def summarise(vectors: Vectors, queries: Vectors, found: Hits, truth: Hits, source: str) -> Recall:
+def summarise(vectors: Vectors, queries: Vectors, found: Hits, true: Hits, source: str) -> Recall:
     """Mean and 5th percentile of the recall over queries are returned, with k and where the queries came from."""
-    shares = overlap(vectors, queries, found, truth).astype(np.float64)
-    k = truth.rows.shape[1]
+    shares = overlap(vectors, queries, found, true).astype(np.float64)
+    k = true.rows.shape[1]
     return Recall(k, round(float(shares.mean()), 6), round(float(np.quantile(shares, 0.05)), 6), len(shares), source)
+
+
+def _first(hits: Hits, depth: int) -> Hits:
+    return Hits(hits.rows[:, :depth], hits.scores[:, :depth], np.minimum(hits.counts, depth))
 
 
 def sample_queries(vectors: Vectors, samples: int, seed: int) -> Vectors:

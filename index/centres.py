@@ -64,6 +64,20 @@ def upper_tail(deviations: Vectors) -> Vectors:
 
 def find_centres(vectors: Vectors, lists: int, seed: int, progress: Progress | None = None) -> tuple[Centres, Rows]:
     """Lists by k-means over a sample, and the list of every vector [N], are returned; the same for the same seed."""
+    centres = trained(vectors, lists, seed)
+    nearest = assign(vectors, centres, progress)
+    sizes = np.bincount(nearest, minlength=lists)
+    squares = np.zeros(lists)
+    for start in range(0, len(vectors), _ROWS):
+        here = nearest[start : start + _ROWS]
+        apart = np.asarray(vectors[start : start + _ROWS], dtype=np.float32) - centres[here]
+        squares += np.bincount(here, np.einsum("nd,nd->n", apart, apart), minlength=lists)
+    spreads = np.sqrt(squares / np.maximum(sizes, 1) / vectors.shape[1])
+    return Centres(centres, sizes.astype(np.float32), spreads.astype(np.float32)), nearest
+
+
+def trained(vectors: Vectors, lists: int, seed: int) -> Vectors:
+    """Centres float32 [L, D] of k-means over a sample are returned; the same for the same seed."""
     rng = np.random.default_rng(seed)
     count = len(vectors)
     chosen = np.sort(rng.choice(count, min(count, TRAINING_ROWS * lists), replace=False))
@@ -71,15 +85,7 @@ def find_centres(vectors: Vectors, lists: int, seed: int, progress: Progress | N
     centres = sample[rng.choice(len(sample), lists, replace=False)]
     for _ in range(ROUNDS):
         centres = _moved(sample, assign(sample, centres), centres, rng)
-    nearest = assign(vectors, centres, progress)
-    sizes = np.bincount(nearest, minlength=lists)
-    squares = np.zeros(lists)
-    for start in range(0, count, _ROWS):
-        here = nearest[start : start + _ROWS]
-        apart = np.asarray(vectors[start : start + _ROWS], dtype=np.float32) - centres[here]
-        squares += np.bincount(here, np.einsum("nd,nd->n", apart, apart), minlength=lists)
-    spreads = np.sqrt(squares / np.maximum(sizes, 1) / vectors.shape[1])
-    return Centres(centres, sizes.astype(np.float32), spreads.astype(np.float32)), nearest
+    return centres
 
 
 def assign(vectors: Vectors, centres: Vectors, progress: Progress | None = None) -> Rows:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from index.build import sample_queries, summarise
+from index.certified import truth
 from index.errors import BrewlineError
-from index.exact import exact_search
 from index.hits import Hits, Vectors
 from index.manifest import SnapshotTorn
 from index.search import Searcher
@@ -143,6 +143,6 @@ def _recall(snapshot: Snapshot, settings: GateSettings, queries: Vectors | None)
     asked = sample_queries(snapshot.vectors if queries is None else queries, settings.recall_queries, settings.seed)
     k = min(settings.recall_k, snapshot.manifest.count)
     found = Searcher.of(snapshot).search(asked, k)
-    recall = summarise(snapshot.vectors, asked, found, exact_search(snapshot.vectors, asked, k), source)
+    recall = summarise(snapshot.vectors, asked, found, truth(snapshot.vectors, asked, k), source)
     seen = f"recall@{k} {recall.mean:.4f} (5th percentile {recall.p5:.4f}) on {recall.queries} {source}"
     return GateResult("recall", recall.mean >= settings.min_recall, seen, f"at least {settings.min_recall:g}")

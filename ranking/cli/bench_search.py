@@ -81,15 +81,23 @@ def _of_store(store: Path, asked: int, shift: float) -> tuple[Vectors, Vectors]:
     import numpy as np
 
     from index.bench import shifted
+
+    vectors = vectors_of_store(store)
+    chosen = np.random.default_rng(0).choice(len(vectors), min(asked, len(vectors)), replace=False)
+    return vectors, shifted(vectors[np.sort(chosen)], shift)
+
+
+def vectors_of_store(store: Path) -> Vectors:
+    """The vectors [N, D] of the served snapshot are returned, in memory. Raises PublishError if there is none."""
+    import numpy as np
+
     from index.publish import PublishError, current
     from index.snapshot import Snapshot
 
     path = current(store)
     if path is None:
         raise PublishError(f"{store} serves no snapshot yet: run `brewline nightly` first, or leave out --store")
-    vectors = np.ascontiguousarray(Snapshot.open(path, verify=False).vectors, dtype=np.float32)
-    chosen = np.random.default_rng(0).choice(len(vectors), min(asked, len(vectors)), replace=False)
-    return vectors, shifted(vectors[np.sort(chosen)], shift)
+    return np.ascontiguousarray(Snapshot.open(path, verify=False).vectors, dtype=np.float32)
 
 
 def search_table(rows: Sequence[Row]) -> Table:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from index.errors import BrewlineError
 from ranking.cli.output import emit, words
+from ranking.cli.tune import tune
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from index.snapshot import Snapshot
 
 app = typer.Typer(
-    no_args_is_help=True, help="Look after the snapshots of a store: list, show, compare, verify, roll back, sweep."
+    no_args_is_help=True, help="Look after the snapshots of a store: list, show, compare, verify, roll back, sweep, tune."
 )
+app.command()(tune)
 
 Store = Annotated[Path, typer.Option("--store", help="The snapshot store.", metavar="DIR")]
 Name = Annotated[str, typer.Argument(help="A snapshot's name; the served one if none is given.", metavar="[SNAPSHOT]")]

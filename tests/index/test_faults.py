@@ -1,9 +1,11 @@
-"""Planted faults: each is stopped by its own gate, nothing is published, and no flipped byte goes unseen."""
+"""Planted faults: each is stopped by its own gate, nothing is published, no flipped byte goes unseen, no change is skipped."""
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,10 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import index.wal_writer
 from index.check import GateFailed, GateSettings, require_gates, run_gates
+from index.live import LIVE_DIR, LiveIndex
+from index.live_view import LiveTable
 from index.manifest import SnapshotTorn
 from index.publish import current, publish
 from index.snapshot import RUN_FILE, Snapshot
+from index.wal import LogBroken, LogDamaged, segments
 
 SETTINGS = GateSettings(recall_k=10)
 
@@ -109,3 +115,93 @@ def test_flipped_bytes_are_seen_in_every_file(make_snapshot, recipe: str, count:
             Snapshot.open(path).verify()
         restore()
     Snapshot.open(path)
+
+
+def gone(live: LiveIndex, count: int) -> list[bool]:
+    return [row < 0 for row in live.view().rows([f"item-{row}" for row in range(count)])]
+
+
+def test_a_follower_that_met_damage_skips_nothing_when_it_is_mended(make_snapshot, store: Path, monkeypatch) -> None:
+    monkeypatch.setattr("index.live.FOLLOW_S", 0.0)
+    snapshot = make_snapshot()
+    with LiveIndex(snapshot, store, write=True) as live, LiveIndex(snapshot, store) as follower:
+        for row in range(3):
+            live.withdraw([f"item-{row}"])
+        path = segments(store / LIVE_DIR)[0][1]
+        content = path.read_bytes()
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        for _ in range(2):
+            with pytest.raises(LogDamaged):
+                follower.view()
+        path.write_bytes(content)
+        assert gone(follower, 4) == [True, True, True, False] == gone(live, 4)
+
+
+def test_nobody_who_waited_with_a_change_that_failed_is_told_that_it_was_taken(make_snapshot, store: Path, monkeypatch) -> None:
+    snapshot = make_snapshot()
+    told: list[object] = []
+    frames = iter([MemoryError("no room")])
+
+    def failing(position: int, payload: bytes, real=index.wal_writer.framed) -> bytes:
+        for error in frames:
+            raise error
+        return real(position, payload)
+
+    def change(live: LiveIndex, row: int) -> None:
+        try:
+            told.append(live.withdraw([f"item-{row}"]))
+        except (MemoryError, LogBroken) as error:
+            told.append(type(error))
+
+    monkeypatch.setattr("index.wal_writer.framed", failing)
+    with LiveIndex(snapshot, store, write=True) as live:
+        threads = [threading.Thread(target=change, args=(live, row)) for row in range(3)]
+        with live._lock:
+            for thread in threads:
+                thread.start()
+            while live._queued < 3:
+                threads[0].join(0.01)
+        for thread in threads:
+            thread.join()
+        change(live, 3)
+        assert told.count(MemoryError) == 1 and told.count(LogBroken) == 3 and not any(gone(live, 4))
+    with LiveIndex(snapshot, store, write=True) as live:
+        assert live.withdraw(["item-1"]) == 1 and gone(live, 4) == [False, True, False, False]
+
+
+def test_a_change_on_the_disk_that_did_not_reach_the_table_is_the_last(make_snapshot, store: Path, monkeypatch) -> None:
+    """A later change would show a moment without it."""
+    snapshot = make_snapshot()
+
+    def full(_table: LiveTable, _batches: object) -> None:
+        raise MemoryError("no room")
+
+    with LiveIndex(snapshot, store, write=True) as live:
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(LiveTable, "take", full)
+            live.withdraw(["item-0"])
+        with pytest.raises(LogBroken, match="open it anew"):
+            live.withdraw(["item-1"])
+    with LiveIndex(snapshot, store) as live:
+        assert gone(live, 2) == [True, False]
+
+
+def test_a_store_that_cannot_be_written_says_so(make_snapshot, store: Path) -> None:
+    snapshot = make_snapshot()
+    (store / "LOCK").unlink()
+    (store / "LOCK").symlink_to(store / "nowhere" / "LOCK")
+    with pytest.raises(LogBroken, match="cannot be written"):
+        LiveIndex(snapshot, store, write=True)
+
+
+def test_no_position_means_two_changes_when_a_log_is_begun_anew_after_a_rollback(make_snapshot, store: Path) -> None:
+    old, new = make_snapshot(), make_snapshot(seed=1, extra={"live_position": "3"})
+    with LiveIndex(new, store, write=True) as live:
+        assert live.withdraw(["item-9"]) == 4
+    shutil.move(store / LIVE_DIR, store / "damaged")
+    with LiveIndex(old, store, write=True) as live:
+        assert [live.withdraw([f"item-{row}"]) for row in range(5)] == [4, 5, 6, 7, 8]
+    for snapshot in (old, new):
+        for write in (True, False):
+            with LiveIndex(snapshot, store, write=write) as live:
+                assert all(gone(live, 5)) and live.view().position == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from index.durable import StoreBusy
-from index.wal import LogBroken, LogDamaged, LogReader, LogTrimmed, segments, trim
+from index.wal import LogBroken, LogDamaged, LogReader, LogTrimmed, framed, header, segment_path, segments, trim
 from index.wal_writer import LogWriter
 
 FACTS = {"fingerprint": "one", "dims": 4}
@@ -169,3 +170,102 @@ def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LogBroken, match="cannot be written"):
         LogWriter(tmp_path / "file" / "live", FACTS)
+
+
+def test_a_reader_beside_a_writer_never_takes_a_write_in_progress_for_damage(tmp_path: Path, monkeypatch) -> None:
+    """Whatever the reader has seen, the writer adds some more before it looks again."""
+    payload, real = b"change" * 20, os.pread
+    content = header(FACTS) + framed(1, payload)
+    begun = len(header(FACTS))
+    cuts = [0, 5, begun - 3, begun, begun + 7, begun + 20, begun + 90, len(content)]
+    for turn, (first, second) in enumerate(itertools.combinations(cuts, 2)):
+        for held in (0, 1, 2):
+            path = segment_path(tmp_path / f"{turn}-{held}", 1)
+            path.parent.mkdir()
+            path.write_bytes(content[:first])
+            chunks = iter([b""] * held + [content[first:second], content[second:]])
+
+            def growing(descriptor: int, size: int, start: int, path: Path = path, chunks=chunks) -> bytes:
+                seen = real(descriptor, size, start)
+                with path.open("ab") as file:
+                    file.write(next(chunks, b""))
+                return seen
+
+            reader = LogReader(path.parent, 0)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "pread", growing)
+                found = [entry.payload for _ in range(6) for entry in reader.read()]
+            reader.close()
+            assert found == [payload], (first, second, held)
+
+
+def test_a_segment_without_records_is_read_under_the_facts_of_who_fills_it(tmp_path: Path) -> None:
+    """As an earlier program left it, killed between a segment's header and its first record."""
+    segment_path(tmp_path, 1).write_bytes(header(FACTS))
+    reader = LogReader(tmp_path, 0)
+    assert not list(reader.read()) and reader.segment is not None
+    for turn, fingerprint in enumerate(("two", "three, a longer one"), 1):
+        writer = LogWriter(tmp_path, {**FACTS, "fingerprint": fingerprint})
+        writer.append([fingerprint.encode()])
+        writer.close()
+        assert [(entry.position, entry.facts["fingerprint"]) for entry in reader.read()] == [(turn, fingerprint)]
+    reader.close()
+
+
+def test_what_a_failed_fsync_left_in_the_memory_is_written_anew(tmp_path: Path, monkeypatch) -> None:
+    real, synced = os.fsync, set()
+
+    def noted(descriptor: int) -> None:
+        real(descriptor)
+        synced.add((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+
+    def failing(_descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    writer = LogWriter(tmp_path, FACTS)
+    writer.append([b"kept"])
+    follower = LogReader(tmp_path, 0)
+    assert [entry.payload for entry in follower.read()] == [b"kept"]
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(LogBroken, match="Input/output"):
+        writer.append([b"not acknowledged"])
+    writer.close()
+    with pytest.raises(LogBroken, match="Input/output"):
+        LogWriter(tmp_path, FACTS)
+    monkeypatch.setattr(os, "fsync", noted)
+    (path,) = tmp_path.glob("*.log")
+    refused = path.stat().st_ino
+    (tmp_path / f".{path.name}.1.new").write_bytes(b"of a writer that was killed")
+    writer = LogWriter(tmp_path, FACTS)
+    now = path.stat()
+    assert now.st_ino != refused and (now.st_ino, now.st_size) in synced, "the disk may drop what it refused once"
+    writer.append([b"next"])
+    writer.close()
+    assert [entry.payload for entry in follower.read()] == [b"not acknowledged", b"next"] == read(tmp_path, 1)
+    follower.close()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_append_that_failed_for_any_reason_is_the_last(tmp_path: Path) -> None:
+    writer = LogWriter(tmp_path, FACTS)
+    with pytest.raises(ValueError, match="at least one"):
+        writer.append([])
+    assert writer.append([b"kept"]) == 1
+    with pytest.raises(TypeError):
+        writer.append([b"one", "no bytes"])  # type: ignore[list-item]
+    with pytest.raises(LogBroken, match="TypeError"):
+        writer.append([b"two"])
+    writer.close()
+    assert read(tmp_path) == [b"kept"]
+
+
+def test_a_log_begun_anew_is_read_by_the_snapshot_it_was_begun_over_and_by_newer_ones(tmp_path: Path) -> None:
+    LogWriter(tmp_path, FACTS, after=2, newest=5).close()
+    writer = LogWriter(tmp_path, FACTS, after=2, newest=5)
+    assert writer.append([b"x"]) == 6
+    writer.close()
+    assert [read(tmp_path, after) for after in (2, 3, 5, 6)] == [[b"x"], [b"x"], [b"x"], []]
+    with pytest.raises(LogTrimmed, match="goes on with change 6"):
+        read(tmp_path, 1)
+    with pytest.raises(LogDamaged, match="old copy"):
+        LogWriter(tmp_path, FACTS, after=2, newest=7)

@@ -1,0 +1,178 @@
+"""Measures which index reaches a recall at k soonest, predicts what each will weigh, and writes the choice down."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from index.build import BuildError, Recipe, build_index, choose_recipe, least_probes, training_rows
+from index.certified import truth
+from index.codes import Codes
+from index.errors import BrewlineError
+from index.hits import Vectors
+from index.search import Searcher
+
+TARGETS = (0.8, 0.9, 0.95, 0.97, 0.99)
+"""Recalls between which the frontier is drawn; the wished one is added."""
+_ROW_BYTES = 8
+"""FAISS keeps an id of 8 bytes with every vector of a list."""
+_NUMBER = {"float32": 4, "float16": 2, "int8": 1}
+
+
+class TuneError(BrewlineError):
+    """No index satisfies the wishes, or a recipe file cannot be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """`target` mean recall at `k`, at most `most_ms` a query (median) and `most_bytes` of memory; None: whatever it takes."""
+
+    k: int = 2_000
+    target: float = 0.95
+    most_ms: float | None = None
+    most_bytes: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """Bytes that a snapshot with this index is predicted to take, in memory when served and on disk (ids not counted)."""
+
+    memory: int
+    disk: int
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One recipe at one number of visited lists: recall over the queries, median milliseconds of single queries."""
+
+    recipe: str
+    nprobe: int
+    recall: float
+    recall_p5: float
+    p50_ms: float
+    build_seconds: float
+    weight: Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the nightly job builds: the recipe, the recall it must reach at k, the seed. `measured` says why."""
+
+    recipe: str
+    k: int
+    target: float
+    seed: int
+    training_rows: int
+    source: str
+    measured: Point
+
+    def write(self, path: Path) -> None:
+        """The choice is in the file, as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def read_choice(path: Path) -> tuple[Recipe, int, float, int]:
+    """The recipe, k, target and seed of a file that `Choice.write` wrote are returned. Raises TuneError."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        recipe, k, target, seed = Recipe.parse(raw["recipe"]), raw["k"], raw["target"], raw["seed"]
+    except (OSError, ValueError, TypeError, KeyError, BuildError) as error:
+        raise TuneError(f"recipe file {path}: {error}; expected what `brewline index tune --out` writes") from None
+    if type(k) is not int or k < 1 or type(seed) is not int or seed < 0 or type(target) is not float or not 0 < target <= 1:
+        raise TuneError(
+            f"recipe file {path}: k {k!r}, seed {seed!r}, target {target!r}: expected k >= 1, seed >= 0, target in (0, 1]"
+        )
+    return recipe, k, target, seed
+
+
+def predict(count: int, dims: int, recipe: Recipe, codes: Codes = "float32") -> Weight:
+    """The weight of N vectors is returned before anything is built. Kept vectors are mapped, not loaded, if float32."""
+    index = count * dims * (2 if recipe.half else 4)
+    if recipe.lists:
+        index += count * _ROW_BYTES + recipe.lists * dims * 4
+    kept = count * dims * _NUMBER[codes]
+    return Weight(memory=index + (0 if codes == "float32" else count * dims * 4), disk=index + kept)
+
+
+def candidates(count: int, dims: int, wishes: Wishes) -> list[Recipe]:
+    """The recipes worth measuring at this size and within the memory are returned. Raises TuneError if none is."""
+    middle = choose_recipe(count, dims).lists or choose_recipe(max(count, 1_000_000), dims).lists
+    lists = [0, *(many for many in (middle // 2, middle, 2 * middle, 4 * middle) if 39 * many <= count)]
+    found = [Recipe(many, half) for many in lists for half in (False, True)]
+    if wishes.most_bytes is not None:
+        found = [recipe for recipe in found if predict(count, dims, recipe).memory <= wishes.most_bytes]
+    if not found:
+        least = predict(count, dims, Recipe(0, True)).memory
+        raise TuneError(f"{count} x {dims} need at least {least} bytes of memory, {wishes.most_bytes} are allowed: allow more")
+    return found
+
+
+def frontier(vectors: Vectors, queries: Vectors, recipes: Sequence[Recipe], wishes: Wishes, source: str) -> Iterator[Point]:
+    """Every recipe is built, measured at each recall of the frontier and freed; its points are yielded.
+
+    Wished recalls above what exact search in its codes finds do not occur: visiting all lists is the end.
+    """
+    k = min(wishes.k, len(vectors))
+    true = truth(vectors, queries, k)
+    for recipe in recipes:
+        started = time.perf_counter()
+        index = build_index(vectors, recipe, wishes.seed)
+        built = time.perf_counter() - started
+        seen: set[int] = set()
+        for target in sorted({*TARGETS, wishes.target}) if recipe.lists else (1.0,):
+            nprobe, recall = least_probes(index, vectors, queries, true, target, source)
+            if nprobe not in seen:
+                seen.add(nprobe)
+                taken = median_ms(Searcher(index, nprobe=nprobe), queries, k)
+                weight = predict(len(vectors), vectors.shape[1], recipe)
+                yield Point(str(recipe), nprobe, recall.mean, recall.p5, taken, built, weight)
+        del index
+
+
+def median_ms(searcher: Searcher, queries: Vectors, k: int) -> float:
+    """The median milliseconds of single queries are returned; the first call only warms."""
+    searcher.search(queries[:1], k)
+    taken = []
+    for query in range(len(queries)):
+        started = time.perf_counter()
+        searcher.search(queries[query : query + 1], k)
+        taken.append(time.perf_counter() - started)
+    return float(np.median(taken)) * 1e3
+
+
+def choose(points: Sequence[Point], wishes: Wishes, count: int, source: str) -> Choice:
+    """The quickest point that reaches the target is chosen. Raises TuneError, which names the nearest, if there is none."""
+    good = [point for point in points if point.recall >= wishes.target]
+    if not good:
+        best = max(points, key=lambda point: point.recall)
+        raise TuneError(f"no index reaches recall@{wishes.k} {wishes.target}: the best is {best.recipe} with {best.recall:.4f}")
+    point = min(good, key=lambda one: one.p50_ms)
+    if wishes.most_ms is not None and point.p50_ms > wishes.most_ms:
+        raise TuneError(
+            f"no index reaches recall@{wishes.k} {wishes.target} in {wishes.most_ms:g} ms: {point.recipe} needs "
+            f"{point.p50_ms:.2f} ms; lower the recall or allow more time"
+        )
+    rows = training_rows(count, Recipe.parse(point.recipe))
+    return Choice(point.recipe, wishes.k, wishes.target, wishes.seed, rows, source, point)
+
+
+def on_gpu(index: object, device: int = 0) -> object:
+    """A copy of a FAISS index on a GPU is returned. Raises TuneError without faiss-gpu or without such a device.
+
+    A copy without cuVS ignores selectors in silence: `Searcher` then withholds the answer (FilterIgnored).
+    """
+    import faiss as typed
+
+    faiss = vars(typed)
+    if "StandardGpuResources" not in faiss:
+        raise TuneError("this FAISS has no GPU part: install the extra `gpu` (faiss-gpu) instead of `cpu`, or search on the CPU")
+    if not 0 <= device < faiss["get_num_gpus"]():
+        raise TuneError(f"GPU {device} is not there: FAISS sees {faiss['get_num_gpus']()}")
+    copied: object = faiss["index_cpu_to_gpu"](faiss["StandardGpuResources"](), device, index)
+    return copied
