@@ -4,6 +4,10 @@ A folder is complete (weights, tokenizer, quantizer, prompt template, budgets, p
 can be overridden at load. sentence-transformers opens the same folder and gives the same vectors for a rendered prompt.
 Cosine similarity and mean pooling over all tokens follow arXiv 2510.14223. A mean alone cannot know which token is the last, so
 not which part of a history is new; "mean+last" adds the state of the last token to it.
+
+An encoder that was loaded reads rows without padding (`retrieval.packed`), one in training calls the Hugging Face module. Both
+give the same vectors to 1e-5 in float32, which is what equal fingerprints promise; one of them alone gives a row the same vector
+whatever stands beside it, to 1e-6 (packed on one thread, bit for bit).
 """
 
 from __future__ import annotations
@@ -11,13 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -26,7 +30,9 @@ from retrieval.data.schema import Item, MemberView
 from retrieval.features import Quantizer
 from retrieval.fingerprint import folder_fingerprint
 from retrieval.llama import load_llama, pad_rows, save_llama
+from retrieval.packed import Packed, packed
 from retrieval.prompts import PAD, TEMPLATE_VERSION
+from retrieval.sentence_modules import Pooling, write_json, write_modules
 from retrieval.tokens import Tokens
 from retrieval.writer import Budgets, Writer
 
@@ -34,13 +40,16 @@ FORMAT = 1
 FACTS = "encoder.json"
 QUANTIZER = "quantizer.json"
 FINGERPRINTED = (FACTS, QUANTIZER, "tokenizer.json", "config.json", "model.safetensors")
-TOKENS_PER_BATCH = 8_192
-POOLING_MODULE, SUM_MODULE, NORMALIZE_MODULE = "1_Pooling", "2_Dense", "3_Normalize"
+TOKENS_PADDED, TOKENS_PACKED, TOKENS_ELSEWHERE = 8_192, 32_768, 131_072
+"""Tokens of a batch: read by the module, packed, and packed on a GPU, where each length of row is a launch per layer."""
+ROWS_AHEAD = 4_096
+"""Rows that are written and tokenised while those before them are read."""
 VALIDATION = "validation"
 """Folder inside an encoder's folder: the encoder of the validation run, which saw nothing at or after `cut_valid`. What is itself
 judged on the validation window starts from this one. It is not there if the data asks nothing between the cuts."""
 
-Pooling = Literal["mean", "last", "mean+last"]
+Precision = Literal["float32", "bfloat16"]
+PRECISIONS: Mapping[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Vectors = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
 
@@ -53,14 +62,22 @@ class Encoder:
     """Items and members as unit vectors float32 [n, D], D the model's width or the first `dims` entries of it."""
 
     def __init__(
-        self, model: PreTrainedModel, writer: Writer, fingerprint: str, facts: Mapping[str, Any], dims: int | None = None
+        self,
+        model: PreTrainedModel,
+        writer: Writer,
+        fingerprint: str,
+        facts: Mapping[str, Any],
+        dims: int | None = None,
+        packed: Packed | None = None,
     ) -> None:
+        """`packed` reads rows instead of the module: it must be made of it, and the module's weights must not be replaced."""
         self.model = model.eval()
         self.writer = writer
         self.fingerprint = fingerprint
         self.facts = facts
         self.pooling: Pooling = facts.get("pooling", "mean")
         self._dims = dims
+        self._packed = packed
 
     @property
     def dims(self) -> int:
@@ -74,11 +91,14 @@ class Encoder:
         """
         if not 0 < dims <= self.dims:
             raise EncoderError(f"vectors of {dims} dims were asked for; this encoder has {self.dims}")
-        return Encoder(self.model, self.writer, f"{self.fingerprint}-{dims}", self.facts, dims)
+        return Encoder(self.model, self.writer, f"{self.fingerprint}-{dims}", self.facts, dims, self._packed)
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu", *, whole_log: bool = False) -> Encoder:
+    def load(cls, folder: Path, device: str = "cpu", *, whole_log: bool = False, precision: Precision = "float32") -> Encoder:
         """The encoder of a complete folder. Raises EncoderError, MissingPart, TokenizerError or CheckpointError.
+
+        In "bfloat16" it is another encoder, under a fingerprint of its own: its vectors differ in the third digit. It is faster
+        where `retrieval.packed.has_bfloat16_units` says so, and slower elsewhere.
 
         `whole_log`: the caller hands in every action of a member. An encoder that reads whole histories is refused without it,
         since records in the service keep engagements only.
@@ -92,36 +112,74 @@ class Encoder:
         fingerprint = folder_fingerprint(folder, FINGERPRINTED)
         budgets, whole = Budgets(**facts["budgets"]), facts.get("history") == "full"
         writer = Writer(Tokens.load(folder), Quantizer.load(folder / QUANTIZER), budgets, tuple(facts["actions"]), whole)
-        return cls(load_llama(folder, causal_lm=False).to(device), writer, fingerprint, facts)
+        if precision == "bfloat16":
+            fingerprint += "-bf16"
+        model = load_llama(folder, causal_lm=False, dtype=PRECISIONS[precision]).to(device)
+        return cls(model, writer, fingerprint, facts, packed=packed(model))
 
     def items(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray], progress: Progress | None = None) -> Vectors:
         """Unit vectors [N, D] of N items with as-of numbers name -> float [N]."""
-        return self.embed(self.writer.items(items, numbers), progress)
+
+        def written(some: slice) -> list[list[int]]:
+            return self.writer.items(items[some], {name: column[some] for name, column in numbers.items()})
+
+        return self._embed_all(len(items), written, progress)
 
     def members(self, views: Sequence[MemberView], progress: Progress | None = None) -> Vectors:
         """Unit vectors [M, D] of M members."""
-        return self.embed(self.writer.members(views), progress)
+        return self._embed_all(len(views), lambda some: self.writer.members(views[some]), progress)
 
     def item_digests(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray]) -> list[str]:
         """A digest of each item's exact id row: equal digests mean an equal vector under this fingerprint."""
         return [row_digest(row) for row in self.writer.items(items, numbers)]
 
     def embed(self, rows: Sequence[Sequence[int]], progress: Progress | None = None) -> Vectors:
-        """Unit vectors [n, D] of id rows, computed in batches of similar length, returned in input order."""
+        """Unit vectors [n, D] of id rows, computed in batches of similar length, returned in input order.
+
+        Raises EncoderError for a row without tokens.
+        """
+        lengths = [len(row) for row in rows]
+        if min(lengths, default=1) == 0:
+            raise EncoderError(f"row {lengths.index(0)} has no tokens; expected at least one")
         found = np.empty((len(rows), self.dims), np.float32)
         done = 0
         with torch.inference_mode():
-            for batch in length_batches([len(row) for row in rows], TOKENS_PER_BATCH):
-                ids, lengths = pad_rows([rows[number] for number in batch], self.writer.tokens.pad)
-                device = self.model.device
-                vectors = encode(self.model, ids.to(device), lengths.to(device), self.pooling)
-                if self._dims is not None:
-                    vectors = functional.normalize(vectors[:, : self._dims], dim=-1)
-                found[batch] = vectors.float().cpu().numpy()
+            for batch in length_batches(lengths, self._tokens_of_a_batch()):
+                found[batch] = self._read([rows[number] for number in batch]).cpu().numpy()
                 done += len(batch)
                 if progress is not None:
                     progress(done, len(rows))
         return found
+
+    def _embed_all(self, count: int, written: Callable[[slice], list[list[int]]], progress: Progress | None) -> Vectors:
+        """Unit vectors [count, D] of the rows that `written` makes; some are made while those before them are read."""
+        found = np.empty((count, self.dims), np.float32)
+        for some, rows in ahead(written, [slice(first, first + ROWS_AHEAD) for first in range(0, count, ROWS_AHEAD)]):
+            found[some] = self.embed(rows, None if progress is None else _later(progress, some.start, count))
+        return found
+
+    def _tokens_of_a_batch(self) -> int:
+        if self._packed is None:
+            return TOKENS_PADDED
+        return TOKENS_PACKED if self.model.device.type == "cpu" else TOKENS_ELSEWHERE
+
+    def _read(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Unit vectors float32 [n, D] of rows in rising length."""
+        if self._packed is not None:
+            vectors = self._packed.states(rows, lambda states: pool(states, self.pooling))
+        else:
+            ids, lengths = pad_rows(rows, self.writer.tokens.pad)
+            vectors = encode(self.model, ids.to(self.model.device), lengths.to(self.model.device), self.pooling)
+        return functional.normalize(vectors[:, : self.dims].float(), dim=-1)
+
+
+def pool(states: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """float32 [n, D] of the last hidden states [n, length, D] of rows of equal length: mean, last, or the sum."""
+    last = states[:, -1].float()
+    if pooling == "last":
+        return last
+    mean = states.sum(1, dtype=torch.float32) / states.shape[1]
+    return mean if pooling == "mean" else mean + last
 
 
 def encode(model: PreTrainedModel, ids: torch.Tensor, lengths: torch.Tensor, pooling: Pooling = "mean") -> torch.Tensor:
@@ -134,6 +192,24 @@ def encode(model: PreTrainedModel, ids: torch.Tensor, lengths: torch.Tensor, poo
     real = torch.arange(ids.shape[1], device=ids.device)[None, :] < lengths[:, None]
     mean = (hidden * real[..., None]).sum(1, dtype=torch.float32) / lengths[:, None]
     return functional.normalize(mean if pooling == "mean" else mean + last, dim=-1)
+
+
+def ahead(make: Callable[[slice], list[list[int]]], parts: Sequence[slice]) -> Iterator[tuple[slice, list[list[int]]]]:
+    """Each part with what was made of it, in order; the next one is made on a thread of its own while the caller works."""
+    if len(parts) == 1:
+        yield parts[0], make(parts[0])
+        return
+    with ThreadPoolExecutor(1, "tokens") as pool:
+        coming = [pool.submit(make, part) for part in parts[:1]]
+        for part, following in zip(parts, [*parts[1:], None]):
+            rows = coming.pop().result()
+            if following is not None:
+                coming.append(pool.submit(make, following))
+            yield part, rows
+
+
+def _later(progress: Progress, before: int, count: int) -> Progress:
+    return lambda done, _: progress(before + done, count)
 
 
 def length_batches(lengths: Sequence[int], tokens: int) -> Iterator[npt.NDArray[np.int64]]:
@@ -205,37 +281,6 @@ def save_encoder(
         "actions": list(writer.actions),
         "training": dict(training),
     }
-    _write_json(folder / FACTS, facts)
-    _write_sentence_transformers(folder, dims, writer.budgets.member, pooling)
+    write_json(folder / FACTS, facts)
+    write_modules(folder, dims, writer.budgets.member, pooling)
     return folder_fingerprint(folder, FINGERPRINTED)
-
-
-def _write_sentence_transformers(folder: Path, dims: int, max_tokens: int, pooling: Pooling) -> None:
-    kind = "sentence_transformers.models"
-    modules = [("", "Transformer"), (POOLING_MODULE, "Pooling"), (NORMALIZE_MODULE, "Normalize")]
-    if pooling == "mean+last":
-        modules.insert(2, (SUM_MODULE, "Dense"))
-        _write_sum(folder / SUM_MODULE, dims)
-    listed = [
-        {"idx": number, "name": str(number), "path": path, "type": f"{kind}.{name}"}
-        for number, (path, name) in enumerate(modules)
-    ]
-    _write_json(folder / "modules.json", listed)
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
-    _write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine", "prompts": {}})
-    (folder / POOLING_MODULE).mkdir(exist_ok=True)
-    modes = {"pooling_mode_mean_tokens": pooling != "last", "pooling_mode_lasttoken": pooling != "mean"}
-    _write_json(folder / POOLING_MODULE / "config.json", {"word_embedding_dimension": dims, **modes})
-    (folder / NORMALIZE_MODULE).mkdir(exist_ok=True)
-
-
-def _write_sum(folder: Path, dims: int) -> None:
-    """A dense layer that adds up the two halves which the library's pooling puts side by side."""
-    folder.mkdir(exist_ok=True)
-    shape = {"in_features": 2 * dims, "out_features": dims, "bias": False}
-    _write_json(folder / "config.json", {**shape, "activation_function": "torch.nn.modules.linear.Identity"})
-    save_file({"linear.weight": torch.eye(dims).repeat(1, 2).contiguous()}, folder / "model.safetensors")
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1, sort_keys=isinstance(content, dict)) + "\n", encoding="utf-8")

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from index.errors import BrewlineError
+from ranking.cli.bench_embed import embed
+from ranking.cli.bench_night import night
 from ranking.cli.bench_report import Row, check_drawing, draw, grid_table, shape_table
 from ranking.cli.bench_search import search
 
@@ -69,6 +71,8 @@ class ItemLengths(StrEnum):
 
 
 app.command()(search)
+app.command()(embed)
+app.command()(night)
 
 
 @app.command()
