@@ -25,12 +25,13 @@ import numpy as np
 import numpy.typing as npt
 
 from index.changes import Changes, check_changes
+from index.durable import exclusive
 from index.live_view import LiveTable, LiveView
 from index.manifest import Manifest, SnapshotMismatch, SnapshotTorn
 from index.publish import current, list_snapshots
 from index.snapshot import Snapshot, read_manifest, snapshots_dir
-from index.wal import LogReader, trim
-from index.wal_writer import LogWriter
+from index.wal import LogBroken, LogReader, trim
+from index.wal_writer import LogWriter, disk
 
 LIVE_DIR, POSITION_FACT = "live", "live_position"
 FOLLOW_S = 0.2
@@ -51,7 +52,7 @@ class LiveIndex:
         self._queue_lock, self._lock = threading.RLock(), threading.Lock()
         self._reader: LogReader | None = None
         position = folded_position(snapshot.manifest, snapshot.name)
-        self._writer = LogWriter(self._folder, _facts(snapshot.manifest), position) if write else None
+        self._writer = self._begin(snapshot.manifest, position, store_dir) if write else None
         try:
             self._open(snapshot, position)
         except BaseException:
@@ -106,6 +107,11 @@ class LiveIndex:
         if self._reader is not None:
             self._reader.close()
 
+    def _begin(self, manifest: Manifest, position: int, store_dir: Path) -> LogWriter:
+        with disk(store_dir), exclusive(store_dir):  # no snapshot is collected meanwhile
+            newest = max([position, *_folded_positions(store_dir)])
+        return LogWriter(self._folder, _facts(manifest), position, newest=newest)
+
     def _open(self, snapshot: Snapshot, position: int) -> None:
         table, reader = LiveTable(snapshot, position), LogReader(self._folder, position)
         with closing(reader):
@@ -116,7 +122,13 @@ class LiveIndex:
 
     def _catch_up(self) -> None:
         assert self._reader is not None
-        self._table.take(_batches(self._reader))
+        try:
+            self._table.take(_batches(self._reader))
+        except BaseException:
+            # What was read before the error is not in the table yet: the next look begins behind what is.
+            self._reader.close()
+            self._reader = LogReader(self._folder, self._table.view.position)
+            raise
         self._looked = time.monotonic()
 
     def _write(self, changes: Changes, fingerprint: str | None) -> int:
@@ -134,15 +146,22 @@ class LiveIndex:
         with self._lock:
             if self._done < ticket:
                 self._commit(self._writer)
+            if self._done < ticket:
+                raise LogBroken(f"{self._folder}: a change was not written with those that waited with it; send it again")
             return self._table.view.position
 
     def _commit(self, writer: LogWriter) -> None:
-        with self._queue_lock:
-            waiting, self._queue = self._queue, []
-        last = writer.append([payload for payload, _ in waiting])
-        first, ours = last - len(waiting) + 1, self._table.view.snapshot.manifest.fingerprint
-        self._table.take([(first + place, ours, changes) for place, (_, changes) in enumerate(waiting)])
-        self._done += len(waiting)
+        """All who wait are on the disk and in the table. After any error the log takes no more, and none of them is told so."""
+        try:
+            with self._queue_lock:
+                waiting, self._queue = self._queue, []
+            last = writer.append([payload for payload, _ in waiting])
+            first, ours = last - len(waiting) + 1, self._table.view.snapshot.manifest.fingerprint
+            self._table.take([(first + place, ours, changes) for place, (_, changes) in enumerate(waiting)])
+            self._done += len(waiting)
+        except BaseException as error:
+            writer.give_up(f"a change failed: {error!r}")
+            raise
 
 
 def folded_position(manifest: Manifest, name: str) -> int:
@@ -158,11 +177,15 @@ def trim_folded(store_dir: Path) -> int:
 
     For the end of a night, after the publishing and the collector. Nothing goes before anything was published.
     """
-    names = [info.name for info in list_snapshots(store_dir) if not info.problem]
-    if current(store_dir) is None or not names:
+    positions = _folded_positions(store_dir)
+    if current(store_dir) is None or not positions:
         return 0
-    positions = [folded_position(read_manifest(snapshots_dir(store_dir) / name), name) for name in names]
     return trim(store_dir / LIVE_DIR, min(positions))
+
+
+def _folded_positions(store_dir: Path) -> list[int]:
+    names = [info.name for info in list_snapshots(store_dir) if not info.problem]
+    return [folded_position(read_manifest(snapshots_dir(store_dir) / name), name) for name in names]
 
 
 def _facts(manifest: Manifest) -> dict[str, str | int]:

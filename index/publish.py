@@ -19,10 +19,9 @@ from index.durable import exclusive, try_lock, write_durably
 from index.errors import BrewlineError
 from index.manifest import NAME_PATTERN, SnapshotError, SnapshotNotFound
 from index.snapshot import RUN_FILE, Snapshot, read_manifest, snapshots_dir
-from index.writer import PARTIAL_PREFIX
+from index.writer import PARTIAL_PREFIX, TRASH_PREFIX
 
 CURRENT_FILE, HISTORY_FILE, NIGHT_LOCK = "CURRENT", "HISTORY", "NIGHT"
-_TRASH_PREFIX = ".trash-"
 
 
 class PublishError(BrewlineError):
@@ -119,7 +118,7 @@ def collect_garbage(store_dir: Path, keep: int, *, own_night: bool = False) -> l
         _sweep(folder)  # first, too: a collector that crashed may have left a folder where one of these is to go
         for name in gone:
             # Renamed first: a crash halfway through the deletion must not leave a torn snapshot under a good name.
-            (folder / name).rename(folder / f"{_TRASH_PREFIX}{name}")
+            (folder / name).rename(folder / f"{TRASH_PREFIX}{name}")
         _sweep(folder)
         if set(past) & set(gone):
             _write_names(store_dir / HISTORY_FILE, [name for name in past if name not in gone])
@@ -137,7 +136,7 @@ def _night_works(store_dir: Path) -> bool:
 def _sweep(folder: Path) -> None:
     """What crashed writers and collectors left behind is gone."""
     for path in folder.glob(".*"):
-        if path.name.startswith(_TRASH_PREFIX):
+        if path.name.startswith(TRASH_PREFIX):
             shutil.rmtree(path)
         elif path.name.startswith(PARTIAL_PREFIX):
             lock = try_lock(path)

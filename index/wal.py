@@ -8,6 +8,10 @@
 A record at the end of the last segment whose last bytes are missing, or zeros (the file system made room and never filled it),
 was torn by a crash and never acknowledged: the next writer cuts it off. That is why a record ends in a byte that is not zero.
 Anything else that does not check is damage and stops everybody: cutting there could drop what was acknowledged.
+
+Bytes of a segment are only ever added. A writer that wants others puts a new file in the place of the old one, and a reader looks
+whether its file is still the one of that name. A log that was begun anew while an older snapshot is served numbers its changes
+behind those of every snapshot; the `since` of its first facts is from where on that older snapshot is meant to read it.
 """
 
 from __future__ import annotations
@@ -21,12 +25,12 @@ from dataclasses import dataclass
 from io import FileIO
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from index.durable import fsync_path
 from index.errors import BrewlineError
 
-SUFFIX, LOCK_FILE = ".log", "LOCK"
+SUFFIX, LOCK_FILE, SINCE_FACT = ".log", "LOCK", "since"
 MAX_PAYLOAD = 64 << 20
 _MAGIC, _FORMAT = b"BREWLOG", b"1"
 _HEADER, _RECORD = struct.Struct("<8sIII"), struct.Struct("<IQII")
@@ -92,6 +96,10 @@ class LogReader:
             entry = _next(self.segment, sealed=False)
             if entry is None:
                 later = [found for found in segments(self._folder) if found[0] > self.segment.first]
+                if self._replaced():
+                    self.close()
+                    self.segment = self._first()
+                    continue
                 if not later:
                     return
                 # Read again: since the next segment exists this one holds all that it will ever hold, and all of it whole.
@@ -101,6 +109,14 @@ class LogReader:
             if entry is not None and entry.position > self.position:
                 self.position = entry.position
                 yield entry
+
+    def _replaced(self) -> bool:
+        """Whether the open file is not the segment any more: a writer that began wrote it anew, or it was trimmed."""
+        assert self.segment is not None
+        try:
+            return not os.path.samestat(os.fstat(self.segment.file.fileno()), self.segment.path.stat())
+        except FileNotFoundError:
+            return True
 
     def _move_on(self, first: int, path: Path) -> bool:
         """The next segment is the open one, unless it is still being made."""
@@ -126,13 +142,16 @@ class LogReader:
         found = segments(self._folder)
         if not found:
             return None
-        wanted = [path for first, path in found if first <= self.position + 1]
-        if not wanted:
-            raise self._trimmed(found[0][0])
+        first, path = next((one for one in reversed(found) if one[0] <= self.position + 1), found[0])
         try:
-            return _open(wanted[-1])
+            opened = _open(path)
         except FileNotFoundError:  # trimmed since it was listed
             return self._first()
+        if first > self.position + 1 and (opened is None or int(opened.facts.get(SINCE_FACT, first)) > self.position):
+            if opened is not None:
+                opened.file.close()
+            raise self._trimmed(first)
+        return opened
 
     def _trimmed(self, first: int) -> LogTrimmed:
         return LogTrimmed(
@@ -179,52 +198,71 @@ def _sealed(head: bytes) -> bytes:
     return head + zlib.crc32(head).to_bytes(4, "little")
 
 
-def _intact(head: bytes, size: int) -> bool:
-    return len(head) == size and head == _sealed(head[:-4])
-
-
 def _open(path: Path) -> Segment | None:
-    """The segment is open at its first record; None while its header is not whole: it is being made, or was torn."""
+    """The segment is open at its first record; None while its header is not whole: it was torn."""
     segment = Segment(path, path.open("rb", buffering=0), {}, 0, int(path.stem))
-    descriptor, whole = segment.file.fileno(), _HEADER.size
-    head = os.pread(descriptor, whole, 0)
-    if _intact(head, _HEADER.size):
-        magic, length, crc, _ = _HEADER.unpack(head)
-        facts, whole = os.pread(descriptor, length, whole), whole + length
-        if magic == _MAGIC + _FORMAT and zlib.crc32(facts) == crc and len(facts) == length:
-            segment.facts, segment.offset = json.loads(facts), whole
-            return segment
-    torn = _is_torn(descriptor, 0, whole)
+    seen = _look(segment, _HEADER, 1)
+    if seen.fields and seen.fields[0] == _MAGIC + _FORMAT:
+        segment.facts, segment.offset = json.loads(seen.content), seen.end
+        return segment
     segment.file.close()
-    if torn:
+    if seen.torn or seen.empty:
         return None
     raise _damage(segment, f"the segment does not begin as one of format {_FORMAT.decode()} does")
 
 
 def _next(segment: Segment, sealed: bool) -> Entry | None:
     """The next record is returned, None while there is none or it is torn. In a sealed segment torn is damaged."""
-    descriptor, start, whole = segment.file.fileno(), segment.offset, _RECORD.size
-    head = os.pread(descriptor, whole, start)
-    if not head:
+    seen = _look(segment, _RECORD, 0)
+    if seen.empty or (seen.torn and not sealed):
         return None
-    if _intact(head, _RECORD.size):
-        length, position, crc, _ = _RECORD.unpack(head)
-        content, whole = os.pread(descriptor, length, start + whole), whole + length
-        if len(content) == length and zlib.crc32(content) == crc and position == segment.position:
-            segment.offset, segment.position = start + whole, position + 1
-            return Entry(position, segment.facts, content.removesuffix(_END))
-    if not sealed and _is_torn(descriptor, start, whole):
-        return None
-    raise _damage(segment, f"change {segment.position} is not what was written")
+    if not seen.fields or seen.fields[1] != segment.position:
+        raise _damage(segment, f"change {segment.position} is not what was written")
+    entry = Entry(segment.position, segment.facts, seen.content.removesuffix(_END))
+    segment.offset, segment.position = seen.end, segment.position + 1
+    return entry
 
 
-def _is_torn(descriptor: int, start: int, whole: int) -> bool:
-    """Whether the file ends, but for zeros, before the `whole` bytes from `start` on are over."""
-    return len(os.pread(descriptor, 2 * MAX_PAYLOAD, start).rstrip(b"\0")) < whole
+class _Seen(NamedTuple):
+    """What stands at an offset: the fields of a head and its content, both as written, or none; and where they end."""
+
+    fields: tuple[Any, ...]
+    content: bytes
+    end: int
+    empty: bool = False
+    torn: bool = False
+
+
+def _look(segment: Segment, head: struct.Struct, length_at: int) -> _Seen:
+    """What follows what was read is returned; torn is what ends, but for zeros, before it is over."""
+    descriptor, start = segment.file.fileno(), segment.offset
+    first = os.pread(descriptor, head.size, start)
+    length = head.unpack(first)[length_at] if _intact(first, head.size) else 0
+    seen = _parse(first + os.pread(descriptor, length, start + head.size), start, head, length_at)
+    if seen.fields or not first:
+        return seen._replace(empty=not first)
+    # The writer may have been in the midst of it, and be done by now: whether it is whole or torn is judged from one look.
+    tail = os.pread(descriptor, 2 * MAX_PAYLOAD, start)
+    seen = _parse(tail, start, head, length_at)
+    return seen._replace(torn=not seen.fields and start + len(tail.rstrip(b"\0")) < seen.end)
+
+
+def _parse(content: bytes, start: int, head: struct.Struct, length_at: int) -> _Seen:
+    if not _intact(content[: head.size], head.size):
+        return _Seen((), b"", start + head.size)
+    fields = head.unpack_from(content)
+    length, crc = fields[length_at], fields[2]
+    found = content[head.size : head.size + length]
+    good = len(found) == length and zlib.crc32(found) == crc
+    return _Seen(fields if good else (), found, start + head.size + length)
+
+
+def _intact(head: bytes, size: int) -> bool:
+    return len(head) == size and head == _sealed(head[:-4])
 
 
 def _damage(segment: Segment, what: str) -> LogDamaged:
     return LogDamaged(
-        f"{segment.path}, offset {segment.offset}: {what}; acknowledged changes may lie behind it. Restore the file, or move the "
-        "log away and send the changes since the last snapshot again"
+        f"{segment.path}, offset {segment.offset}: {what}; acknowledged changes may lie behind it. Restore the file, or end "
+        "every server of the store, move the log away and send the changes since the last snapshot again"
     )

@@ -9,8 +9,8 @@ from contextlib import closing, contextmanager
 from io import FileIO
 from pathlib import Path
 
-from index.durable import StoreBusy, fsync_path, try_lock
-from index.wal import LOCK_FILE, Facts, LogBroken, LogDamaged, LogReader, framed, header, segment_path, segments
+from index.durable import StoreBusy, fsync_path, try_lock, write_durably
+from index.wal import LOCK_FILE, SINCE_FACT, Facts, LogBroken, LogDamaged, LogReader, framed, header, segment_path, segments
 
 SEGMENT_BYTES = 8 << 20
 """A full segment is followed by a new one; only whole segments are trimmed, so about so much stays of what was folded in."""
@@ -19,17 +19,22 @@ log = logging.getLogger(__name__)
 
 
 class LogWriter:
-    """The one writer of a log, for as long as it is open. `position` is that of the last record, `after` if there is none."""
+    """The one writer of a log, for as long as it is open. `position` is that of the last record."""
 
-    def __init__(self, folder: Path, facts: Facts, after: int = 0, segment_bytes: int | None = None) -> None:
-        """A torn tail is cut off. `after` is the last position that a snapshot holds: an empty log begins behind it.
+    def __init__(
+        self, folder: Path, facts: Facts, after: int = 0, segment_bytes: int | None = None, *, newest: int | None = None
+    ) -> None:
+        """A torn tail is cut off, and all that was read of the last segment is on the disk.
 
-        Raises StoreBusy while another process writes, LogDamaged (also when the log ends before `after`), LogBroken.
+        `after` is the last position that the snapshot holds to which changes are written, `newest` (default: that) the last
+        that any snapshot of the store does. An empty log begins behind `newest`: no position may mean two changes.
+        Raises StoreBusy while another process writes, LogDamaged (also when the log ends before `newest`), LogBroken.
         """
         self._folder, self._facts, self._segment_bytes = folder, dict(facts), segment_bytes or SEGMENT_BYTES
-        self._broken, self.position, self._size = "", after, 0
+        self._broken, self.position, self._size = "", max(after, newest or 0), 0
+        self._first_facts: Facts = {SINCE_FACT: after} if self.position > after else {}
         self._file: FileIO | None = None
-        with _disk(folder):
+        with disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
             fsync_path(folder.parent)
             (folder / LOCK_FILE).touch()
@@ -38,8 +43,8 @@ class LogWriter:
             raise StoreBusy(f"{folder} is being written by another process: one server takes changes, the others follow it")
         self._lock = lock
         try:
-            with _disk(folder):
-                self._continue(after)
+            with disk(folder):
+                self._continue()
         except BaseException:
             os.close(lock)
             raise
@@ -47,22 +52,33 @@ class LogWriter:
     def append(self, payloads: Sequence[bytes]) -> int:
         """All the payloads are on the disk, in this order, and the position of the last is returned. One fsync for all.
 
-        Raises LogBroken when the disk refuses: none of them is acknowledged, and the log takes no more.
+        Raises LogBroken when the disk refuses. After any error none of them is acknowledged, and the log takes no more.
         """
         if self._broken:
             raise LogBroken(f"{self._folder} takes no more changes ({self._broken}): open it anew by starting the server again")
+        if not payloads:
+            raise ValueError("nothing is appended: expected at least one payload")
         try:
-            if self._file is None or self._size >= self._segment_bytes:
-                self._file = self._new_segment()
             content = b"".join(framed(self.position + place, one) for place, one in enumerate(payloads, 1))
-            _write(self._file, content)
+            if self._file is None or self._size >= self._segment_bytes:
+                self._file = self._new_segment(content)
+            else:
+                _write(self._file, content)
+                self._size += len(content)
         except OSError as error:
-            # What a failed fsync leaves on the disk is unknown, and a second one may claim success: only reading it again tells.
-            self._broken = f"writing failed: {error.strerror or error}"
+            # What a failed fsync leaves on the disk is unknown: a second one may claim success, and reading shows what the
+            # memory holds. Opening anew writes what can be read to a new file.
+            self.give_up(f"writing failed: {error.strerror or error}")
             raise LogBroken(f"{self._folder}: {self._broken}; the changes were not taken") from error
-        self._size += len(content)
+        except BaseException as error:
+            self.give_up(f"writing failed: {error!r}")
+            raise
         self.position += len(payloads)
         return self.position
+
+    def give_up(self, why: str) -> None:
+        """The log takes no more until it is opened anew; the first reason is kept."""
+        self._broken = self._broken or why
 
     def change_facts(self, facts: Facts) -> None:
         """Records appended from now on stand under these facts, in a segment of their own."""
@@ -80,41 +96,43 @@ class LogWriter:
             os.close(self._lock)
             self._lock, self._broken = -1, "it was closed"
 
-    def _continue(self, after: int) -> None:
+    def _continue(self) -> None:
         """The last segment is open for appending, without its torn tail, if its facts are ours."""
+        for left in self._folder.glob(".*.new"):  # of a writer that was killed
+            left.unlink()
         found = segments(self._folder)
         if not found:
             return
-        first, path = found[-1]
-        self.position = first - 1
+        newest, (first, path) = self.position, found[-1]
+        self.position, self._first_facts = first - 1, {}
         with closing(LogReader(self._folder, self.position)) as reader:
             for entry in reader.read():
                 self.position = entry.position
             segment = reader.segment
-        if self.position < after:
+            content = b"" if segment is None else os.pread(segment.file.fileno(), segment.offset, 0)
+        if self.position < newest:
             raise LogDamaged(
-                f"{self._folder} ends with change {self.position}, the snapshot holds all up to {after}: the log is an old copy; "
+                f"{self._folder} ends with change {self.position}, a snapshot holds all up to {newest}: the log is an old copy; "
                 "move it away and open again"
             )
-        self._size = 0 if segment is None else segment.offset
-        torn = path.stat().st_size - self._size
+        torn = path.stat().st_size - len(content)
         if torn:
             log.warning("%s: %d bytes of a change that was never acknowledged are cut off", path, torn)
-            os.truncate(path, self._size)
-            fsync_path(path)
+        # Written anew though it reads well: after a failed fsync of the writer before, it may be in the memory alone.
+        write_durably(path, content)
+        self._size = len(content)
         if segment is not None and segment.facts == self._facts:
             self._file = path.open("ab", buffering=0)
 
-    def _new_segment(self) -> FileIO:
+    def _new_segment(self, content: bytes) -> FileIO:
+        """A new segment with these records is on the disk, and open for more."""
         if self._file is not None:
             self._file.close()
-        content = header(self._facts)
+        content = header({**self._facts, **self._first_facts}) + content
         path = segment_path(self._folder, self.position + 1)
-        file = path.open("wb", buffering=0)  # one without records may be there, of another encoder
-        _write(file, content)
-        fsync_path(self._folder)
-        self._size = len(content)
-        return file
+        write_durably(path, content)  # one without records may be there, of another encoder, and be held by a reader
+        self._size, self._first_facts = len(content), {}
+        return path.open("ab", buffering=0)
 
 
 def _write(file: FileIO, content: bytes) -> None:
@@ -126,7 +144,8 @@ def _write(file: FileIO, content: bytes) -> None:
 
 
 @contextmanager
-def _disk(folder: Path) -> Iterator[None]:
+def disk(folder: Path) -> Iterator[None]:
+    """A full disk or a missing right becomes LogBroken."""
     try:
         yield
     except OSError as error:
