@@ -119,15 +119,16 @@ def _loss(design: Floats, y: Floats, weights: Floats, ridge: Floats) -> float:
 def _isotonic(s: Floats, y: Floats) -> tuple[tuple[float, float], ...]:
     """The rising step function nearest to y, as the middle and height of each step; each knows one unseen answer of either kind,
     so that no probability is 0 or 1."""
-    order = np.argsort(s, kind="stable")
+    at, place = np.unique(s, return_inverse=True)
+    count, good = np.bincount(place), np.bincount(place, y)
     blocks: list[list[float]] = []  # sum of logits, positives, examples
-    for at, answer in zip(s[order].tolist(), y[order].tolist()):
-        blocks.append([at, answer, 1.0])
+    for block in zip((at * count).tolist(), good.tolist(), count.tolist()):  # equal logits are one block, in whatever order
+        blocks.append([*block])
         while len(blocks) > 1 and blocks[-2][1] * blocks[-1][2] >= blocks[-1][1] * blocks[-2][2]:
             last = blocks.pop()
             blocks[-1] = [held + more for held, more in zip(blocks[-1], last)]
     share = y.mean()
-    heights = np.maximum.accumulate([(good + 2 * share) / (size + 2) for _, good, size in blocks])
+    heights = np.maximum.accumulate([(right + 2 * share) / (size + 2) for _, right, size in blocks])
     return tuple((total / size, float(height)) for (total, _, size), height in zip(blocks, heights))
 
 

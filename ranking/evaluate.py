@@ -5,7 +5,7 @@ Rows are the labelled events of the test split. Legend: E rows, R bootstrap samp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from ranking.metrics import (
     ndcg_within,
     normalized_entropy,
 )
-from retrieval.data.schema import TEST, Dataset, Events
+from retrieval.data.schema import TEST, Dataset
 from retrieval.evidence.intervals import Estimate, interval, resample_weights
 
 Floats = npt.NDArray[np.float64]
@@ -29,8 +29,17 @@ Bools = npt.NDArray[np.bool_]
 
 RESAMPLES = 500
 SHORT_LIST = 10
+OF_PROBABILITIES = {
+    "log_loss",
+    "normalized_entropy",
+    "calibration_error",
+    "calibration_error_debiased",
+    "predicted_over_actual",
+    "mean_prediction",
+}
+"""Metrics that depend on more than the order of the rows."""
 HISTORIES = (0, 1, 5, 20)
-"""Events before the one judged at which a slice of members begins."""
+"""Engagements before the one judged at which a slice of members begins."""
 WEEK = 7 * 86_400
 LAST_WEEK = 4
 """Weeks since the cut from which on all later ones are one slice."""
@@ -44,8 +53,8 @@ class RankingEvidenceError(BrewlineError):
 @dataclass(frozen=True)
 class Rows:
     """E labelled events to judge: `event` positions in the log, `label` float64 0 or 1, member, item, request (-1 none),
-    `event_id`, whether the member or the item had no event before the cut, how many events the member had strictly before this
-    one (`history`), and the whole weeks since the cut."""
+    `event_id`, whether the member or the item had no event before the cut, how many engagements the member had strictly before
+    this one (`history`), and the whole weeks since the cut."""
 
     event: npt.NDArray[np.int64]
     event_id: npt.NDArray[np.int64]
@@ -86,14 +95,15 @@ def labelled_test_rows(dataset: Dataset) -> Rows:
             f"{dataset.meta.name} has {len(event)} labelled test events, {int(label.sum())} of them positive; ranking can only "
             "be judged where both labels occur. Give the events labels, or move the test cut."
         )
-    return rows_of(log, event, dataset.meta.cut_test, len(dataset.members), len(dataset.items))
+    return rows_of(dataset, event)
 
 
-def rows_of(log: Events, event: Ints, cut: int, members: int, items: int) -> Rows:
+def rows_of(dataset: Dataset, event: Ints) -> Rows:
     """Returns the events at the given positions as rows to judge."""
+    log, cut = dataset.events, dataset.meta.cut_test
     known = log.timestamp < cut
-    cold_member = np.bincount(log.member[known], minlength=members) == 0
-    cold_item = np.bincount(log.item[known], minlength=items) == 0
+    cold_member = np.bincount(log.member[known], minlength=len(dataset.members)) == 0
+    cold_item = np.bincount(log.item[known], minlength=len(dataset.items)) == 0
     return Rows(
         event=np.asarray(event, np.int64),
         event_id=log.event_id[event],
@@ -103,21 +113,18 @@ def rows_of(log: Events, event: Ints, cut: int, members: int, items: int) -> Row
         request=log.request[event],
         cold_member=cold_member[log.member[event]],
         cold_item=cold_item[log.item[event]],
-        history=_earlier(log, np.asarray(event, np.int64)),
+        history=engaged_before(dataset, log.member[event], log.timestamp[event]),
         week=(log.timestamp[event] - cut) // WEEK,
     )
 
 
-def _earlier(log: Events, event: Ints) -> npt.NDArray[np.int64]:
-    """Int64 [E]: how many events of the same member lie strictly before each event."""
-    order = np.lexsort((log.timestamp, log.member))
-    member, moment = log.member[order].astype(np.int64), log.timestamp[order]
-    first = np.flatnonzero(np.concatenate([[True], (np.diff(member) != 0) | (np.diff(moment) != 0)]))
-    start = np.repeat(first, np.diff([*first, len(order)]))
-    begin = np.searchsorted(member, member)
-    found = np.empty(len(order), np.int64)
-    found[order] = start - begin
-    return found[event]
+def engaged_before(dataset: Dataset, member: Ints, moment: Ints) -> npt.NDArray[np.int64]:
+    """Int64 [E]: how many engagements each member had strictly before a moment (seconds), as a history counts them."""
+    log = dataset.engagements
+    times, back = np.unique(np.concatenate([log.timestamp, moment]), return_inverse=True)
+    key = np.concatenate([log.member, member]).astype(np.int64) * len(times)
+    done = np.sort((key + back)[: len(log)])
+    return np.asarray(np.searchsorted(done, (key + back)[len(log) :]) - np.searchsorted(done, key[len(log) :]), np.int64)
 
 
 def request_ndcg(rows: Rows, score: Floats, depth: int = SHORT_LIST) -> float:
@@ -157,6 +164,16 @@ def judge_scores(rows: Rows, probability: Floats, seed: int = 0, resamples: int 
     }
     error = float(seen.std(ddof=1)) if len(seen) > 1 else float("nan")
     return Judged(metrics, Estimate(value, error, low, high), slices_of(rows, score), samples)
+
+
+def order_alone(judged: Judged) -> Judged:
+    """Returns what remains of a run whose numbers are no probabilities: NaN wherever their size would count."""
+    metrics = {name: float("nan") if name in OF_PROBABILITIES else value for name, value in judged.metrics.items()}
+    slices = {
+        name: {metric: float("nan") if metric in OF_PROBABILITIES else value for metric, value in found.items()}
+        for name, found in judged.slices.items()
+    }
+    return replace(judged, metrics=metrics, slices=slices)
 
 
 def slices_of(rows: Rows, score: Floats) -> dict[str, dict[str, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ranking.baselines import Scored
-from ranking.evaluate import Judged, Rows, auc_difference, judge_scores
+from ranking.evaluate import Judged, Rows, auc_difference, engaged_before, judge_scores, order_alone
 from ranking.metrics import reliability
 from ranking.page import ranking_page, reliability_plot
-from ranking.scores import Scores
+from ranking.scores import OrderOnly, Scores
 from retrieval.data.schema import Dataset
 from retrieval.evidence.baselines import Knowledge
 from retrieval.evidence.intervals import Estimate
@@ -102,9 +102,11 @@ class RankingReport:
         if lost is None:
             return ""
         told = f"Taking the text logit away costs {lost.value:+.4f} AUC ({lost.low:+.4f} .. {lost.high:+.4f})"
-        if lost.value >= WORTH_OF_TEXT:
-            return f"{told}: the words carry their part."
-        return f"{told}, less than {WORTH_OF_TEXT}: this is a gradient-boosting model in disguise."
+        if lost.low >= WORTH_OF_TEXT:
+            return f"{told}, surely {WORTH_OF_TEXT} or more: the words carry their part."
+        if lost.high < WORTH_OF_TEXT:
+            return f"{told}, surely less than {WORTH_OF_TEXT}: this is a gradient-boosting model in disguise."
+        return f"{told}; whether it is {WORTH_OF_TEXT} or more is not shown."
 
 
 def evaluate_ranking(
@@ -115,8 +117,13 @@ def evaluate_ranking(
     scores: Scores | None = None,
     tasks: Mapping[str, Mapping[str, float]] | None = None,
 ) -> RankingReport:
-    """Returns a ranker's scores (if any) beside those of the baselines; `tasks` holds the numbers of its other tasks."""
-    runs = [RankingRun(one.name, one.knowledge, judge_scores(rows, one.probability)) for one in baselines]
+    """Returns a ranker's scores (if any) beside those of the baselines; `tasks` holds the numbers of its other tasks.
+
+    Slices by history count what `counts` knows of it.
+    """
+    if counts == "frozen":
+        rows = replace(rows, history=engaged_before(dataset, rows.member, np.full(len(rows), dataset.meta.cut_test)))
+    runs = [RankingRun(one.name, one.knowledge, _judged(rows, one)) for one in baselines]
     fair = [run for run in runs if run.name not in NOT_SIMPLE and (counts == "live" or run.knowledge == "frozen")]
     best = max(fair, key=lambda run: run.judged.auc.value).label if fair else ""
     facts: dict[str, object] = {"events": len(rows), "members": len(np.unique(rows.member))}
@@ -138,6 +145,11 @@ def evaluate_ranking(
         [RankingRun(f"Ranker, {name}", counts, judged) for name, judged in variants.items()],
         {name: auc_difference(model.judged, judged) for name, judged in variants.items()},
     )
+
+
+def _judged(rows: Rows, one: Scored) -> Judged:
+    found = judge_scores(rows, one.probability)
+    return order_alone(found) if isinstance(one, OrderOnly) else found
 
 
 def write_ranking_report(report: RankingReport, rows: Rows, scores: Scores | None, folder: Path, command: str = "") -> None:
@@ -198,7 +210,7 @@ def systems_table(report: RankingReport) -> Table:
     for run in runs:
         best = "*" if run.label == report.best else ""
         cells = [f"{best}{short(run.judged.auc.value)}±{short(run.judged.auc.error)}"]
-        cells += [short(run.judged.metrics[metric]) for metric in shown]
+        cells += ["-" if math.isnan(value := run.judged.metrics[metric]) else short(value) for metric in shown]
         ours = run is report.model
         table.add_row(run.label, *cells, style="bold" if ours else None, end_section=ours)
     return table

@@ -41,7 +41,7 @@ class FusionError(BrewlineError):
 @dataclass(frozen=True)
 class Blend:
     """Weights float64 [K] of the inputs and a bias; `alone` are those of the same head fitted without the text. `centre` and
-    `spread` standardise the cosine."""
+    `spread` standardise the cosine: each encoder has a scale of its own, so they belong to the one whose cosines come."""
 
     weight: Floats
     bias: float
@@ -155,6 +155,12 @@ def inputs_of(
     return np.column_stack([text, text * known, numbers, np.log(rate / (1 - rate)), cosine])
 
 
+def centre_of(cosine: npt.NDArray[np.floating]) -> tuple[float, float]:
+    """Returns mean and standard deviation of the known cosines [n]; 0 and 1 without any."""
+    known = np.asarray(cosine, np.float64)[np.isfinite(cosine)]
+    return (float(known.mean()), float(max(known.std(), 1e-6))) if len(known) else (0.0, 1.0)
+
+
 def fit_blend(
     text: Floats, numbers: Floats, features: Features, names: Sequence[str], base: float, label: npt.NDArray[np.integer]
 ) -> Blend:
@@ -162,9 +168,7 @@ def fit_blend(
 
     `text` are calibrated logits of the text model, `numbers` those of the trees, `names` of the features [n, F].
     """
-    cosine = features[:, names.index(COSINE)].astype(np.float64)
-    known = cosine[np.isfinite(cosine)]
-    centre = (float(known.mean()), float(max(known.std(), 1e-6))) if len(known) else (0.0, 1.0)
+    centre = centre_of(features[:, names.index(COSINE)])
     inputs = inputs_of(text, numbers, features, names, base, centre)
     weight, bias = _fitted(inputs, label, np.ones(len(INPUTS), bool))
     alone, alone_bias = _fitted(inputs, label, np.array([name not in TEXT for name in INPUTS]))

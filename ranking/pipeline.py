@@ -42,6 +42,10 @@ class BadScores(BrewlineError):
     """The ranker returned something that is not a probability for each candidate."""
 
 
+class OtherCosines(BrewlineError):
+    """The ranker's head weighs cosines of one encoder, and the first stage has those of another, or of shorter vectors."""
+
+
 class Degraded(enum.IntEnum):
     """Why an answer is less than it should be; numbered as in the contract."""
 
@@ -121,13 +125,26 @@ class Pace:
 
 @dataclass(frozen=True)
 class Recommender:
-    """Two stages of the same night. Without a ranker only `retrieve` answers. Not safe for concurrent calls."""
+    """Two stages of the same night. Without a ranker only `retrieve` answers. Not safe for concurrent calls.
+
+    Raises OtherCosines where the ranker's head would read cosines of a scale that it was not fitted for.
+    """
 
     retriever: Retriever
     ranker: Ranker | None = None
     pace: Pace = field(default_factory=Pace)
     reply_s: float = 0.01
     """Seconds kept back from a deadline for the way home."""
+
+    def __post_init__(self) -> None:
+        if self.ranker is None or self.ranker.head is None or not self.ranker.head.reads_cosine:
+            return
+        known, found = self.ranker.facts.encoder, self.retriever.encoder.fingerprint
+        if known not in (None, found):
+            raise OtherCosines(
+                f"the ranker's head weighs cosines of encoder {known}, and this night's vectors are of {found} (a number at the "
+                "end: cut to that many dims). Publish a night of whole vectors, or train the ranker with --no-fusion"
+            )
 
     def recommend(
         self,

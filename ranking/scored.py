@@ -21,11 +21,12 @@ from ranking.learn.batches import Choice, GroupWriter
 from ranking.learn.examples import GroupSettings, Pool, pools_of, sampled
 from ranking.metrics import auc, debiased_calibration_error, log_loss, member_aucs, normalized_entropy
 from ranking.ranker import Ranker
-from ranking.scores import Scores
+from ranking.scores import OrderOnly, Scores
 from ranking.tasks import LABEL, task_named
 from retrieval.data.schema import DAY, Dataset
 from retrieval.encoder import Encoder, stored_fingerprint
 from retrieval.evidence.baselines import Knowledge
+from retrieval.provenance import saw_past
 
 Floats = npt.NDArray[np.float64]
 GROUPS_PER_PASS = 64
@@ -125,14 +126,21 @@ def cosines(dataset: Dataset, pool: Pool, until: int, encoder: Encoder) -> Float
 
 
 def retrieval_alone(dataset: Dataset, cosine: Floats, encoder: Encoder, counts: Knowledge) -> Scored:
-    """The first stage's cosines [E] as a ranking baseline, put on the scale of the newest labels before the test cut."""
+    """The first stage's cosines [E] as a ranking baseline: probabilities by Platt on the newest labels before the test cut.
+
+    An encoder that was trained on those labels' days is sure of what it knows by heart, and too few of them fit nothing: then
+    the baseline is an order only.
+    """
     log = dataset.events
     event = np.flatnonzero((log.label >= 0) & (log.timestamp < dataset.meta.cut_test))[-SCALED_ON:]
-    rows = rows_of(log, event, dataset.meta.cut_test, len(dataset.members), len(dataset.items))
-    pool, back = moments(dataset, rows, "live")
-    before = cosines(dataset, pool, dataset.meta.cut_test, encoder)[back]
-    found = fit(before, log.label[event]).probabilities(cosine)
-    return Scored("Retrieval score", counts, found.astype(np.float64))
+    order = OrderOnly("Retrieval score", counts, np.clip((1 + cosine) / 2, 0, 1))
+    if not len(event) or saw_past(encoder.facts.get("training", {}), dataset, int(log.timestamp[event[0]])):
+        return order
+    pool, back = moments(dataset, rows_of(dataset, event), "live")
+    scale = fit(cosines(dataset, pool, dataset.meta.cut_test, encoder)[back], log.label[event])
+    if scale.method == "identity":
+        return order
+    return Scored("Retrieval score", counts, scale.probabilities(cosine).astype(np.float64))
 
 
 def known_until(dataset: Dataset, counts: Knowledge) -> int:

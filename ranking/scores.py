@@ -1,4 +1,4 @@
-"""The probabilities that a ranker gives to the rows of an evaluation. No torch here: reports read them."""
+"""What a model says of the rows of an evaluation. No torch here: reports read it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ranking.baselines import Scored
+
 Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class OrderOnly(Scored):
+    """A baseline whose numbers put the rows in order and are no probabilities: nothing but the order is judged."""
 
 
 @dataclass(frozen=True)

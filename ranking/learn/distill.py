@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from pydantic import ConfigDict
 from safetensors import SafetensorError, safe_open
@@ -27,13 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
-from ranking.learn.attention import training_mixer
-from ranking.learn.batches import Batch, Choice, GroupWriter
+from ranking.learn.batches import Choice, GroupWriter
 from ranking.learn.examples import Pool
-from ranking.learn.loop import LoopSettings, Trainer
+from ranking.learn.loop import Labels, LoopSettings, Trainer, answers, layers_of
 from ranking.prefill.llama import Layers
-from ranking.prefill.plan import plan
-from ranking.prefill.request import Limits
 from retrieval.learn.checkpoint import TrainingError, check_identity, write_json
 
 SHARD = 512
@@ -42,7 +38,6 @@ GROUPS_PER_PASS = 16
 IDENTITY = "identity.json"
 LOGIT, HIDDEN = "logit", "hidden"
 
-Labels = Mapping[str, tuple[int, int]]
 Tell = Callable[[int, int], None]
 
 
@@ -72,26 +67,6 @@ class Learning:
     def taught(self) -> bool:
         """Whether a teacher is asked at all."""
         return self.kl > 0 or self.hidden > 0
-
-
-def answers(layers: Layers, labels: Labels, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the states [n, D] where the answers are read, and z_yes - z_no float32 [n], of a batch's candidates."""
-    planned = plan(batch.requests, Limits(max_tokens=1 << 62), hoist=False)
-    (chunk,) = planned.chunks
-    where = np.empty(planned.unique_items, np.int64)
-    where[chunk.unique] = np.arange(len(chunk.unique))
-    head = layers.model.get_output_embeddings().weight
-    rows = torch.from_numpy(np.concatenate([where[rows] for rows in planned.fan_out])).to(head.device)
-    state = layers.read(chunk, {}).float()[rows]
-    pairs = torch.tensor([labels[task] for task in batch.tasks], device=head.device)
-    direction = head[pairs[:, 0]].float() - head[pairs[:, 1]].float()
-    sizes = torch.tensor([len(request.items) for request in batch.requests], device=head.device)
-    return state, (state * direction.repeat_interleave(sizes, 0)).sum(-1)
-
-
-def layers_of(model: LlamaForCausalLM) -> Layers:
-    """The differentiable layer loop of a model."""
-    return Layers(model, training_mixer(model.get_input_embeddings().weight.device.type))
 
 
 class Answers:
@@ -197,8 +172,7 @@ class Distiller(Trainer):
         """The three losses of the next groups of the order, weighted; the curve tells the first and the last apart."""
         chosen = self.order.next()
         batch = self.writer.write(self.pools, chosen)
-        self.tokens += sum(len(one.prefix) + sum(map(len, one.items)) for one in batch.requests)
-        state, logit = answers(self._layers, self.labels, batch)
+        state, logit = self.read(batch)
         wanted = self.learning
         loss = wanted.label * functional.binary_cross_entropy_with_logits(logit, torch.from_numpy(batch.label).to(logit.device))
         if self.kept is None or not wanted.taught:

@@ -61,11 +61,15 @@ class Pool:
 
     def only(self, kept: npt.NDArray[np.bool_]) -> Pool:
         """The groups [G] that are kept."""
-        sizes = np.diff(self.start)
-        rows = np.repeat(kept, sizes)
-        columns = {name: getattr(self, name)[rows] for name in ("item", "day", "event", "label")}
-        start = np.concatenate([[0], np.cumsum(sizes[kept])])
-        return replace(self, member=self.member[kept], moment=self.moment[kept], start=start, **columns)
+        return self.where(np.repeat(kept, np.diff(self.start)))
+
+    def where(self, kept: npt.NDArray[np.bool_]) -> Pool:
+        """The candidates [n] that are kept; a group that loses all of them is left out."""
+        columns = {name: getattr(self, name)[kept] for name in ("item", "day", "event", "label")}
+        sizes = np.diff(np.concatenate([[0], np.cumsum(kept)])[self.start])
+        there = sizes > 0
+        start = np.concatenate([[0], np.cumsum(sizes[there])])
+        return replace(self, member=self.member[there], moment=self.moment[there], start=start, **columns)
 
 
 def pools_of(
@@ -88,8 +92,21 @@ def sampled(pool: Pool, candidates: int) -> list[tuple[str, int]]:
 
 
 def held_back(dataset: Dataset, seed: int) -> npt.NDArray[np.bool_]:
-    """Bool [M]: members whose groups between the cuts the refit does not learn from, so that it can be calibrated on them."""
+    """Bool [M]: members whose events between the cuts the refit does not learn from, so that it can be calibrated on them."""
     return np.random.default_rng([seed, 6]).random(len(dataset.members)) < HELD_BACK
+
+
+def taught(dataset: Dataset, pools: Mapping[str, Pool], held: npt.NDArray[np.bool_]) -> dict[str, Pool]:
+    """The pools without any event between the cuts of the members `held` (bool [M]): what the refit may learn from.
+
+    Events decide, not groups: a group may begin before the cut and end after it. A drawn candidate goes with its engagement.
+    """
+    time, cut, found = dataset.events.timestamp, dataset.meta.cut_valid, {}
+    for name, pool in pools.items():
+        asked = np.maximum.accumulate(np.where(pool.event == SAMPLED, 0, np.arange(len(pool.event))))
+        late = time[pool.event[asked]] >= cut
+        found[name] = pool.where(~(late & np.repeat(held[pool.member], np.diff(pool.start))))
+    return found
 
 
 def teaches(dataset: Dataset, before: int) -> bool:

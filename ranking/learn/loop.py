@@ -20,6 +20,8 @@ from ranking.prefill.plan import plan
 from ranking.prefill.request import Limits
 from retrieval.learn.loop import Loop, Pace
 
+Labels = Mapping[str, tuple[int, int]]
+
 
 @dataclass(frozen=True)
 class LoopSettings(Pace):
@@ -45,7 +47,7 @@ class Trainer(Loop):
         model: LlamaForCausalLM,
         writer: GroupWriter,
         pools: Mapping[str, Pool],
-        labels: Mapping[str, tuple[int, int]],
+        labels: Labels,
         steps: int,
         settings: LoopSettings,
         identity: Mapping[str, object],
@@ -58,7 +60,7 @@ class Trainer(Loop):
         self.writer, self.pools, self.labels, self.seed = writer, pools, labels, seed
         self.order = Order(pools, settings.others, settings.candidates, seed)
         self.tokens = 0
-        self._layers = Layers(model, training_mixer(model.get_input_embeddings().weight.device.type))
+        self._layers = layers_of(model)
 
     def again(self, steps: int, learning_rate: float) -> Trainer:
         """A run of another length and rate over the same groups, from a copy of the weights as they are."""
@@ -73,22 +75,12 @@ class Trainer(Loop):
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean log-loss of the batch's answers, from the logits of the two answer words in float32."""
         label = torch.from_numpy(batch.label).to(self.model.device)
-        return functional.binary_cross_entropy_with_logits(self.scores(batch), label)
+        return functional.binary_cross_entropy_with_logits(self.read(batch)[1], label)
 
-    def scores(self, batch: Batch) -> torch.Tensor:
-        """z_yes - z_no float32 [n] of the batch's candidates."""
-        planned = plan(batch.requests, Limits(max_tokens=1 << 62), hoist=False)
-        (chunk,) = planned.chunks
-        self.tokens += len(chunk.tokens)
-        where = np.empty(planned.unique_items, np.int64)
-        where[chunk.unique] = np.arange(len(chunk.unique))
-        rows = torch.from_numpy(np.concatenate([where[rows] for rows in planned.fan_out])).to(self.model.device)
-        hidden = self._layers.read(chunk, {}).float()[rows]
-        head = self.model.get_output_embeddings().weight
-        pairs = torch.tensor([self.labels[task] for task in batch.tasks], device=head.device)
-        direction = head[pairs[:, 0]].float() - head[pairs[:, 1]].float()
-        sizes = torch.tensor([len(request.items) for request in batch.requests], device=head.device)
-        return (hidden * direction.repeat_interleave(sizes, 0)).sum(-1)
+    def read(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `answers` of a batch, whose tokens count as read."""
+        self.tokens += sum(len(one.prefix) + sum(map(len, one.items)) for one in batch.requests)
+        return answers(self._layers, self.labels, batch)
 
     def state(self) -> dict[str, Any]:
         """The place in the order, and the tokens read."""
@@ -97,3 +89,23 @@ class Trainer(Loop):
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Go to the place in the order that a checkpoint names."""
         self.tokens, self.order.cursor = facts["tokens"], (facts["cursor"][0], facts["cursor"][1])
+
+
+def answers(layers: Layers, labels: Labels, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the states [n, D] where the answers are read, and z_yes - z_no float32 [n], of a batch's candidates."""
+    planned = plan(batch.requests, Limits(max_tokens=1 << 62), hoist=False)
+    (chunk,) = planned.chunks
+    where = np.empty(planned.unique_items, np.int64)
+    where[chunk.unique] = np.arange(len(chunk.unique))
+    head = layers.model.get_output_embeddings().weight
+    rows = torch.from_numpy(np.concatenate([where[rows] for rows in planned.fan_out])).to(head.device)
+    state = layers.read(chunk, {}).float()[rows]
+    pairs = torch.tensor([labels[task] for task in batch.tasks], device=head.device)
+    direction = head[pairs[:, 0]].float() - head[pairs[:, 1]].float()
+    sizes = torch.tensor([len(request.items) for request in batch.requests], device=head.device)
+    return state, (state * direction.repeat_interleave(sizes, 0)).sum(-1)
+
+
+def layers_of(model: LlamaForCausalLM) -> Layers:
+    """The differentiable layer loop of a model."""
+    return Layers(model, training_mixer(model.get_input_embeddings().weight.device.type))

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from index.errors import BrewlineError
 from ranking.learn.batches import Batch
-from ranking.learn.distill import Labels, answers, layers_of
+from ranking.learn.loop import Labels, answers, layers_of
 
 MOST = 0.3
 """Share of the weights outside the embeddings that one step may take; more costs what training does not bring back."""

@@ -1,7 +1,7 @@
 """What a chain of compressions is taught and judged on: one data set, one way of writing it, the same groups for every model.
 
-    taught      every group before the test cut but those of the members that the teacher's refit held back in its newest days
-    held back   those groups, one for each member and day: calibrators and gates
+    taught      every event before the test cut but those of the members that the teacher's refit held back in its newest days
+    held back   those events, one group for each member and day: calibrators and gates
     test        the groups after the test cut, as fresh as served ones: the table, and nothing else
 
 Legend: n candidates, D hidden dims.
@@ -21,8 +21,8 @@ import torch
 from index.errors import BrewlineError
 from ranking.calibrate import ENOUGH
 from ranking.learn.batches import Batch, GroupWriter
-from ranking.learn.distill import Labels, answers, layers_of
-from ranking.learn.examples import GroupSettings, Pool, held_back, pools_of
+from ranking.learn.examples import GroupSettings, Pool, held_back, pools_of, taught
+from ranking.learn.loop import Labels, answers, layers_of
 from ranking.learn.validate import sampled
 from ranking.prefill.request import Request
 from ranking.ranker import Ranker
@@ -134,8 +134,7 @@ def ground_of(dataset: Dataset, teacher: Ranker, judged: int) -> Ground:
     tasks, main = teacher.tasks, next(iter(teacher.tasks))
     held = held_back(dataset, seed)
     writer = GroupWriter(dataset, teacher.prompts, tasks, meta.cut_test)
-    pools = pools_of(dataset, tasks, None, meta.cut_test, GroupSettings(), seed)
-    pools = {name: pool.only(~(held[pool.member] & (pool.moment >= meta.cut_valid))) for name, pool in pools.items()}
+    pools = taught(dataset, pools_of(dataset, tasks, None, meta.cut_test, GroupSettings(), seed), held)
     fresh = replace(GroupSettings(), least=1)
     window = pools_of(dataset, tasks, meta.cut_valid, meta.cut_test, fresh, seed)
     window = {name: pool.only(held[pool.member]) for name, pool in window.items()}

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from ranking.calibrate import Method
 from ranking.learn.batches import GroupWriter
 from ranking.learn.compare import start_to_compare
-from ranking.learn.examples import GroupSettings, pools_of
+from ranking.learn.examples import GroupSettings, pools_of, taught
 from ranking.learn.loop import LoopSettings, Trainer
 from ranking.prompts import RankBudgets, RankPrompts, label_token
 from ranking.ranker import labels_of
@@ -73,7 +73,7 @@ def start(
 ) -> Trainer:
     """Return a trainer at step 0 that has seen nothing at or after `before` (seconds), whatever `dataset` holds.
 
-    Groups of the members `held` (bool [M]) between the cuts are not learned from. `identity` is what its checkpoints must share.
+    Events of the members `held` (bool [M]) between the cuts are not learned from. `identity` is what its checkpoints must share.
     Raises TrainingError if nothing can be learned, and the errors of the checkpoint, the encoder or the tokenizer.
     """
     torch.manual_seed(plan.seed)
@@ -82,7 +82,7 @@ def start(
     if not pools:
         raise TrainingError(f"{dataset.meta.name}: no labelled event, impression or engagement before the cut; nothing to learn")
     if held is not None:
-        pools = {name: pool.only(~(held[pool.member] & (pool.moment >= dataset.meta.cut_valid))) for name, pool in pools.items()}
+        pools = taught(dataset, pools, held)
     model, tokens, quantizer = _parts(dataset, before, plan, tasks)
     writer = GroupWriter(dataset, RankPrompts(tokens, quantizer, plan.budgets), tasks, before)
     return Trainer(

@@ -15,7 +15,7 @@ from ranking.learn.examples import held_back, teaches
 from ranking.learn.fuse import head_of
 from ranking.learn.loop import Trainer
 from ranking.learn.start import Origins, RankerPlan, origins_of, start
-from ranking.learn.validate import Progress, decide, recalibrated
+from ranking.learn.validate import Progress, decide, labels_judged, recalibrated, window_pools
 from ranking.ranker import FACTS, RankerFacts, save_ranker
 from ranking.tasks import ENGAGE, LABEL
 from retrieval.data.schema import Dataset
@@ -84,7 +84,9 @@ def train_ranker(dataset: Dataset, out: Path, plan: RankerPlan, progress: Progre
     head = None
     if decision["blend"] is not None:
         scale = again[LABEL][1] if LABEL in again else Calibrator.from_facts(decision["scale"])
-        head = head_of(dataset, decision["blend"], scale, plan.seed)
+        pool, groups = labels_judged(window_pools(dataset, trainer, plan))
+        encoder = None if plan.encoder is None else Path(plan.encoder)
+        head = head_of(dataset, decision["blend"], pool, groups, scale, encoder, plan.seed)
     with (work / "curve.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(point) + "\n" for point in trainer.curve)
     fingerprint = save_ranker(out, trainer.model, trainer.writer.prompts, facts, head)

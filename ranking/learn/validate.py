@@ -110,10 +110,14 @@ def _blend(
 ) -> Mapping[str, object] | None:
     """What late fusion learns from the validation run, as facts."""
     scores, labels = judged
-    pool = pools[LABEL]
-    groups = [group for _, group in sampled(pool, _share(VALIDATION_CANDIDATES, list(pools).index(LABEL)))]
     encoder = None if origins.validation_folder is None else Path(origins.validation_folder)
-    return blend_facts(dataset, pool, groups, scores, labels, fit(scores, labels), encoder, plan.seed)
+    return blend_facts(dataset, *labels_judged(pools), scores, labels, fit(scores, labels), encoder, plan.seed)
+
+
+def labels_judged(pools: Mapping[str, Pool]) -> tuple[Pool, list[int]]:
+    """The pool of labels of the validation window, and its groups that `judge` asks about."""
+    pool = pools[LABEL]
+    return pool, [group for _, group in sampled(pool, _share(VALIDATION_CANDIDATES, list(pools).index(LABEL)))]
 
 
 def recalibrated(dataset: Dataset, trainer: Trainer, plan: RankerPlan, held: Held) -> dict[str, tuple[Calibrator, Calibrator]]:

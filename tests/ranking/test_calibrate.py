@@ -48,6 +48,21 @@ def test_isotonic_follows_a_bend_that_platt_cannot_and_survives_the_disk() -> No
             Calibrator.from_facts({**found.facts(), "knots": wrong})
 
 
+def test_equal_logits_are_one_step_in_whatever_order_their_labels_come() -> None:
+    half = np.repeat([0, 1], 100)
+    for labels in (half, half[::-1], np.tile([0, 1], 100)):
+        assert fit(np.zeros(200), labels, "isotonic").knots == ((0.0, pytest.approx(0.5)),)
+    rng = np.random.default_rng(3)
+    logits = np.round(2 * rng.normal(size=4_000)) / 2
+    labels = (rng.random(4_000) < sigmoid(logits)).astype(int)
+    shuffled, found = rng.permutation(4_000), fit(logits, labels, "isotonic")
+    assert fit(logits[shuffled], labels[shuffled], "isotonic") == found
+    assert calibration_error(found.probabilities(logits), labels, bins=1) < 1e-3
+    for value in (-1.0, 0.0, 1.0):  # rates of some hundred answers each: they rise, so nothing is pooled
+        held = logits == value
+        assert found.probabilities(np.array([value]))[0] == pytest.approx(labels[held].mean(), abs=5e-3)
+
+
 def test_isotonic_pools_what_falls_and_equals_scikit_learn_before_smoothing() -> None:
     isotonic = pytest.importorskip("sklearn.isotonic")
     rng = np.random.default_rng(2)

@@ -10,18 +10,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ranking.baselines import ExtraMissing, as_of_days, oracle, simple_rankers
+from ranking.baselines import ExtraMissing, Scored, as_of_days, oracle, simple_rankers
 from ranking.evaluate import (
     RankingEvidenceError,
     auc_difference,
     auc_samples,
+    engaged_before,
     judge_scores,
     labelled_test_rows,
     masks_of,
     member_ndcg,
     request_ndcg,
 )
-from ranking.evidence import evaluate_ranking, write_ranking_report
+from ranking.evidence import WITHOUT_TEXT, evaluate_ranking, write_ranking_report
 from ranking.features import FeatureTable
 from ranking.metrics import (
     auc,
@@ -35,6 +36,7 @@ from ranking.metrics import (
 )
 from ranking.scores import Scores
 from retrieval.data.schema import DAY, TEST, Dataset
+from retrieval.evidence.intervals import Estimate
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 
@@ -113,14 +115,44 @@ def test_chance_alone_is_taken_off_the_calibration_error_and_a_real_gap_stays() 
 
 
 def test_slices_are_those_of_a_hand_count(tiny_dataset: Dataset) -> None:
-    rows, log = labelled_test_rows(tiny_dataset), tiny_dataset.events
+    rows, log, engaged = labelled_test_rows(tiny_dataset), tiny_dataset.events, tiny_dataset.engagements
     masks = masks_of(rows)
+    impressions = 0
     for row in (0, len(rows) // 2, len(rows) - 1):
-        earlier = (log.member == rows.member[row]) & (log.timestamp < log.timestamp[rows.event[row]])
-        assert rows.history[row] == earlier.sum()
+        moment = log.timestamp[rows.event[row]]
+        assert rows.history[row] == ((engaged.member == rows.member[row]) & (engaged.timestamp < moment)).sum()
+        impressions += int(((log.member == rows.member[row]) & (log.timestamp < moment)).sum()) - int(rows.history[row])
+    assert impressions > 0
     assert sum(mask.sum() for name, mask in masks.items() if name.startswith("history")) == len(rows)
     assert sum(mask.sum() for name, mask in masks.items() if name.startswith("week")) == len(rows)
     assert rows.week.min() == 0 and 0 < member_ndcg(rows, rows.label) <= 1
+
+
+def test_frozen_slices_count_the_history_that_a_frozen_prompt_holds(
+    tiny_dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ranking.evaluate.HISTORIES", (0, 12))
+    rows, engaged = labelled_test_rows(tiny_dataset), tiny_dataset.engagements
+    known = np.bincount(engaged.member[engaged.timestamp < tiny_dataset.meta.cut_test], minlength=len(tiny_dataset.members))
+    found = {
+        counts: evaluate_ranking(tiny_dataset, rows, [Scored("Base rate", "frozen", np.full(len(rows), 0.5))], counts)
+        for counts in ("live", "frozen")
+    }
+    live, frozen = ({name: each["n"] for name, each in one.baselines[0].judged.slices.items()} for one in found.values())
+    assert frozen["history 12+"] == (known[rows.member] >= 12).sum() < live["history 12+"] == (rows.history >= 12).sum()
+    assert (engaged_before(tiny_dataset, rows.member, np.zeros(len(rows), np.int64)) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"), [(0.006, 0.02, "carry"), (0.001, 0.03, "not shown"), (-0.01, 0.004, "disguise"), (None, None, "not")]
+)
+def test_the_verdict_on_the_words_heeds_its_interval(tiny_dataset: Dataset, low: float, high: float, told: str) -> None:
+    rows = labelled_test_rows(tiny_dataset)
+    report = evaluate_ranking(tiny_dataset, rows, [], "live")
+    value = np.nan if low is None else low
+    lost = Estimate(0.01, 0.005, value, np.nan if high is None else high)
+    verdict = replace(report, fusion={WITHOUT_TEXT: lost}).verdict
+    assert [word for word in ("carry", "disguise", "not shown") if word in verdict] == ["not shown" if told == "not" else told]
 
 
 def test_a_paired_difference_sees_a_small_steady_lead(tiny_dataset: Dataset) -> None:

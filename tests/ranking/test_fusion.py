@@ -14,12 +14,14 @@ from index.publish import current
 from index.snapshot import Snapshot
 from ranking.calibrate import Calibrator, sigmoid
 from ranking.evaluate import labelled_test_rows
+from ranking.evidence import evaluate_ranking
 from ranking.fusion import FUSION_FILE, Blend, FusionError, Head, fit_blend
 from ranking.fusion_features import COSINE, LABELS, RATE, asked_of, feature_names, features
 from ranking.fusion_rows import LAG_DAYS, FeatureRows, base_rate, training_pool
 from ranking.learn.examples import Pool
 from ranking.metrics import auc
 from ranking.scored import cosines, known_until, moments, retrieval_alone
+from ranking.scores import OrderOnly
 from ranking.tasks import LABEL
 from ranking.trees import Boosting, grow
 from retrieval.catalog import Catalog
@@ -186,3 +188,25 @@ def test_retrieval_alone_is_a_baseline_in_the_order_of_its_cosines(
     assert found.name == "Retrieval score" and found.probability.shape == (len(rows),)
     assert ((found.probability > 0) & (found.probability < 1)).all()
     assert (np.diff(found.probability[np.argsort(cosine)]) >= 0).all() and np.ptp(cosine) > 0
+
+
+def test_cosines_are_no_probabilities_unless_unseen_labels_say_so(
+    tiny_dataset: Dataset, night: tuple[Snapshot, Encoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta, rows, encoder = tiny_dataset.meta, labelled_test_rows(tiny_dataset), night[1]
+    pool, back = moments(tiny_dataset, rows, "live")
+    cosine = cosines(tiny_dataset, pool, known_until(tiny_dataset, "live"), encoder)[back]
+    monkeypatch.setattr("ranking.scored.fit", lambda said, _: Calibrator("platt", 3.0, -1.0, len(said)))
+    found = {}
+    for cut in (DAY, meta.cut_test):
+        monkeypatch.setattr(encoder, "facts", {**encoder.facts, "training": {"data": meta.name, "cut": cut, "note": ""}})
+        one = retrieval_alone(tiny_dataset, cosine, encoder, "live")
+        found[cut] = evaluate_ranking(tiny_dataset, rows, [one], "live").baselines[0].judged
+    blind, knowing = found[DAY].metrics, found[meta.cut_test].metrics
+    assert blind["log_loss"] > 0 and np.isnan(knowing["log_loss"]) and np.isnan(knowing["calibration_error_debiased"])
+    for order in ("auc", "member_auc", "member_ndcg@10"):
+        assert knowing[order] == pytest.approx(blind[order], abs=1e-3)
+    assert np.isnan(found[meta.cut_test].slices["both known"]["mean_prediction"])
+    monkeypatch.setattr("ranking.scored.fit", lambda said, _: Calibrator(n=len(said)))
+    monkeypatch.setattr(encoder, "facts", {})
+    assert isinstance(retrieval_alone(tiny_dataset, cosine, encoder, "live"), OrderOnly)

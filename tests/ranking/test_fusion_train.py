@@ -13,19 +13,25 @@ from typer.testing import CliRunner
 
 from ranking.cli.evaluate import app
 from ranking.evaluate import labelled_test_rows
-from ranking.fusion import FUSION_FILE
+from ranking.fusion import FUSION_FILE, Blend, Head
 from ranking.fusion_features import Asked, Facts, connected_to
+from ranking.fusion_rows import FeatureRows
 from ranking.learn import validate
-from ranking.learn.examples import GroupSettings, held_back, pools_of
+from ranking.learn.examples import SAMPLED, GroupSettings, held_back, pools_of, taught
 from ranking.learn.loop import LoopSettings
 from ranking.learn.start import RankerPlan, start
 from ranking.learn.train import train_ranker
 from ranking.prompts import RankBudgets, relations_of
 from ranking.ranker import Ranker
+from ranking.tasks import tasks_of
 from retrieval.counts import Counts
 from retrieval.data.schema import DAY, Dataset, MemberView
 from retrieval.data.write import write_dataset
+from retrieval.encoder import VALIDATION, Encoder, save_encoder
 from retrieval.evidence.protocol import engagements
+from retrieval.learn.checkpoint import DECISION
+from retrieval.learn.start import EncoderPlan
+from retrieval.learn.start import start as start_encoder
 from retrieval.llama import Size
 
 PLAN = RankerPlan(
@@ -86,6 +92,37 @@ def test_the_evaluation_writes_the_scores_that_are_served(trained: Path, tiny_da
     assert "Ranker, text only" in page and "data:image/png" in page and "<script" not in page
 
 
+def test_the_cosine_is_standardised_for_the_encoder_that_serves(tiny_dataset: Dataset, tmp_path: Path) -> None:
+    meta, folder, out = tiny_dataset.meta, tmp_path / "encoder", tmp_path / "ranker"
+    for place, cut, seed in ((folder, meta.cut_test, 0), (folder / VALIDATION, meta.cut_valid, 1)):
+        made = start_encoder(tiny_dataset, cut, EncoderPlan(steps=1, size=PLAN.size, seed=seed), 1)
+        save_encoder(place, made.model, made.sampler.writer, {"data": meta.name, "cut": cut, "note": ""})
+    plan = replace(PLAN, encoder=str(folder))
+    train_ranker(tiny_dataset, out, plan)
+    fitted = Blend.from_facts(json.loads((out / "training" / DECISION).read_text())["blend"])
+    served = Head.load(out).blend
+    trainer = start(tiny_dataset, meta.cut_test, plan, 1)
+    pool, groups = validate.labels_judged(validate.window_pools(tiny_dataset, trainer, plan))
+    rows = FeatureRows(tiny_dataset, meta.cut_test, 0.5)
+    for place, blend in ((folder / VALIDATION, fitted), (folder, served)):
+        said = rows.cosines(pool, groups, Encoder.load(place))
+        assert (blend.centre, blend.spread) == pytest.approx((said.mean(), said.std()), abs=1e-6)
+    assert abs(served.centre - fitted.centre) > 0.01 and served.weight.tolist() == fitted.weight.tolist()
+
+
+def test_drawn_candidates_leave_with_their_engagement(tiny_dataset: Dataset) -> None:
+    events = tiny_dataset.engagements
+    dataset = replace(tiny_dataset, events=replace(events, label=np.full(len(events), -1, np.int8)))
+    held, cut = held_back(dataset, 0), dataset.meta.cut_valid
+    whole = pools_of(dataset, tasks_of(dataset), None, dataset.meta.cut_test, GroupSettings(), 0)
+    kept = taught(dataset, whole, held)["engage"]
+    owner = np.repeat(kept.member, np.diff(kept.start))
+    assert (kept.event == SAMPLED).any() and (kept.day[held[owner]] * DAY < cut).all()
+    late = (kept.event != SAMPLED) & (dataset.events.timestamp[kept.event] >= cut)
+    assert late.any() and not (late & held[owner]).any() and (kept.label[kept.start[:-1]] == 1).all()
+    assert len(kept.label) < len(whole["engage"].label)
+
+
 def test_the_head_is_part_of_the_fingerprint_and_may_be_left_out(trained: Path, tiny_dataset: Dataset, tmp_path: Path) -> None:
     ranker = Ranker.load(trained)
     assert ranker.head is not None and ranker.fuses("label") and ranker.fuses() and not ranker.fuses("like")
@@ -107,12 +144,13 @@ def test_the_refit_is_calibrated_on_members_that_it_was_not_taught(
     trainer = start(tiny_dataset, meta.cut_test, PLAN, 2, held=held)
     whole = start(tiny_dataset, meta.cut_test, PLAN, 2)
     learned, asked = trainer.pools["label"], whole.pools["label"]
-    late = held[asked.member] & (asked.moment >= meta.cut_valid)
-    assert len(learned) == len(asked) - late.sum() < len(asked)
-    assert not (held[learned.member] & (learned.moment >= meta.cut_valid)).any()
+    pool = pools_of(tiny_dataset, trainer.writer.tasks, meta.cut_valid, meta.cut_test, GroupSettings(least=1), 0)["label"]
+    judged, taught = set(pool.only(held[pool.member]).event.tolist()), set(learned.event.tolist())
+    straddling = held[asked.member] & (asked.moment < meta.cut_valid)
+    assert judged & set(asked.only(straddling).event.tolist()), "no group begins before the cut and ends after it"
+    assert not taught & judged and taught | judged == set(asked.event.tolist())
     monkeypatch.setattr(validate, "HELD_LEAST", 5)
     trainer.run(2)
     wanted, _ = validate.recalibrated(tiny_dataset, trainer, replace(PLAN, calibration="temperature"), held)["label"]
-    pool = pools_of(tiny_dataset, trainer.writer.tasks, meta.cut_valid, meta.cut_test, GroupSettings(least=1), 0)["label"]
     assert wanted.method == "temperature"
     assert wanted.n == np.diff(pool.start)[held[pool.member]].sum()

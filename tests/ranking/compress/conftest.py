@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ranking.learn.distill import Labels
-from ranking.learn.loop import LoopSettings
+from ranking.learn.loop import Labels, LoopSettings
 from ranking.learn.questions import Ground, ground_of
 from ranking.learn.start import RankerPlan
 from ranking.learn.train import train_ranker

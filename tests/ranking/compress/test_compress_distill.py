@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from ranking.learn.distill import Answers, Distiller, Labels, Learning, answers, forward_kl, layers_of
+from ranking.learn.distill import Answers, Distiller, Learning, forward_kl
 from ranking.learn.examples import Pool
+from ranking.learn.loop import Labels, answers, layers_of
 from ranking.learn.questions import Ground
 from ranking.ranker import Ranker
 from retrieval.learn.checkpoint import TrainingError

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from ranking.learn.batches import Batch
-from ranking.learn.distill import Labels, answers, layers_of
+from ranking.learn.loop import Labels, answers, layers_of
 from ranking.learn.prune import Keep, PruneError, prune, pruned_config, weights_of, worth
 from ranking.learn.questions import Ground
 from ranking.prefill.engine import Engine

@@ -16,6 +16,7 @@ from ranking.calibrate import Calibrator
 from ranking.cli.main import app
 from ranking.fusion import Blend, Head
 from ranking.fusion_rows import FeatureRows, training_pool
+from ranking.pipeline import OtherCosines
 from ranking.prompts import RankBudgets, RankPrompts
 from ranking.ranker import RankerFacts, labels_of, save_ranker
 from ranking.serving.client import Client
@@ -170,14 +171,16 @@ def judged(
     return folder
 
 
-@pytest.mark.parametrize("ranker", ["text", "fused"])
+@pytest.mark.parametrize(
+    ("ranker", "codes", "apart"), [("text", "float32", 1e-5), ("fused", "float32", 1e-5), ("fused", "int8", 5e-3)]
+)
 def test_ranked_answers_are_the_measured_ones(
-    judged: Path, tmp_path: Path, tiny_dataset: Dataset, start: Start, ranker: str
+    judged: Path, tmp_path: Path, tiny_dataset: Dataset, start: Start, ranker: str, codes: str, apart: float
 ) -> None:
     data, models = judged / "data", ["--encoder", judged / "encoder", "--ranker", judged / ranker]
     brewline("evaluate", "ranking", data, *models, "--counts", "frozen", "--out", tmp_path / "out", "--json")
     cut = tiny_dataset.meta.cut_test
-    brewline("nightly", data, *models, "--store", tmp_path / "store", "--as-of", cut, "--json")
+    brewline("nightly", data, *models, "--store", tmp_path / "store", "--as-of", cut, "--codes", codes, "--json")
     scores = pq.read_table(tmp_path / "out" / "scores.parquet").to_pydict()
     score = dict(zip(scores["event_id"], scores["score"]))
     assert (np.ptp(np.subtract(scores["score"], scores["score_text"])) > 0.05) == (ranker == "fused")
@@ -191,9 +194,21 @@ def test_ranked_answers_are_the_measured_ones(
     with Client(f"127.0.0.1:{port}") as client:
         for member, expected in measured.items():
             ranked = client.rank(member, list(expected), task="label")
-            np.testing.assert_allclose(ranked.probabilities, [expected[one] for one in ranked.ids], atol=1e-5)
+            np.testing.assert_allclose(ranked.probabilities, [expected[one] for one in ranked.ids], atol=apart)
             recommended = client.recommend(member, 60, task="label")
             both = [(said, expected[one]) for one, said in zip(recommended.ids, recommended.probabilities) if one in expected]
-            np.testing.assert_allclose([said for said, _ in both], [right for _, right in both], atol=1e-5)
+            np.testing.assert_allclose([said for said, _ in both], [right for _, right in both], atol=apart)
             compared += len(both)
     assert len(measured) == 40 and compared > 100
+
+
+def test_a_head_that_weighs_cosines_is_not_served_with_shorter_vectors(
+    judged: Path, tmp_path: Path, tiny_dataset: Dataset
+) -> None:
+    cut = tiny_dataset.meta.cut_test
+    for ranker in ("text", "fused"):
+        models = ["--encoder", judged / "encoder", "--ranker", judged / ranker]
+        brewline("nightly", judged / "data", *models, "--store", tmp_path / ranker, "--as-of", cut, "--dims", 16, "--json")
+    assert open_stack(tmp_path / "text", judged / "encoder", judged / "text", None).encoder.dims == 16
+    with pytest.raises(OtherCosines, match=r"vectors are of .*-16"):
+        open_stack(tmp_path / "fused", judged / "encoder", judged / "fused", None)
