@@ -1,4 +1,8 @@
-"""Tonight's items as vectors: only those that read differently since yesterday are encoded."""
+"""Tonight's items as vectors: only those that read differently since yesterday are encoded.
+
+Most items of a night read as they did, and that is seen without writing a single prompt: a prompt is made of four texts and of
+bucket words, and both are compared in columns. Only what is left is written, tokenised and, if the tokens differ too, encoded.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from index.codes import Codes
 from index.manifest import Manifest
-from retrieval.tonight import Tonight
+from retrieval.data.schema import Item
+from retrieval.features import Quantizer
+from retrieval.hysteresis import EXACT, Hysteresis, Mask, Numbers
+from retrieval.tonight import Rows, Tonight
 from retrieval.yesterday import Opened
 
 if TYPE_CHECKING:
@@ -20,15 +29,22 @@ if TYPE_CHECKING:
 Vectors = npt.NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
 """(what is being done, done so far, of how many)"""
+NO_VECTOR = np.zeros(0, np.float32)
 NOTHING: Mapping[str, tuple[str, Vectors]] = {}
+PROMPT_TEXTS = ("title", "category", "creator", "text")
+"""What `retrieval.prompts.item_prompt` writes beside numbers."""
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """Vectors float32 [N,D] and prompt digests [N] of a night's items; `count` of them were encoded anew."""
+    """Vectors float32 [N,D], prompt digests [N] and the as-of numbers float64 [N] by name that the prompts were written with.
+
+    `count` items were encoded anew.
+    """
 
     vectors: Vectors
     digests: Sequence[str]
+    numbers: Numbers
     count: int
 
 
@@ -39,31 +55,90 @@ def embed_changed(
     told: Progress,
     codes: Codes = "float32",
     made: Mapping[str, tuple[str, Vectors]] = NOTHING,
+    hysteresis: Hysteresis = EXACT,
 ) -> Embedded:
     """Tonight's items as vectors, before they are coded: yesterday's where the same encoder read the same prompt, else new.
 
+    The same but for numbers that `hysteresis` lets pass, that is; whatever is written anew is written with tonight's numbers.
     Yesterday's will do if they are whole or in tonight's codes: coding them once more gives what coding new ones would. So will
     those that this encoder `made` by day, item id -> (prompt digest, vector).
     """
-    records = tonight.records()
-    digests = encoder.item_digests(records, tonight.numbers)
-    vectors = np.zeros((len(records), encoder.dims), np.float32)
-    changed = np.ones(len(records), bool)
+    total = len(tonight.items)
+    vectors, digests = np.zeros((total, encoder.dims), np.float32), np.full(total, "", object)
+    numbers = {name: column.copy() for name, column in tonight.numbers.items()}
+    rows = np.full(total, -1, np.int64)
     if previous is not None and _usable(previous.snapshot.manifest, encoder.fingerprint, codes):
         rows = previous.catalog.rows(tonight.items.item_id)
-        same = [row >= 0 and previous.catalog.digest(row) == digest for row, digest in zip(rows.tolist(), digests)]
-        changed = ~np.array(same, bool)
-        vectors[~changed] = previous.snapshot.vectors[rows[~changed]]
-    for row in np.flatnonzero(changed).tolist() if made else ():
-        digest, vector = made.get(tonight.items.item_id[row], ("", vectors[row]))
-        if digest == digests[row] and len(vector) == encoder.dims:
-            vectors[row], changed[row] = vector, False
-    new = np.flatnonzero(changed)
-    if len(new):
-        numbers = {name: column[new] for name, column in tonight.numbers.items()}
-        vectors[new] = encoder.items([records[row] for row in new], numbers, lambda done, of: told("items", done, of))
-    return Embedded(vectors, digests, len(new))
+        same = np.flatnonzero(rows >= 0)
+        same = same[_reads_as(tonight, same, previous, rows[same], encoder.writer.quantizer, hysteresis)]
+        vectors[same], digests[same] = previous.snapshot.vectors[rows[same]], _digests(previous, rows[same])
+        for name, column in numbers.items():
+            column[same] = previous.numbers[name][rows[same]]
+    new = np.flatnonzero(digests == "")
+    digests[new] = encoder.item_digests(*_written(tonight, new))
+    fresh = []
+    for row in new.tolist():
+        vector = _kept(previous, int(rows[row]), digests[row])
+        if vector is None:
+            vector = _made_by_day(made, tonight.items.item_id[row], digests[row], encoder.dims)
+        if vector is None:
+            fresh.append(row)
+        else:
+            vectors[row] = vector
+    if fresh:
+        places = np.array(fresh, np.int64)
+        vectors[places] = encoder.items(*_written(tonight, places), lambda done, of: told("items", done, of))
+    return Embedded(vectors, digests.tolist(), numbers, len(fresh))
 
 
 def _usable(before: Manifest, fingerprint: str, codes: Codes) -> bool:
     return before.fingerprint == fingerprint and before.dtype in ("float32", codes)
+
+
+def _reads_as(tonight: Tonight, items: Rows, previous: Opened, rows: Rows, quantizer: Quantizer, hysteresis: Hysteresis) -> Mask:
+    """Bool [n]: which of tonight's `items` are written as yesterday's `rows` were, numbers as the policy sees them.
+
+    False says nothing: the tokens may be the same nevertheless.
+    """
+    columns = previous.catalog.columns
+    if previous.numbers.keys() != tonight.numbers.keys():
+        return np.zeros(len(items), bool)
+    texts, ours = pa.array(rows), tonight.items
+    same = np.ones(len(items), bool)
+    for name in PROMPT_TEXTS:
+        words = pa.array(getattr(ours, name), pa.large_string()).take(pa.array(items))
+        same &= pc.equal(columns.raw[name].take(texts), words).fill_null(False).to_numpy(zero_copy_only=False)
+    then = {name: column[rows] for name, column in previous.numbers.items()}
+    now = {name: column[items] for name, column in tonight.numbers.items()}
+    same &= ~hysteresis.any_moved(quantizer, then, now, len(items))
+    for name in set(quantizer.names) - now.keys():
+        same &= ~EXACT.moved(quantizer, name, _static(columns.static, name, rows), _static(ours.numbers, name, items))
+    return same
+
+
+def _static(held: Mapping[str, npt.NDArray[np.float64]], name: str, rows: Rows) -> npt.NDArray[np.float64]:
+    """A number of the items themselves, NaN throughout where nobody gives it."""
+    return held[name][rows] if name in held else np.full(len(rows), np.nan)
+
+
+def _digests(previous: Opened, rows: Rows) -> list[str]:
+    found: list[str] = previous.catalog.columns.raw["digest"].take(pa.array(rows)).to_pylist()
+    return found
+
+
+def _written(tonight: Tonight, rows: Rows) -> tuple[list[Item], Numbers]:
+    """Some of tonight's items as records, with their numbers."""
+    return [tonight.items[row] for row in rows.tolist()], {name: column[rows] for name, column in tonight.numbers.items()}
+
+
+def _kept(previous: Opened | None, row: int, digest: str) -> Vectors | None:
+    """Yesterday's vector of a row (-1: it has none) if its tokens had this digest: words beyond the budget are not read."""
+    if previous is None or row < 0 or previous.catalog.digest(row) != digest:
+        return None
+    return previous.snapshot.vectors[row]
+
+
+def _made_by_day(made: Mapping[str, tuple[str, Vectors]], item_id: str, digest: str, dims: int) -> Vectors | None:
+    """The vector of an item that was put in by day, if its tokens had this digest."""
+    known, vector = made.get(item_id, ("", NO_VECTOR))
+    return vector if known == digest and len(vector) == dims else None

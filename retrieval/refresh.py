@@ -38,6 +38,7 @@ from retrieval.catalog import CATALOG_PART, TOKENS_PART, write_catalog, write_to
 from retrieval.data.schema import Dataset
 from retrieval.embed import Embedded, Progress, embed_changed
 from retrieval.hybrid import FACT, HybridSettings
+from retrieval.hysteresis import EMBEDDED_PART, EXACT, Hysteresis, write_embedded
 from retrieval.lexical import LEXICAL_PART, write_lexical
 from retrieval.live_catalog import ItemTokens
 from retrieval.load_members import load_members, member_queries
@@ -63,11 +64,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SnapshotForm:
-    """What a night's snapshot keeps the items' vectors in and, if `hybrid` is given, that it also holds a lexical index and a
-    popularity list, to be merged so."""
+    """What a night's snapshot keeps the items' vectors in, which changed numbers are worth a new one and, if `hybrid` is given,
+    that it also holds a lexical index and a popularity list, to be merged so."""
 
     codes: Codes = "float32"
     hybrid: HybridSettings | None = None
+    hysteresis: Hysteresis = EXACT
 
 
 PLAIN = SnapshotForm()
@@ -80,7 +82,7 @@ class NightReport:
     Up to `live_position` of the log, `put` items and `withdrawn` ids won over the folder; `removed` old snapshots are gone.
 
     `predecessor` is the snapshot published before, "" if there was none, or "unreadable: " and why; `items_before` is its count,
-    which the count gate compared with, None where there was nothing to compare with.
+    which the count gate compared with, None where there was nothing to compare with. `hysteresis` is in buckets.
     """
 
     snapshot: str
@@ -99,6 +101,7 @@ class NightReport:
     dims: int
     codes: str
     hybrid: bool
+    hysteresis: int
     encoder: str
     ranker: str
     index: str
@@ -125,9 +128,10 @@ def nightly(
 ) -> NightReport:
     """The items as of a time (seconds) are searchable and served, and the members' records and vectors are in the store.
 
-    Only items whose prompt changed since the published snapshot of the same encoder are encoded; a damaged snapshot is replaced;
-    the `keep` newest snapshots stay. `clock` tells when the changes of the log were taken over. Raises NightError, StoreBusy
-    while another night works on the store, GateFailed (nothing is published then), LogDamaged, and what the parts raise.
+    Only items whose prompt changed since the published snapshot of the same encoder are encoded, and of changed numbers only by
+    those that `form.hysteresis` does not let pass; a damaged snapshot is replaced; the `keep` newest snapshots stay. `clock`
+    tells when the changes of the log were taken over. Raises NightError, StoreBusy while another night works on the store,
+    GateFailed (nothing is published then), LogDamaged, and what the parts raise.
     """
     spent = _Clock()
     told = progress or _silent
@@ -140,7 +144,8 @@ def nightly(
         changed, put, gone = taken.over(dataset)
         tonight = Tonight.of(changed, as_of, put, gone)
         with spent("embed"):
-            embedded = embed_changed(tonight, encoder, yesterday.opened, told, form.codes, taken.made(encoder.fingerprint))
+            made = taken.made(encoder.fingerprint)
+            embedded = embed_changed(tonight, encoder, yesterday.opened, told, form.codes, made, form.hysteresis)
         words = ItemWords(tonight.items)
         queries = member_queries(dataset, words, encoder, as_of)
         with spent("index"):
@@ -155,9 +160,8 @@ def nightly(
         removed = len(collect_garbage(store_dir, keep, own_night=True))
         trim_folded(store_dir)
         ended(store_dir)
-    return _report(
-        snapshot, yesterday, embedded.count, taken, removed, loaded, "" if ranker is None else ranker.fingerprint, spent
-    )
+    judge = "" if ranker is None else ranker.fingerprint
+    return _report(snapshot, yesterday, embedded.count, taken, removed, loaded, judge, form.hysteresis, spent)
 
 
 def _report(
@@ -168,6 +172,7 @@ def _report(
     removed: int,
     loaded: tuple[int, int],
     ranker: str,
+    hysteresis: Hysteresis,
     clock: _Clock,
 ) -> NightReport:
     facts = snapshot.manifest
@@ -188,6 +193,7 @@ def _report(
         dims=facts.dims,
         codes=facts.dtype,
         hybrid=FACT in facts.extra,
+        hysteresis=hysteresis.buckets,
         encoder=facts.fingerprint,
         ranker=ranker,
         index=facts.recipe,
@@ -214,11 +220,14 @@ def _write(
 ) -> Snapshot:
     built = build(embedded.vectors, codes=form.codes, queries=queries, progress=lambda done, of: told("index", done, of))
     facts = facts_of(taken)
-    with SnapshotWriter(store_dir, fingerprint=encoder.fingerprint, as_of=tonight.as_of, parent=parent, extra=facts) as writer:
+    told_of = facts | form.hysteresis.facts()
+    with SnapshotWriter(store_dir, fingerprint=encoder.fingerprint, as_of=tonight.as_of, parent=parent, extra=told_of) as writer:
         writer.vectors(embedded.vectors, form.codes)
         writer.ids(tonight.items.item_id)
         writer.index(built.index, recipe=str(built.recipe), facts=built.facts, recall=built.recall)
         writer.part(CATALOG_PART, write_catalog(tonight.items, tonight.numbers, embedded.digests, tonight.as_of))
+        if form.hysteresis != EXACT:
+            writer.part(EMBEDDED_PART, write_embedded(embedded.numbers))
         if form.hybrid is not None:
             writer.extra[FACT] = form.hybrid.fact()
             writer.part(LEXICAL_PART, write_lexical(tonight.items))

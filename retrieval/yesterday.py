@@ -16,6 +16,7 @@ from index.manifest import SnapshotError, SnapshotMismatch
 from index.publish import CURRENT_FILE, HISTORY_FILE, NIGHT_LOCK, PublishError, current, list_snapshots
 from index.snapshot import Snapshot
 from retrieval.catalog import Catalog
+from retrieval.hysteresis import Numbers, embedded_numbers
 from retrieval.moments import NightError, moment_words
 from retrieval.parts import CatalogError
 
@@ -27,10 +28,11 @@ log = logging.getLogger(__name__)
 
 
 class Opened(NamedTuple):
-    """A snapshot whose every byte was read and found right, and its catalogue."""
+    """A snapshot whose every byte was read and found right, its catalogue, and the as-of numbers its vectors were made with."""
 
     snapshot: Snapshot
     catalog: Catalog
+    numbers: Numbers
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def _open(path: Path, fingerprint: str, dims: int) -> Opened:
         raise SnapshotMismatch(
             f"snapshot {snapshot.name} holds vectors of {facts.dims} dims under encoder {fingerprint}, which makes {dims}"
         )
-    return Opened(snapshot, Catalog.open(snapshot))
+    catalog = Catalog.open(snapshot)
+    return Opened(snapshot, catalog, embedded_numbers(snapshot, catalog))
 
 
 def clear_pointers(store_dir: Path) -> None:

@@ -12,23 +12,32 @@ import typer
 from rich.table import Table
 
 from ranking.cli.forms import CodesChoice, HybridWeights, hybrid_settings
+from ranking.cli.night_metrics import check_metrics, write_metrics
 from ranking.cli.output import Report, emit, progress_bar, words
 
 if TYPE_CHECKING:
     from retrieval.refresh import NightReport, Progress
+
+DEFAULT_HYSTERESIS = 1
+"""Half the embedding of every-change nights, and a loss of half a point of recall ruled out (`brewline bench night`)."""
+RankerFolder = Annotated[Path | None, typer.Option(help="The ranker folder; without it only retrieval is served.", metavar="DIR")]
+MembersUrl = Annotated[
+    str | None, typer.Option(help="The member store: sqlite:PATH or redis://HOST. Default: in the --store folder.", metavar="URL")
+]
+Buckets = Annotated[
+    int, typer.Option(help="Buckets that a number may stray before its item is encoded again; 0: every change counts.", min=0)
+]
+MetricsFile = Annotated[
+    Path | None, typer.Option(help="Also write what was done in Prometheus' text format, if all went well.", metavar="FILE")
+]
 
 
 def nightly(
     data: Annotated[Path, typer.Argument(help="A data folder (see `brewline data check`).", metavar="DATA")],
     encoder: Annotated[Path, typer.Option(help="The encoder folder.", metavar="DIR")],
     store: Annotated[Path, typer.Option(help="Where snapshots are kept; made if missing.", metavar="DIR")],
-    ranker: Annotated[
-        Path | None, typer.Option(help="The ranker folder; without it only retrieval is served.", metavar="DIR")
-    ] = None,
-    members: Annotated[
-        str | None,
-        typer.Option(help="The member store: sqlite:PATH or redis://HOST. Default: in the --store folder.", metavar="URL"),
-    ] = None,
+    ranker: RankerFolder = None,
+    members: MembersUrl = None,
     hybrid: Annotated[
         bool, typer.Option("--hybrid", help="Also write a lexical index and a popularity list, for `serve --hybrid`.")
     ] = False,
@@ -37,6 +46,8 @@ def nightly(
         int | None, typer.Option(help="Keep the leading numbers of every vector only. Default: all.", min=1, show_default=False)
     ] = None,
     codes: Annotated[CodesChoice, typer.Option(help="What the items' vectors are kept in.")] = CodesChoice.float32,
+    hysteresis: Buckets = DEFAULT_HYSTERESIS,
+    metrics: MetricsFile = None,
     keep: Annotated[
         int, typer.Option(help="Snapshots to keep, the newest; the served one and the one before stay anyway.", min=0)
     ] = 7,
@@ -59,21 +70,26 @@ def nightly(
     from index.store import open_store
     from ranking.serving.stack import default_members, load_models
     from retrieval.data.read import read_dataset
+    from retrieval.hysteresis import Hysteresis
     from retrieval.members import MemberStore
     from retrieval.moments import read_as_of
     from retrieval.refresh import SnapshotForm
     from retrieval.refresh import nightly as run
 
-    form = SnapshotForm(codes.value, hybrid_settings(hybrid, hybrid_weights))
+    form = SnapshotForm(codes.value, hybrid_settings(hybrid, hybrid_weights), Hysteresis(hysteresis))
+    if metrics is not None:
+        check_metrics(metrics)
     dataset = read_dataset(data)
     moment = read_as_of(as_of, dataset, time.time())
     reader, judge = load_models(encoder, ranker)
     if dims is not None and dims != reader.dims:
         reader = reader.truncated(dims)
     _make(store)
-    with closing(open_store(members or default_members(store))) as opened, _bars() as told:
+    with closing(open_store(members or default_members(store))) as opened, stage_bars() as told:
         opened.ping()  # a Redis store connects at first use, which would otherwise come after hours of encoding
         report = run(dataset, reader, judge, store, moment, MemberStore(opened, reader.fingerprint), told, form, keep=keep)
+    if metrics is not None:
+        write_metrics(metrics, report, time.time())
     emit(vars(report), as_json=as_json, table=lambda: _table(report))
 
 
@@ -87,8 +103,8 @@ def _make(store: Path) -> None:
 
 
 @contextmanager
-def _bars() -> Iterator[Progress]:
-    """One bar for each stage, the one before finished when the next begins."""
+def stage_bars() -> Iterator[Progress]:
+    """Yields what shows one bar for each stage, the one before finished when the next begins."""
     with ExitStack() as open_bar:
         now: dict[str, Report] = {}
 
@@ -113,6 +129,8 @@ def _table(report: NightReport) -> Table:
         compared = f"{report.items_before:,} items, tonight's count was compared with that"
     table.add_row("before", words(f"{report.predecessor or 'nothing was published'}; {compared}"))
     table.add_row("items", f"{report.items:,}, of which {report.embedded:,} were encoded in {report.seconds_embed:.1f} s")
+    stray = f"up to {report.hysteresis} buckets from the encoded one change nothing"
+    table.add_row("numbers", stray if report.hysteresis else "every change of a bucket counts")
     if report.live_position:
         told = f"{report.put:,} items put in and {report.withdrawn:,} withdrawn won over the folder"
         table.add_row("by day", f"{told}, up to change {report.live_position}")
