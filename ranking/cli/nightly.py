@@ -18,8 +18,9 @@ from ranking.cli.output import Report, emit, progress_bar, words
 if TYPE_CHECKING:
     from retrieval.refresh import NightReport, Progress
 
-DEFAULT_HYSTERESIS = 1
-"""Half the embedding of every-change nights, and a loss of half a point of recall ruled out (`brewline bench night`)."""
+DEFAULT_HYSTERESIS = 0
+"""A snapshot that follows from data, encoder and time alone, and equals a rebuild, is worth more than half the embedding: who needs
+that half asks for 1, for which a loss of half a point of recall was ruled out (`brewline bench night`)."""
 RankerFolder = Annotated[Path | None, typer.Option(help="The ranker folder; without it only retrieval is served.", metavar="DIR")]
 MembersUrl = Annotated[
     str | None, typer.Option(help="The member store: sqlite:PATH or redis://HOST. Default: in the --store folder.", metavar="URL")
