@@ -125,7 +125,7 @@ class Catalog:
         return [self.columns.text["creator"][row] for row in np.asarray(rows, np.int64).tolist()]
 
     def numbers(self, row: int) -> dict[str, float]:
-        """The numbers of a row as of the night, by name; NaN = unknown. Its vector may be of older ones (`retrieval.hysteresis`)."""
+        """The numbers of a row as of the night; NaN = unknown. Its vector may be of older ones (`retrieval.hysteresis`)."""
         return {name: float(column[row]) for name, column in self.columns.numbers.items()}
 
     def digest(self, row: int) -> str:

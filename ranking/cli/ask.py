@@ -26,6 +26,7 @@ from ranking.cli.connection import (
     Region,
     wanted_of,
 )
+from ranking.cli.explain import explanation_table
 from ranking.cli.output import emit, words
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Ask a running server (`brewline serve`): recommend, retrieve, rank, info; tell it: upsert, withdraw, record.",
+    help="Ask a running server (`brewline serve`): recommend, retrieve, rank, explain, info; tell it: upsert, withdraw, record.",
 )
 app.command()(tell.upsert)
 app.command()(tell.withdraw)
@@ -158,6 +159,42 @@ def rank(
     with Client(address, deadline_ms) as client:
         answer = client.rank(_who(member, profile, history), items, task=task, instruction=instruction, readable=True)
     _show(answer, as_json=as_json, title="Ranked")
+
+
+@app.command()
+def explain(
+    item: Annotated[str, typer.Argument(help="The item that is asked about.", metavar="ITEM_ID")],
+    member: MemberId = "",
+    k: Annotated[int, typer.Option("-k", help="How many items the answer had.", min=1)] = 10,
+    fanout: Annotated[int, typer.Option(help="How many candidates are ranked (0: 2,000).", min=0)] = 0,
+    task: Task = "",
+    instruction: Instruction = "",
+    profile: Profile = None,
+    history: History = None,
+    exclude: Exclude = None,
+    category: Category = None,
+    creator: Creator = None,
+    language: Language = None,
+    region: Region = None,
+    block_creator: Block = None,
+    by_connections: ByConnections = False,
+    address: Address = DEFAULT_ADDRESS,
+    deadline_ms: Deadline = DEFAULT_DEADLINE_MS,
+    as_json: AsJson = False,
+) -> None:
+    """Why an item is or is not in the answer of `recommend` to the same options: its place at every stage, and the prompts.
+
+    brewline ask explain p17 --member m42
+    brewline ask explain p17 --member m42 --fanout 200 --category coffee
+    """
+    from ranking.serving.client import Client
+
+    wanted, who = wanted_of(category, creator, language, region, block_creator, by_connections), _who(member, profile, history)
+    with Client(address, deadline_ms) as client:
+        told = client.explain(
+            who, item, k, fanout=fanout, task=task, instruction=instruction, exclude=exclude or (), wanted=wanted
+        )
+    emit(asdict(told), as_json=as_json, table=lambda: explanation_table(told, item))
 
 
 @app.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -35,6 +37,17 @@ ByConnections = Annotated[bool, typer.Option("--by-connections", help="Only item
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_DEADLINE_MS = 30_000.0
+
+
+def credentials(
+    ca: Annotated[Path | None, typer.Option(help="Whose servers to trust (PEM); turns TLS on.", metavar="FILE")] = None,
+    cert: Annotated[Path | None, typer.Option(help="Our own certificate, for mTLS.", metavar="FILE")] = None,
+    key: Annotated[Path | None, typer.Option(help="Its private key.", metavar="FILE")] = None,
+) -> None:
+    """What the commands of a group show a server: over BREWLINE_CA, _CERT and _KEY. A token comes from the environment alone."""
+    for name, given in (("CA", ca), ("CERT", cert), ("KEY", key)):
+        if given is not None:
+            os.environ[f"BREWLINE_{name}"] = str(given)
 
 
 def wanted_of(

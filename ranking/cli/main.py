@@ -10,7 +10,22 @@ from typing import Annotated
 import typer
 
 from index.errors import BrewlineError
-from ranking.cli import ask, bench, data, demo, encoder, evaluate, experiment, index, nightly, prompt, ranker, serve
+from ranking.cli import (
+    ask,
+    bench,
+    connection,
+    data,
+    demo,
+    encoder,
+    evaluate,
+    experiment,
+    index,
+    nightly,
+    prompt,
+    ranker,
+    serve,
+    token,
+)
 from ranking.cli.output import one_line
 
 BAD_REQUEST = 2
@@ -35,8 +50,9 @@ app.add_typer(encoder.app, name="encoder", rich_help_panel=PREPARE)
 app.add_typer(ranker.app, name="ranker", rich_help_panel=PREPARE)
 app.command(rich_help_panel=SERVE)(nightly.nightly)
 app.command(rich_help_panel=SERVE)(serve.serve)
-app.add_typer(ask.app, name="ask", rich_help_panel=SERVE)
+app.add_typer(ask.app, name="ask", callback=connection.credentials, rich_help_panel=SERVE)
 app.add_typer(index.app, name="index", rich_help_panel=SERVE)
+app.add_typer(token.app, name="token", rich_help_panel=SERVE)
 app.add_typer(prompt.app, name="prompt", rich_help_panel=LOOK)
 app.add_typer(evaluate.app, name="evaluate", rich_help_panel=LOOK)
 app.add_typer(experiment.app, name="experiment", rich_help_panel=LOOK)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from retrieval.refresh import NightReport, Progress
 
 DEFAULT_HYSTERESIS = 0
-"""A snapshot that follows from data, encoder and time alone, and equals a rebuild, is worth more than half the embedding: who needs
-that half asks for 1, for which a loss of half a point of recall was ruled out (`brewline bench night`)."""
+"""A snapshot that follows from data, encoder and time alone, and equals a rebuild, is worth more than half the embedding: who
+needs that half asks for 1, for which a loss of half a point of recall was ruled out (`brewline bench night`)."""
 RankerFolder = Annotated[Path | None, typer.Option(help="The ranker folder; without it only retrieval is served.", metavar="DIR")]
 MembersUrl = Annotated[
     str | None, typer.Option(help="The member store: sqlite:PATH or redis://HOST. Default: in the --store folder.", metavar="URL")

@@ -11,7 +11,21 @@ import typer
 from ranking.cli.output import emit
 
 if TYPE_CHECKING:
+    from ranking.serving.security_tls import TlsFiles
     from ranking.serving.stack import Stack
+
+TlsCert = Annotated[
+    Path | None, typer.Option(help="Serve TLS with this certificate and the chain above it (PEM).", metavar="FILE")
+]
+TlsKey = Annotated[
+    Path | None, typer.Option(help="Its private key (PEM); refused if everybody on this machine can read it.", metavar="FILE")
+]
+ClientCa = Annotated[
+    Path | None, typer.Option(help="Callers must show a certificate signed by one of these (mTLS).", metavar="FILE")
+]
+Tokens = Annotated[
+    Path | None, typer.Option(help="Callers must show one of these tokens; read again when it changes.", metavar="FILE")
+]
 
 
 def serve(
@@ -29,8 +43,12 @@ def serve(
     ] = False,
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 50051,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    client_ca: ClientCa = None,
+    tokens: Tokens = None,
     insecure_public: Annotated[
-        bool, typer.Option("--insecure-public", help="Listen beyond this machine although there is no TLS and no token.")
+        bool, typer.Option("--insecure-public", help="Listen beyond this machine although TLS or tokens are missing.")
     ] = False,
     most_waiting: Annotated[int, typer.Option(help="Requests that may wait; the next is refused at once.", min=1)] = 64,
     drain_seconds: Annotated[float, typer.Option(help="How long running requests may take after SIGTERM.", min=0)] = 10.0,
@@ -47,8 +65,9 @@ def serve(
     from ranking.serving.server import ServeSettings, check_address, serve_until_signal
     from ranking.serving.stack import open_stack
 
-    settings = ServeSettings(host, port, insecure_public, most_waiting, drain_seconds)
-    check_address(settings)  # a taken port is said at once, not after the models are loaded
+    tls = _tls(tls_cert, tls_key, client_ca)
+    settings = ServeSettings(host, port, insecure_public, most_waiting, drain_seconds, tls=tls, tokens=tokens)
+    check_address(settings)  # a taken port or a wrong key is said at once, not after the models are loaded
     stack = open_stack(store, encoder, ranker, members, hybrid=hybrid)
 
     def ready(bound: int) -> None:
@@ -58,6 +77,16 @@ def serve(
             emit(_ready_facts(stack, host, bound), as_json=True, table=lambda: None)
 
     serve_until_signal(stack, settings, ready)
+
+
+def _tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:
+    from ranking.serving.security_tls import CertificateError, TlsFiles
+
+    if cert is not None and key is not None:
+        return TlsFiles(cert, key, client_ca)
+    if cert is not None or key is not None or client_ca is not None:
+        raise CertificateError("TLS needs --tls-cert and --tls-key, both; --client-ca comes on top of them")
+    return None
 
 
 def _ready_line(stack: Stack, host: str, port: int) -> str:

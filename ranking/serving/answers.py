@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from index.keyvalue import StoreError
 from ranking.pipeline import Ranked, Stopwatch, in_retrieval_order
@@ -16,6 +18,7 @@ from ranking.serving.change_messages import read_wanted
 from ranking.serving.messages import (
     MAX_ID,
     BadRequest,
+    Sizes,
     read_description,
     read_ids,
     read_instruction,
@@ -24,6 +27,7 @@ from ranking.serving.messages import (
     retrieve_size,
 )
 from ranking.serving.stack import Stack
+from retrieval.attributes import Wanted
 from retrieval.catalog import UnknownItem
 from retrieval.data.schema import MemberView
 from retrieval.members import UnknownMember
@@ -103,23 +107,52 @@ def asker_of(stack: Stack, message: pb.Member, instruction: str, *, words: bool 
 def vector_of(stack: Stack, asker: Asker, call: Call) -> Vector:
     """The member's vector; one that had to be made for want of a right one is kept for the next question."""
     vector = stack.recommender.describe(asker.view, asker.vector, watch=call.watch)
-    if asker.record is not None and stack.members is not None:
-        try:
-            stack.members.put_vectors([asker.record], [view_digest(asker.view)], vector[None])
-        except StoreError as error:  # the answer does not need it
-            log.warning("a member's vector is not kept: %s", error)
+    keep_vectors(stack, [asker], vector[None])
     return vector
 
 
-def recommend(stack: Stack, request: pb.RecommendRequest, call: Call) -> pb.RecommendResponse:
-    """The answer to Recommend; `call.early` is set as soon as the candidates are known."""
+def keep_vectors(stack: Stack, askers: Sequence[Asker], vectors: npt.NDArray[np.float32]) -> None:
+    """Of vectors float32 [M, D] just made, those worth keeping are in the member store, or the log says why not."""
+    kept = [(asker.record, view_digest(asker.view), row) for row, asker in enumerate(askers) if asker.record is not None]
+    if not kept or stack.members is None:
+        return
+    records, digests, rows = zip(*kept)
+    try:
+        stack.members.put_vectors(records, digests, vectors[list(rows)])
+    except StoreError as error:  # the answer does not need them
+        log.warning("%d members' vectors are not kept: %s", len(rows), error)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What Recommend is asked, read and checked; `excluded` are the ids that the request itself leaves out."""
+
+    sizes: Sizes
+    task: str
+    wanted: Wanted
+    asker: Asker
+    excluded: list[str]
+
+    @property
+    def unwanted(self) -> list[str]:
+        """All ids that the stages are told to leave out."""
+        return [*self.excluded, *self.asker.seen]
+
+
+def question_of(stack: Stack, request: pb.RecommendRequest, call: Call) -> Question:
+    """The question of a request. Raises BadRequest, NoRanker, TaskError, UnknownMember, UnknownItem."""
     sizes = recommend_sizes(request)
     instruction = read_instruction(request.instruction)
     exclude = read_ids(request.exclude, "exclude")
     wanted = read_wanted(request.filter)
     task = stack.recommender.task(request.task)
     with call.watch("member"):
-        asker = asker_of(stack, request.member, instruction)
+        return Question(sizes, task, wanted, asker_of(stack, request.member, instruction), exclude)
+
+
+def recommend(stack: Stack, request: pb.RecommendRequest, call: Call) -> pb.RecommendResponse:
+    """The answer to Recommend; `call.early` is set as soon as the candidates are known."""
+    question = question_of(stack, request, call)
 
     def answer(ranked: Ranked) -> pb.RecommendResponse:
         with call.watch("order"):
@@ -131,7 +164,7 @@ def recommend(stack: Stack, request: pb.RecommendRequest, call: Call) -> pb.Reco
             degraded_detail=ranked.detail,
             provenance=provenance(stack, ranked=ranked.probabilities is not None),
             times=call.times(),
-            task=task,
+            task=question.task,
             request_id=call.request_id,
         )
 
@@ -140,13 +173,13 @@ def recommend(stack: Stack, request: pb.RecommendRequest, call: Call) -> pb.Reco
             call.early = answer(ranked)
 
     ranked = stack.recommender.recommend(
-        asker.view,
-        sizes.k,
-        sizes.fanout,
-        exclude=[*exclude, *asker.seen],
-        task=task,
-        vector=vector_of(stack, asker, call),
-        wanted=wanted,
+        question.asker.view,
+        question.sizes.k,
+        question.sizes.fanout,
+        exclude=question.unwanted,
+        task=question.task,
+        vector=vector_of(stack, question.asker, call),
+        wanted=question.wanted,
         deadline=call.deadline,
         watch=call.watch,
         early=early,

@@ -14,14 +14,16 @@ from ranking.serving import recommender_pb2 as pb
 from ranking.serving import recommender_pb2_grpc
 from ranking.serving.change_messages import event_message, item_message, wanted_message
 from ranking.serving.messages import member_message, pack_ids
-from ranking.serving.replies import Answer, Changed, Recorded, Row, ServerInfo, answer_of, info_of
+from ranking.serving.replies import Answer, Changed, Explanation, Recorded, Row, ServerInfo, answer_of, explanation_of, info_of
+from ranking.serving.security_client import Credentials, open_channel
 from retrieval.attributes import EVERYTHING, Wanted
 from retrieval.data.schema import Item, MemberView
 from retrieval.recent import Told
 
-__all__ = ["Answer", "Changed", "Client", "Recorded", "Row", "ServerInfo", "ServiceError"]
+__all__ = ["Answer", "Changed", "Client", "Explanation", "Recorded", "Row", "ServerInfo", "ServiceError"]
 
 DEADLINE_MS = 30_000
+CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 class ServiceError(BrewlineError):
@@ -33,11 +35,17 @@ class ServiceError(BrewlineError):
 
 
 class Client:
-    """A connection to one server. `deadline_ms` holds for every call that does not name its own."""
+    """A connection to one server. `deadline_ms` holds for every call that does not name its own.
 
-    def __init__(self, address: str = "127.0.0.1:50051", deadline_ms: float = DEADLINE_MS) -> None:
+    Without `credentials` those of the environment are shown (BREWLINE_CA, _CERT, _KEY, _TOKEN_FILE or _TOKEN), if there are any.
+    Raises CertificateError or TokenError for files that cannot be used.
+    """
+
+    def __init__(
+        self, address: str = "127.0.0.1:50051", deadline_ms: float = DEADLINE_MS, credentials: Credentials | None = None
+    ) -> None:
         self.address, self.deadline_ms = address, deadline_ms
-        self._channel = grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
+        self._channel = open_channel(address, Credentials.from_environment() if credentials is None else credentials)
         self._stub = recommender_pb2_grpc.RecommenderStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -64,16 +72,8 @@ class Client:
         deadline_ms: float | None = None,
     ) -> Answer:
         """The `k` best items for a member (an id, or a view in full) out of `fanout` (0 = 2,000). Raises ServiceError."""
-        request = pb.RecommendRequest(
-            member=member_message(member),
-            k=k,
-            fanout=fanout,
-            task=task,
-            instruction=_wish(member, instruction),
-            exclude=pack_ids(exclude),
-            filter=wanted_message(wanted),
-            readable=readable,
-        )
+        request = _recommend_request(member, k, fanout, task, instruction, exclude, wanted)
+        request.readable = readable
         reply: pb.RecommendResponse = self._call(self._stub.Recommend, request, deadline_ms)
         return answer_of(
             reply,
@@ -95,16 +95,29 @@ class Client:
         deadline_ms: float | None = None,
     ) -> Answer:
         """The `k` (0 = 2,000) nearest items for a member. Raises ServiceError."""
-        request = pb.RetrieveRequest(
-            member=member_message(member),
-            k=k,
-            instruction=_wish(member, instruction),
-            exclude=pack_ids(exclude),
-            filter=wanted_message(wanted),
-            readable=readable,
-        )
+        request = _retrieve_request(member, k, instruction, exclude, wanted, readable)
         reply: pb.RetrieveResponse = self._call(self._stub.Retrieve, request, deadline_ms)
         return answer_of(reply, candidates=reply.results.count)
+
+    def retrieve_batch(
+        self,
+        members: Sequence[str | MemberView],
+        k: int = 0,
+        *,
+        instruction: str = "",
+        exclude: Sequence[str] = (),
+        wanted: Wanted = EVERYTHING,
+        readable: bool = False,
+        deadline_ms: float | None = None,
+    ) -> list[Answer | ServiceError]:
+        """What `retrieve` answers for each of at most 64 members, in their order; a member's own fault stands in its place.
+
+        `times` and `request_id` are those of the whole batch. Raises ServiceError for what no single member is to blame for.
+        """
+        asked = [_retrieve_request(member, k, instruction, exclude, wanted, readable) for member in members]
+        request = pb.RetrieveBatchRequest(requests=asked)
+        reply: pb.RetrieveBatchResponse = self._call(self._stub.RetrieveBatch, request, deadline_ms)
+        return [self._row(row, reply) for row in reply.rows]
 
     def rank(
         self,
@@ -126,6 +139,25 @@ class Client:
         )
         reply: pb.RankResponse = self._call(self._stub.Rank, request, deadline_ms)
         return answer_of(reply, task=reply.task, candidates=reply.results.count)
+
+    def explain(
+        self,
+        member: str | MemberView,
+        item: str,
+        k: int = 10,
+        *,
+        fanout: int = 0,
+        task: str = "",
+        instruction: str = "",
+        exclude: Sequence[str] = (),
+        wanted: Wanted = EVERYTHING,
+        deadline_ms: float | None = None,
+    ) -> Explanation:
+        """Why an item is or is not in the answer of `recommend` to the same question. Raises ServiceError."""
+        question = _recommend_request(member, k, fanout, task, instruction, exclude, wanted)
+        request = pb.ExplainRequest(question=question, item_id=item)
+        reply: pb.ExplainResponse = self._call(self._stub.Explain, request, deadline_ms)
+        return explanation_of(reply)
 
     def upsert(self, items: Sequence[Item], *, deadline_ms: float | None = None) -> Changed:
         """The items are kept and can be answered; sending them again changes nothing. Raises ServiceError."""
@@ -150,6 +182,14 @@ class Client:
         reply: pb.InfoResponse = self._call(self._stub.Info, pb.InfoRequest(), deadline_ms)
         return info_of(reply)
 
+    def _row(self, row: pb.BatchRow, reply: pb.RetrieveBatchResponse) -> Answer | ServiceError:
+        if row.status:
+            return ServiceError(self.address, CODES.get(row.status, str(row.status)), row.message)
+        alone = pb.RetrieveResponse(
+            results=row.results, provenance=reply.provenance, times=reply.times, request_id=reply.request_id
+        )
+        return answer_of(alone, candidates=row.results.count)
+
     def _call(self, method: Callable[..., Any], request: object, deadline_ms: float | None) -> Any:
         seconds = (self.deadline_ms if deadline_ms is None else deadline_ms) / 1e3
         try:
@@ -163,6 +203,33 @@ def _reason(error: grpc.RpcError) -> str:
     if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in details:
         return f"nobody answers ({details.rpartition(': ')[2]}); is `brewline serve` running there?"
     return details
+
+
+def _recommend_request(
+    member: str | MemberView, k: int, fanout: int, task: str, instruction: str, exclude: Sequence[str], wanted: Wanted
+) -> pb.RecommendRequest:
+    return pb.RecommendRequest(
+        member=member_message(member),
+        k=k,
+        fanout=fanout,
+        task=task,
+        instruction=_wish(member, instruction),
+        exclude=pack_ids(exclude),
+        filter=wanted_message(wanted),
+    )
+
+
+def _retrieve_request(
+    member: str | MemberView, k: int, instruction: str, exclude: Sequence[str], wanted: Wanted, readable: bool
+) -> pb.RetrieveRequest:
+    return pb.RetrieveRequest(
+        member=member_message(member),
+        k=k,
+        instruction=_wish(member, instruction),
+        exclude=pack_ids(exclude),
+        filter=wanted_message(wanted),
+        readable=readable,
+    )
 
 
 def _wish(member: str | MemberView, instruction: str) -> str:

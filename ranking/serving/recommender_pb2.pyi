@@ -10,8 +10,29 @@ class Degraded(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     NONE: _ClassVar[Degraded]
     RETRIEVAL_ORDER: _ClassVar[Degraded]
+
+class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OUTCOME_UNSAID: _ClassVar[Outcome]
+    RETURNED: _ClassVar[Outcome]
+    NOT_IN_CATALOGUE: _ClassVar[Outcome]
+    WITHDRAWN: _ClassVar[Outcome]
+    SEEN: _ClassVar[Outcome]
+    EXCLUDED: _ClassVar[Outcome]
+    FILTERED: _ClassVar[Outcome]
+    NOT_RETRIEVED: _ClassVar[Outcome]
+    OUTRANKED: _ClassVar[Outcome]
 NONE: Degraded
 RETRIEVAL_ORDER: Degraded
+OUTCOME_UNSAID: Outcome
+RETURNED: Outcome
+NOT_IN_CATALOGUE: Outcome
+WITHDRAWN: Outcome
+SEEN: Outcome
+EXCLUDED: Outcome
+FILTERED: Outcome
+NOT_RETRIEVED: Outcome
+OUTRANKED: Outcome
 
 class Member(_message.Message):
     __slots__ = ("id", "description")
@@ -237,6 +258,34 @@ class RetrieveResponse(_message.Message):
     request_id: str
     def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
+class RetrieveBatchRequest(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[RetrieveRequest]
+    def __init__(self, requests: _Optional[_Iterable[_Union[RetrieveRequest, _Mapping]]] = ...) -> None: ...
+
+class RetrieveBatchResponse(_message.Message):
+    __slots__ = ("rows", "provenance", "times", "request_id")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    PROVENANCE_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    rows: _containers.RepeatedCompositeFieldContainer[BatchRow]
+    provenance: Provenance
+    times: StageTimes
+    request_id: str
+    def __init__(self, rows: _Optional[_Iterable[_Union[BatchRow, _Mapping]]] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class BatchRow(_message.Message):
+    __slots__ = ("results", "status", "message")
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    results: Results
+    status: int
+    message: str
+    def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., status: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+
 class RankRequest(_message.Message):
     __slots__ = ("member", "items", "task", "instruction", "readable")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
@@ -264,6 +313,84 @@ class RankResponse(_message.Message):
     task: str
     request_id: str
     def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., task: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("question", "item_id")
+    QUESTION_FIELD_NUMBER: _ClassVar[int]
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    question: RecommendRequest
+    item_id: str
+    def __init__(self, question: _Optional[_Union[RecommendRequest, _Mapping]] = ..., item_id: _Optional[str] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("outcome", "detail", "known", "withdrawn", "seen", "excluded", "filtered", "cosine", "lists", "first_place", "first_score", "candidates", "fanout", "probability", "place", "k", "prompts", "task", "provenance", "times", "request_id")
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    WITHDRAWN_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDED_FIELD_NUMBER: _ClassVar[int]
+    FILTERED_FIELD_NUMBER: _ClassVar[int]
+    COSINE_FIELD_NUMBER: _ClassVar[int]
+    LISTS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_PLACE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_SCORE_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    FANOUT_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    PROVENANCE_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    outcome: Outcome
+    detail: str
+    known: bool
+    withdrawn: bool
+    seen: bool
+    excluded: bool
+    filtered: bool
+    cosine: float
+    lists: _containers.RepeatedCompositeFieldContainer[ListPlace]
+    first_place: int
+    first_score: float
+    candidates: int
+    fanout: int
+    probability: float
+    place: int
+    k: int
+    prompts: _containers.RepeatedCompositeFieldContainer[Prompt]
+    task: str
+    provenance: Provenance
+    times: StageTimes
+    request_id: str
+    def __init__(self, outcome: _Optional[_Union[Outcome, str]] = ..., detail: _Optional[str] = ..., known: bool = ..., withdrawn: bool = ..., seen: bool = ..., excluded: bool = ..., filtered: bool = ..., cosine: _Optional[float] = ..., lists: _Optional[_Iterable[_Union[ListPlace, _Mapping]]] = ..., first_place: _Optional[int] = ..., first_score: _Optional[float] = ..., candidates: _Optional[int] = ..., fanout: _Optional[int] = ..., probability: _Optional[float] = ..., place: _Optional[int] = ..., k: _Optional[int] = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., task: _Optional[str] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class ListPlace(_message.Message):
+    __slots__ = ("list", "length", "place", "adds")
+    LIST_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    ADDS_FIELD_NUMBER: _ClassVar[int]
+    list: str
+    length: int
+    place: int
+    adds: float
+    def __init__(self, list: _Optional[str] = ..., length: _Optional[int] = ..., place: _Optional[int] = ..., adds: _Optional[float] = ...) -> None: ...
+
+class Prompt(_message.Message):
+    __slots__ = ("model", "row", "text", "tokens")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    row: str
+    text: str
+    tokens: int
+    def __init__(self, model: _Optional[str] = ..., row: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class UpsertItemsRequest(_message.Message):
     __slots__ = ("items",)

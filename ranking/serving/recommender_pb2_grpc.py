@@ -24,10 +24,20 @@ class RecommenderStub(object):
                 request_serializer=ranking_dot_serving_dot_recommender__pb2.RetrieveRequest.SerializeToString,
                 response_deserializer=ranking_dot_serving_dot_recommender__pb2.RetrieveResponse.FromString,
                 )
+        self.RetrieveBatch = channel.unary_unary(
+                '/brewline.v1.Recommender/RetrieveBatch',
+                request_serializer=ranking_dot_serving_dot_recommender__pb2.RetrieveBatchRequest.SerializeToString,
+                response_deserializer=ranking_dot_serving_dot_recommender__pb2.RetrieveBatchResponse.FromString,
+                )
         self.Rank = channel.unary_unary(
                 '/brewline.v1.Recommender/Rank',
                 request_serializer=ranking_dot_serving_dot_recommender__pb2.RankRequest.SerializeToString,
                 response_deserializer=ranking_dot_serving_dot_recommender__pb2.RankResponse.FromString,
+                )
+        self.Explain = channel.unary_unary(
+                '/brewline.v1.Recommender/Explain',
+                request_serializer=ranking_dot_serving_dot_recommender__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=ranking_dot_serving_dot_recommender__pb2.ExplainResponse.FromString,
                 )
         self.UpsertItems = channel.unary_unary(
                 '/brewline.v1.Recommender/UpsertItems',
@@ -70,8 +80,26 @@ class RecommenderServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RetrieveBatch(self, request, context):
+        """Retrieve for several members at once: they are encoded together and searched together, and each gets the answer that
+        Retrieve alone gives (scores may differ in the last digits of a float32). A member whose question does not fit gets a
+        status in its own row, and the others their answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Rank(self, request, context):
         """Only the second stage: the given items, scored for the member, by falling probability (all of them, nothing is left out).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Why one item is or is not in the answer to a question: the question is answered as Recommend answers it without a deadline,
+        and the item is looked up at every stage of that. Costs what Recommend costs, and one search more. The answer holds the
+        member's words (history included): give this call to those who may read members.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,10 +150,20 @@ def add_RecommenderServicer_to_server(servicer, server):
                     request_deserializer=ranking_dot_serving_dot_recommender__pb2.RetrieveRequest.FromString,
                     response_serializer=ranking_dot_serving_dot_recommender__pb2.RetrieveResponse.SerializeToString,
             ),
+            'RetrieveBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetrieveBatch,
+                    request_deserializer=ranking_dot_serving_dot_recommender__pb2.RetrieveBatchRequest.FromString,
+                    response_serializer=ranking_dot_serving_dot_recommender__pb2.RetrieveBatchResponse.SerializeToString,
+            ),
             'Rank': grpc.unary_unary_rpc_method_handler(
                     servicer.Rank,
                     request_deserializer=ranking_dot_serving_dot_recommender__pb2.RankRequest.FromString,
                     response_serializer=ranking_dot_serving_dot_recommender__pb2.RankResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=ranking_dot_serving_dot_recommender__pb2.ExplainRequest.FromString,
+                    response_serializer=ranking_dot_serving_dot_recommender__pb2.ExplainResponse.SerializeToString,
             ),
             'UpsertItems': grpc.unary_unary_rpc_method_handler(
                     servicer.UpsertItems,
@@ -192,6 +230,23 @@ class Recommender(object):
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 
     @staticmethod
+    def RetrieveBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/brewline.v1.Recommender/RetrieveBatch',
+            ranking_dot_serving_dot_recommender__pb2.RetrieveBatchRequest.SerializeToString,
+            ranking_dot_serving_dot_recommender__pb2.RetrieveBatchResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
     def Rank(request,
             target,
             options=(),
@@ -205,6 +260,23 @@ class Recommender(object):
         return grpc.experimental.unary_unary(request, target, '/brewline.v1.Recommender/Rank',
             ranking_dot_serving_dot_recommender__pb2.RankRequest.SerializeToString,
             ranking_dot_serving_dot_recommender__pb2.RankResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/brewline.v1.Recommender/Explain',
+            ranking_dot_serving_dot_recommender__pb2.ExplainRequest.SerializeToString,
+            ranking_dot_serving_dot_recommender__pb2.ExplainResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

@@ -57,6 +57,61 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class ListPlace:
+    """Where an item stands in one list of the first stage (`place` None: the list does not hold it), and what that adds to the
+    merged score (None where nothing is merged)."""
+
+    list: str
+    length: int
+    place: int | None
+    adds: float | None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The `row` ("member", "item") of a `model` ("encoder", "ranker") as text."""
+
+    model: str
+    row: str
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why one item is or is not in an answer: `outcome` as the contract names it ("OUTRANKED"); places from 0.
+
+    None stands for what does not exist: an item that the catalogue does not hold has no cosine, one that was no candidate no
+    place. `probability` of one that was no candidate is what the ranker would have said.
+    """
+
+    outcome: str
+    detail: str
+    known: bool
+    withdrawn: bool
+    seen: bool
+    excluded: bool
+    filtered: bool
+    cosine: float | None
+    lists: tuple[ListPlace, ...]
+    first_place: int | None
+    first_score: float | None
+    candidates: int
+    fanout: int
+    probability: float | None
+    place: int | None
+    k: int
+    prompts: tuple[Prompt, ...]
+    task: str
+    snapshot: str
+    encoder: str
+    ranker: str
+    first_stage: str
+    times: Mapping[str, int]
+    request_id: str
+
+
+@dataclass(frozen=True)
 class ServerInfo:
     """What is being served; `as_of` in seconds UTC. `live_items` of the `items` were put in since, up to `live_position`."""
 
@@ -138,7 +193,7 @@ def answer_of(
         snapshot=reply.provenance.snapshot,
         encoder=reply.provenance.encoder,
         ranker=reply.provenance.ranker,
-        times={stage.name: getattr(reply.times, stage.name) for stage in pb.StageTimes.DESCRIPTOR.fields},
+        times=_times(reply.times),
         request_id=reply.request_id,
         task=task,
         candidates=candidates,
@@ -146,6 +201,46 @@ def answer_of(
         degraded_detail=detail,
         first_stage=reply.provenance.first_stage,
     )
+
+
+def explanation_of(reply: pb.ExplainResponse) -> Explanation:
+    """The explanation of a reply."""
+    made = reply.provenance
+    return Explanation(
+        outcome=pb.Outcome.Name(reply.outcome),
+        detail=reply.detail,
+        known=reply.known,
+        withdrawn=reply.withdrawn,
+        seen=reply.seen,
+        excluded=reply.excluded,
+        filtered=reply.filtered,
+        cosine=reply.cosine if reply.HasField("cosine") else None,
+        lists=tuple(map(_list_place, reply.lists)),
+        first_place=reply.first_place if reply.HasField("first_place") else None,
+        first_score=reply.first_score if reply.HasField("first_score") else None,
+        candidates=reply.candidates,
+        fanout=reply.fanout,
+        probability=reply.probability if reply.HasField("probability") else None,
+        place=reply.place if reply.HasField("place") else None,
+        k=reply.k,
+        prompts=tuple(Prompt(one.model, one.row, one.text, one.tokens) for one in reply.prompts),
+        task=reply.task,
+        snapshot=made.snapshot,
+        encoder=made.encoder,
+        ranker=made.ranker,
+        first_stage=made.first_stage,
+        times=_times(reply.times),
+        request_id=reply.request_id,
+    )
+
+
+def _list_place(one: pb.ListPlace) -> ListPlace:
+    place = one.place if one.HasField("place") else None
+    return ListPlace(one.list, one.length, place, one.adds if one.HasField("adds") else None)
+
+
+def _times(times: pb.StageTimes) -> dict[str, int]:
+    return {stage.name: getattr(times, stage.name) for stage in pb.StageTimes.DESCRIPTOR.fields}
 
 
 def _floats(packed: bytes) -> Floats | None:

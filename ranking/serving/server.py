@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from index.errors import BrewlineError
-from ranking.serving import recommender_pb2, recommender_pb2_grpc
+from ranking.serving import audit, recommender_pb2, recommender_pb2_grpc
 from ranking.serving.health import HealthService
 from ranking.serving.intake import Intake
+from ranking.serving.security import Gate
+from ranking.serving.security_tls import TlsFiles, check_tls, is_loopback, server_credentials
 from ranking.serving.service import RecommenderService
 from ranking.serving.stack import Stack
+from ranking.serving.tokens import TokenBook, read_tokens
 from ranking.serving.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -32,7 +35,7 @@ class CannotListen(BrewlineError):
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Where to listen and how much to bear. Port 0 takes a free one."""
+    """Where to listen, whom to believe and how much to bear. Port 0 takes a free one; `tokens` is a file of hashes."""
 
     host: str = "127.0.0.1"
     port: int = 50051
@@ -40,12 +43,14 @@ class ServeSettings:
     most_waiting: int = 64
     drain_s: float = 10.0
     most_request_bytes: int = 4 << 20
+    tls: TlsFiles | None = None
+    tokens: Path | None = None
 
 
 async def run_server(stack: Stack, settings: ServeSettings, ready: Callable[[int], None], stop: asyncio.Event) -> None:
     """Serves until `stop` is set, then lets running requests finish (at most `drain_s` seconds). `ready` is told the port.
 
-    Raises CannotListen before anything is served.
+    Raises CannotListen, CertificateError or TokenError before anything is served.
     """
     worker = Worker(settings.most_waiting)
     server = make_server(stack, worker, settings)
@@ -65,14 +70,17 @@ async def run_server(stack: Stack, settings: ServeSettings, ready: Callable[[int
 
 
 def make_server(stack: Stack, worker: Worker, settings: ServeSettings) -> grpc.aio.Server:
-    """A server with the recommender, health and reflection, not yet listening."""
+    """A server with the recommender, health and reflection, not yet listening. Raises TokenError."""
+    book = None if settings.tokens is None else TokenBook(settings.tokens)
+    if book is not None or settings.tls is not None or not is_loopback(settings.host):
+        audit.always_heard()
     server = grpc.aio.server(
         options=[
             ("grpc.so_reuseport", 0),  # else a second server would share the port silently instead of failing
             ("grpc.max_receive_message_length", settings.most_request_bytes),
             ("grpc.max_send_message_length", -1),
         ],
-        interceptors=[Intake()],
+        interceptors=[Gate(book), Intake()],
     )
     service = RecommenderService(stack, worker)
     recommender_pb2_grpc.add_RecommenderServicer_to_server(service, server)
@@ -87,12 +95,20 @@ def make_server(stack: Stack, worker: Worker, settings: ServeSettings) -> grpc.a
 
 
 def check_address(settings: ServeSettings) -> None:
-    """The address is allowed and free at this moment. Raises CannotListen."""
-    if not is_loopback(settings.host) and not settings.insecure_public:
+    """The address is allowed and free at this moment, and the files of credentials can be used.
+
+    Raises CannotListen, CertificateError or TokenError.
+    """
+    missing = [name for name, given in (("TLS", settings.tls), ("tokens", settings.tokens)) if given is None]
+    if missing and not is_loopback(settings.host) and not settings.insecure_public:
         raise CannotListen(
-            f"--host {settings.host} can be reached from other machines, and this server has neither TLS nor credentials; "
-            "use 127.0.0.1, or say --insecure-public if the network around it protects it"
+            f"--host {settings.host} can be reached from other machines, and this server has no {' and no '.join(missing)}; give "
+            "--tls-cert, --tls-key and --tokens, use 127.0.0.1, or say --insecure-public if the network around it protects it"
         )
+    if settings.tls is not None:
+        check_tls(settings.tls)
+    if settings.tokens is not None:
+        read_tokens(settings.tokens)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         # gRPC would write its own words to stderr beside ours, so the question is put to the system first.
@@ -104,10 +120,12 @@ def check_address(settings: ServeSettings) -> None:
 
 
 def listen(server: grpc.aio.Server, settings: ServeSettings) -> int:
-    """The server is bound; returns the port. Raises CannotListen."""
+    """The server is bound, with TLS if the settings have it; returns the port. Raises as check_address does."""
     check_address(settings)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
+        if settings.tls is not None:
+            return int(server.add_secure_port(f"{host}:{settings.port}", server_credentials(settings.tls)))
         return int(server.add_insecure_port(f"{host}:{settings.port}"))
     except RuntimeError as error:
         raise _cannot(settings, error) from error
@@ -119,14 +137,6 @@ def _cannot(settings: ServeSettings, error: Exception) -> CannotListen:
         f"cannot listen on {settings.host}:{settings.port} ({reason}); choose another --port (0 takes a free one), "
         "or stop the server that has it"
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address; a name other than localhost counts as public."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def serve_until_signal(stack: Stack, settings: ServeSettings, ready: Callable[[int], None]) -> None:

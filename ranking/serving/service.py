@@ -16,6 +16,8 @@ import grpc
 from ranking.serving import answers, changes, recommender_pb2_grpc
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving.answers import Call
+from ranking.serving.batch import retrieve_batch
+from ranking.serving.explain import explain
 from ranking.serving.stack import Stack
 from ranking.serving.status import Late, message_of, status_of
 from ranking.serving.worker import Worker
@@ -53,9 +55,19 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
         """See the contract."""
         return await self._answer("Retrieve", answers.retrieve, request, context)
 
+    async def RetrieveBatch(
+        self, request: pb.RetrieveBatchRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RetrieveBatchResponse:
+        """See the contract."""
+        return await self._answer("RetrieveBatch", retrieve_batch, request, context)
+
     async def Rank(self, request: pb.RankRequest, context: grpc.aio.ServicerContext) -> pb.RankResponse:
         """See the contract."""
         return await self._answer("Rank", answers.rank, request, context)
+
+    async def Explain(self, request: pb.ExplainRequest, context: grpc.aio.ServicerContext) -> pb.ExplainResponse:
+        """See the contract."""
+        return await self._answer("Explain", explain, request, context)
 
     async def UpsertItems(self, request: pb.UpsertItemsRequest, context: grpc.aio.ServicerContext) -> pb.UpsertItemsResponse:
         """See the contract."""

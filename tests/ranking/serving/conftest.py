@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,6 +75,17 @@ def views(tiny_dataset: Dataset) -> list[MemberView]:
 def stack(night: Path) -> Stack:
     """The night, opened as a server opens it."""
     return open_stack(night / "store", night / "encoder1", night / "ranker1", None)
+
+
+@pytest.fixture
+def copied(night: Path, tmp_path: Path) -> Path:
+    """A copy of the night's store that a test may change.
+
+    Copied by another process: SQLite keeps its locks per process and file, so closing any descriptor of the member store here
+    would take the locks from under a server that has it open.
+    """
+    subprocess.run(["cp", "-r", night / "store", tmp_path / "store"], check=True)
+    return tmp_path / "store"
 
 
 class Running:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,8 +29,8 @@ NEW = Item("new", "roses and compost", "a short piece about pruning", "gardens|c
 
 
 @pytest.fixture
-def store(night: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(night / "store", tmp_path / "store"))
+def store(copied: Path) -> Path:
+    return copied
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,8 +25,8 @@ SERVE = "import sys, typer; from ranking.cli.serve import serve; typer.run(serve
 
 
 @pytest.mark.parametrize("rounds", [2, pytest.param(25, marks=pytest.mark.soak)])
-def test_nothing_acknowledged_is_lost(night: Path, tmp_path: Path, rounds: int) -> None:
-    store = Path(shutil.copytree(night / "store", tmp_path / "store"))
+def test_nothing_acknowledged_is_lost(night: Path, copied: Path, rounds: int) -> None:
+    store = copied
     put: set[str] = set()
     gone: set[str] = set()
     seen: set[str] = set()

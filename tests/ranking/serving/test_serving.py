@@ -169,7 +169,7 @@ def test_reflection_tells_the_whole_contract(port: int) -> None:
         assert {SERVICE, "grpc.health.v1.Health"} <= set(known.get_services())
         told = known.FindFileContainingSymbol(SERVICE)
         assert [method.name for method in told.service[0].method] == [
-            *("Recommend", "Retrieve", "Rank"),
+            *("Recommend", "Retrieve", "RetrieveBatch", "Rank", "Explain"),
             *("UpsertItems", "WithdrawItems", "RecordEngagements", "Info"),
         ]
 

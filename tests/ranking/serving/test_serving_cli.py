@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -105,9 +104,8 @@ def test_questions_have_readable_answers(port: int, views: list[MemberView]) -> 
     assert "attention" in run("ask", "info", *at).stdout
 
 
-def test_a_server_is_told_what_changed(night: Path, start: Start, tmp_path: Path) -> None:
-    store = Path(shutil.copytree(night / "store", tmp_path / "store"))
-    port, _ = start(open_stack(store, night / "encoder1", night / "ranker1", None))
+def test_a_server_is_told_what_changed(night: Path, copied: Path, start: Start, tmp_path: Path) -> None:
+    port, _ = start(open_stack(copied, night / "encoder1", night / "ranker1", None))
     at = ("--address", f"127.0.0.1:{port}")
     put = ("ask", "upsert", "new", "--title", "roses", "--category", "gardens", "--creator", "author 9", "--number", "price=3")
     assert answer(*put, *at)["position"] == 1
