@@ -44,7 +44,7 @@ def train(
         str, typer.Option(help="How numbers become words: percentile, log, percentile_text, raw or none.")
     ] = "percentile",
     loss: Annotated[str, typer.Option(help="infonce, or bce to compare.")] = "infonce",
-    pooling: Annotated[str, typer.Option(help="mean over all tokens, last, or mean+last: their sum.")] = "mean+last",
+    pooling: Annotated[str, typer.Option(help="mean over all tokens, last, or mean+last: their sum.")] = "mean",
     matryoshka: Annotated[str | None, typer.Option(help="Shorter lengths to train too, as 32,64.", show_default=False)] = None,
     history: Annotated[str, typer.Option(help="positives, or full: other actions too (cannot be served).")] = "positives",
     hard: Annotated[int, typer.Option(help="Hard negatives per target.", min=0)] = 0,

@@ -48,7 +48,7 @@ class LoopSettings(Pace):
     loss: Loss = "infonce"
     near: float | None = None
     matryoshka: tuple[int, ...] = ()
-    pooling: Pooling = "mean+last"
+    pooling: Pooling = "mean"
     forward_tokens: int = 4_096
     cached: bool = False
     recompute: bool = False
