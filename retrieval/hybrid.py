@@ -105,15 +105,19 @@ class Hybrid:
         `dense` is the dense list without the excluded rows, at least max(k, `LISTED`) long where so many are left: as long as it
         is not short, the answer is not.
         """
+        used = self.lists(dense, view, excluded, k)
+        return fuse([rows for _, rows, _ in used], [weight for _, _, weight in used], self.settings.constant, k)
+
+    def lists(self, dense: Rows, view: MemberView, excluded: Rows, k: int) -> list[tuple[str, Rows, float]]:
+        """Name, rows and weight of each list that an answer of `k` is merged from (`merge`); one without weight is left out."""
         depth = max(k, LISTED)
         query = query_words(view, self.settings.newest)
-        lists = [
-            (dense[:depth], self.settings.dense),
-            (self.lexical.find(query, depth, excluded), self.settings.lexical),
-            (self.popular.find(depth, excluded), self.settings.popular),
+        held = [
+            ("dense", dense[:depth], self.settings.dense),
+            ("lexical", self.lexical.find(query, depth, excluded), self.settings.lexical),
+            ("popular", self.popular.find(depth, excluded), self.settings.popular),
         ]
-        used = [(rows, weight) for rows, weight in lists if weight]
-        return fuse([rows for rows, _ in used], [weight for _, weight in used], self.settings.constant, k)
+        return [one for one in held if one[2]]
 
 
 def query_words(view: MemberView, newest: int) -> Counter[str]:

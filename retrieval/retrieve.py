@@ -91,6 +91,19 @@ class Retriever:
         size = max(1, min(depth, moment.items))
         hits = moment.search(vector[None, :], size, [unwanted], allow=allow, allow_live=allow_live)
         rows, scores = hits.rows[0, : hits.counts[0]], hits.scores[0, : hits.counts[0]]
+        return self._answer(rows, scores, k, view, unwanted, allow, allow_live)
+
+    def _answer(
+        self,
+        rows: Rows,
+        scores: Vector,
+        k: int,
+        view: MemberView | None,
+        unwanted: Rows,
+        allow: RowSet | None,
+        allow_live: RowSet | None,
+    ) -> Candidates:
+        """The candidates of one dense list: merged with the other lists if there are any, and looked at once more."""
         if self.hybrid is not None:
             if view is None:
                 raise HybridError("the hybrid first stage was given a vector only; it reads the member's words too")

@@ -16,8 +16,8 @@ from index.filters import RowSet
 from index.hits import Rows
 from retrieval.attributes import Wanted
 from retrieval.data.schema import MemberView
-from retrieval.hybrid import LISTED, query_words
-from retrieval.retrieve import Candidates, ExclusionFailed, Retriever, Vector, distinct, seen_items
+from retrieval.hybrid import LISTED
+from retrieval.retrieve import Candidates, Retriever, Vector, distinct, seen_items
 
 
 @dataclass(frozen=True)
@@ -65,31 +65,16 @@ class Wide(Retriever):
 
         Raises ExclusionFailed rather than return an item that must not be answered.
         """
-        found = []
-        for rows, scores, scope in zip(*self._searched(vectors, k, scopes), scopes, strict=True):
-            if self.hybrid is not None:
-                rows, scores = self.hybrid.merge(rows, scope.view, self._forbidden(scope.unwanted, scope.allow), k)
-            if not self._permitted(rows, scope.unwanted, scope.allow, scope.allow_live):
-                raise ExclusionFailed(
-                    "the search returned an item that it was told to leave out; the answer is withheld, verify the snapshot"
-                )
-            found.append(Candidates(self.catalog.ids(rows), rows, scores))
-        return found
+        dense = zip(*self._searched(vectors, k, scopes), scopes, strict=True)
+        return [self._answer(rows, scores, k, one.view, one.unwanted, one.allow, one.allow_live) for rows, scores, one in dense]
 
     def lists(self, vector: Vector, k: int, scope: Scope) -> list[Listed]:
         """The lists that an answer of `k` candidates is made of, the dense one first."""
         dense = self._searched(vector[None, :], k, [scope])[0][0]
         if self.hybrid is None:
             return [Listed("dense", dense)]
-        depth, settings = max(k, LISTED), self.hybrid.settings
         excluded = self._forbidden(scope.unwanted, scope.allow)
-        words = self.hybrid.lexical.find(query_words(scope.view, settings.newest), depth, excluded)
-        found = [
-            Listed("dense", dense[:depth], settings.dense),
-            Listed("lexical", words, settings.lexical),
-            Listed("popular", self.hybrid.popular.find(depth, excluded), settings.popular),
-        ]
-        return [one for one in found if one.weight]
+        return [Listed(*one) for one in self.hybrid.lists(dense, scope.view, excluded, k)]
 
     def _searched(
         self, vectors: npt.NDArray[np.float32], k: int, scopes: Sequence[Scope]
