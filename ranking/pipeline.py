@@ -51,6 +51,8 @@ class Degraded(enum.IntEnum):
 
     NONE = 0
     RETRIEVAL_ORDER = 1
+    STALE_MEMBER = 2
+    FEWER_CANDIDATES = 3
 
 
 @dataclass(frozen=True)

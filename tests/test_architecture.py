@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("index", "retrieval", "ranking")
-MAX_FILE, MAX_FUNCTION, MAX_MEDIAN, MAX_ROOMS = 300, 60, 16, 26_000
+MAX_FILE, MAX_FUNCTION, MAX_MEDIAN, MAX_ROOMS = 300, 60, 16, 34_000
 # Code lines: 12,000 in the design, raised for importers, an ONNX twin, contenders, strong baselines, the factors of a table; then
 # for what the design had no lines for: a write-ahead log, certified search, a hybrid stage, a fused head, a compression chain.
 VAGUE = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager"}

@@ -10,6 +10,8 @@ class Degraded(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     NONE: _ClassVar[Degraded]
     RETRIEVAL_ORDER: _ClassVar[Degraded]
+    STALE_MEMBER: _ClassVar[Degraded]
+    FEWER_CANDIDATES: _ClassVar[Degraded]
 
 class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -24,6 +26,8 @@ class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTRANKED: _ClassVar[Outcome]
 NONE: Degraded
 RETRIEVAL_ORDER: Degraded
+STALE_MEMBER: Degraded
+FEWER_CANDIDATES: Degraded
 OUTCOME_UNSAID: Outcome
 RETURNED: Outcome
 NOT_IN_CATALOGUE: Outcome
@@ -127,20 +131,38 @@ class Ids(_message.Message):
     def __init__(self, plain: _Optional[_Iterable[str]] = ..., packed: _Optional[bytes] = ..., ends: _Optional[bytes] = ...) -> None: ...
 
 class Results(_message.Message):
-    __slots__ = ("count", "ids", "scores", "probabilities", "places", "items")
+    __slots__ = ("count", "ids", "scores", "probabilities", "places", "items", "tasks")
     COUNT_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     SCORES_FIELD_NUMBER: _ClassVar[int]
     PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
     PLACES_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
     count: int
     ids: Ids
     scores: bytes
     probabilities: bytes
     places: bytes
     items: _containers.RepeatedCompositeFieldContainer[ResultItem]
-    def __init__(self, count: _Optional[int] = ..., ids: _Optional[_Union[Ids, _Mapping]] = ..., scores: _Optional[bytes] = ..., probabilities: _Optional[bytes] = ..., places: _Optional[bytes] = ..., items: _Optional[_Iterable[_Union[ResultItem, _Mapping]]] = ...) -> None: ...
+    tasks: _containers.RepeatedCompositeFieldContainer[TaskColumn]
+    def __init__(self, count: _Optional[int] = ..., ids: _Optional[_Union[Ids, _Mapping]] = ..., scores: _Optional[bytes] = ..., probabilities: _Optional[bytes] = ..., places: _Optional[bytes] = ..., items: _Optional[_Iterable[_Union[ResultItem, _Mapping]]] = ..., tasks: _Optional[_Iterable[_Union[TaskColumn, _Mapping]]] = ...) -> None: ...
+
+class TaskColumn(_message.Message):
+    __slots__ = ("task", "probabilities")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
+    task: str
+    probabilities: bytes
+    def __init__(self, task: _Optional[str] = ..., probabilities: _Optional[bytes] = ...) -> None: ...
+
+class Weight(_message.Message):
+    __slots__ = ("task", "weight")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    task: str
+    weight: float
+    def __init__(self, task: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class ResultItem(_message.Message):
     __slots__ = ("item_id", "title", "category", "creator", "score", "probability", "place")
@@ -191,7 +213,7 @@ class StageTimes(_message.Message):
     def __init__(self, queue_us: _Optional[int] = ..., member_us: _Optional[int] = ..., encode_us: _Optional[int] = ..., search_us: _Optional[int] = ..., rank_us: _Optional[int] = ..., order_us: _Optional[int] = ..., total_us: _Optional[int] = ...) -> None: ...
 
 class RecommendRequest(_message.Message):
-    __slots__ = ("member", "k", "fanout", "task", "instruction", "exclude", "readable", "filter")
+    __slots__ = ("member", "k", "fanout", "task", "instruction", "exclude", "readable", "filter", "weights", "surface")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     FANOUT_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +222,8 @@ class RecommendRequest(_message.Message):
     EXCLUDE_FIELD_NUMBER: _ClassVar[int]
     READABLE_FIELD_NUMBER: _ClassVar[int]
     FILTER_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    SURFACE_FIELD_NUMBER: _ClassVar[int]
     member: Member
     k: int
     fanout: int
@@ -208,10 +232,12 @@ class RecommendRequest(_message.Message):
     exclude: Ids
     readable: bool
     filter: Filter
-    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., k: _Optional[int] = ..., fanout: _Optional[int] = ..., task: _Optional[str] = ..., instruction: _Optional[str] = ..., exclude: _Optional[_Union[Ids, _Mapping]] = ..., readable: bool = ..., filter: _Optional[_Union[Filter, _Mapping]] = ...) -> None: ...
+    weights: _containers.RepeatedCompositeFieldContainer[Weight]
+    surface: str
+    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., k: _Optional[int] = ..., fanout: _Optional[int] = ..., task: _Optional[str] = ..., instruction: _Optional[str] = ..., exclude: _Optional[_Union[Ids, _Mapping]] = ..., readable: bool = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ..., surface: _Optional[str] = ...) -> None: ...
 
 class RecommendResponse(_message.Message):
-    __slots__ = ("results", "candidates", "degraded", "degraded_detail", "provenance", "times", "task", "request_id")
+    __slots__ = ("results", "candidates", "degraded", "degraded_detail", "provenance", "times", "task", "request_id", "weights")
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
@@ -220,6 +246,7 @@ class RecommendResponse(_message.Message):
     TIMES_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     results: Results
     candidates: int
     degraded: Degraded
@@ -228,35 +255,42 @@ class RecommendResponse(_message.Message):
     times: StageTimes
     task: str
     request_id: str
-    def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., candidates: _Optional[int] = ..., degraded: _Optional[_Union[Degraded, str]] = ..., degraded_detail: _Optional[str] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., task: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+    weights: _containers.RepeatedCompositeFieldContainer[Weight]
+    def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., candidates: _Optional[int] = ..., degraded: _Optional[_Union[Degraded, str]] = ..., degraded_detail: _Optional[str] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., task: _Optional[str] = ..., request_id: _Optional[str] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ...) -> None: ...
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("member", "k", "instruction", "exclude", "readable", "filter")
+    __slots__ = ("member", "k", "instruction", "exclude", "readable", "filter", "surface")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     INSTRUCTION_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_FIELD_NUMBER: _ClassVar[int]
     READABLE_FIELD_NUMBER: _ClassVar[int]
     FILTER_FIELD_NUMBER: _ClassVar[int]
+    SURFACE_FIELD_NUMBER: _ClassVar[int]
     member: Member
     k: int
     instruction: str
     exclude: Ids
     readable: bool
     filter: Filter
-    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., k: _Optional[int] = ..., instruction: _Optional[str] = ..., exclude: _Optional[_Union[Ids, _Mapping]] = ..., readable: bool = ..., filter: _Optional[_Union[Filter, _Mapping]] = ...) -> None: ...
+    surface: str
+    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., k: _Optional[int] = ..., instruction: _Optional[str] = ..., exclude: _Optional[_Union[Ids, _Mapping]] = ..., readable: bool = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., surface: _Optional[str] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
-    __slots__ = ("results", "provenance", "times", "request_id")
+    __slots__ = ("results", "provenance", "times", "request_id", "degraded", "degraded_detail")
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     PROVENANCE_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_DETAIL_FIELD_NUMBER: _ClassVar[int]
     results: Results
     provenance: Provenance
     times: StageTimes
     request_id: str
-    def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    degraded: Degraded
+    degraded_detail: str
+    def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., request_id: _Optional[str] = ..., degraded: _Optional[_Union[Degraded, str]] = ..., degraded_detail: _Optional[str] = ...) -> None: ...
 
 class RetrieveBatchRequest(_message.Message):
     __slots__ = ("requests",)
@@ -287,32 +321,40 @@ class BatchRow(_message.Message):
     def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., status: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
 
 class RankRequest(_message.Message):
-    __slots__ = ("member", "items", "task", "instruction", "readable")
+    __slots__ = ("member", "items", "task", "instruction", "readable", "weights")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     INSTRUCTION_FIELD_NUMBER: _ClassVar[int]
     READABLE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     member: Member
     items: Ids
     task: str
     instruction: str
     readable: bool
-    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., items: _Optional[_Union[Ids, _Mapping]] = ..., task: _Optional[str] = ..., instruction: _Optional[str] = ..., readable: bool = ...) -> None: ...
+    weights: _containers.RepeatedCompositeFieldContainer[Weight]
+    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., items: _Optional[_Union[Ids, _Mapping]] = ..., task: _Optional[str] = ..., instruction: _Optional[str] = ..., readable: bool = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ...) -> None: ...
 
 class RankResponse(_message.Message):
-    __slots__ = ("results", "provenance", "times", "task", "request_id")
+    __slots__ = ("results", "provenance", "times", "task", "request_id", "weights", "degraded", "degraded_detail")
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     PROVENANCE_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_DETAIL_FIELD_NUMBER: _ClassVar[int]
     results: Results
     provenance: Provenance
     times: StageTimes
     task: str
     request_id: str
-    def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., task: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+    weights: _containers.RepeatedCompositeFieldContainer[Weight]
+    degraded: Degraded
+    degraded_detail: str
+    def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., task: _Optional[str] = ..., request_id: _Optional[str] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ..., degraded: _Optional[_Union[Degraded, str]] = ..., degraded_detail: _Optional[str] = ...) -> None: ...
 
 class ExplainRequest(_message.Message):
     __slots__ = ("question", "item_id")
@@ -453,18 +495,22 @@ class RecordEngagementsRequest(_message.Message):
     def __init__(self, member_id: _Optional[str] = ..., events: _Optional[_Iterable[_Union[MemberEvent, _Mapping]]] = ...) -> None: ...
 
 class MemberEvent(_message.Message):
-    __slots__ = ("event_id", "item_id", "action", "timestamp", "liked")
+    __slots__ = ("event_id", "item_id", "action", "timestamp", "liked", "request_id", "surface")
     EVENT_ID_FIELD_NUMBER: _ClassVar[int]
     ITEM_ID_FIELD_NUMBER: _ClassVar[int]
     ACTION_FIELD_NUMBER: _ClassVar[int]
     TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
     LIKED_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SURFACE_FIELD_NUMBER: _ClassVar[int]
     event_id: str
     item_id: str
     action: str
     timestamp: int
     liked: bool
-    def __init__(self, event_id: _Optional[str] = ..., item_id: _Optional[str] = ..., action: _Optional[str] = ..., timestamp: _Optional[int] = ..., liked: bool = ...) -> None: ...
+    request_id: str
+    surface: str
+    def __init__(self, event_id: _Optional[str] = ..., item_id: _Optional[str] = ..., action: _Optional[str] = ..., timestamp: _Optional[int] = ..., liked: bool = ..., request_id: _Optional[str] = ..., surface: _Optional[str] = ...) -> None: ...
 
 class RecordEngagementsResponse(_message.Message):
     __slots__ = ("recorded", "known", "request_id")

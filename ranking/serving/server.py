@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from index.errors import BrewlineError
 from ranking.serving import audit, recommender_pb2, recommender_pb2_grpc
+from ranking.serving.current import Current
 from ranking.serving.health import HealthService
 from ranking.serving.intake import Intake
 from ranking.serving.security import Gate
@@ -52,8 +53,9 @@ async def run_server(stack: Stack, settings: ServeSettings, ready: Callable[[int
 
     Raises CannotListen, CertificateError or TokenError before anything is served.
     """
+    current = Current(stack)
     worker = Worker(settings.most_waiting)
-    server = make_server(stack, worker, settings)
+    server = make_server(current, worker, settings)
     port = listen(server, settings)
     try:
         await worker.submit(stack.warm)
@@ -65,11 +67,11 @@ async def run_server(stack: Stack, settings: ServeSettings, ready: Callable[[int
         log.info("draining", extra={"seconds": settings.drain_s})
         await server.stop(settings.drain_s)
         await asyncio.to_thread(worker.close)
-        stack.today.close()
+        current.stack.today.close()
         log.info("stopped")
 
 
-def make_server(stack: Stack, worker: Worker, settings: ServeSettings) -> grpc.aio.Server:
+def make_server(current: Current, worker: Worker, settings: ServeSettings) -> grpc.aio.Server:
     """A server with the recommender, health and reflection, not yet listening. Raises TokenError."""
     book = None if settings.tokens is None else TokenBook(settings.tokens)
     if book is not None or settings.tls is not None or not is_loopback(settings.host):
@@ -82,7 +84,7 @@ def make_server(stack: Stack, worker: Worker, settings: ServeSettings) -> grpc.a
         ],
         interceptors=[Gate(book), Intake()],
     )
-    service = RecommenderService(stack, worker)
+    service = RecommenderService(current, worker)
     recommender_pb2_grpc.add_RecommenderServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(HealthService(service, worker), server)
     names = [

@@ -17,6 +17,7 @@ from ranking.serving import answers, changes, recommender_pb2_grpc
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving.answers import Call
 from ranking.serving.batch import retrieve_batch
+from ranking.serving.current import Current
 from ranking.serving.explain import explain
 from ranking.serving.stack import Stack
 from ranking.serving.status import Late, message_of, status_of
@@ -39,13 +40,18 @@ class Work(Protocol[Request, Response]):
 
 
 class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
-    """Answers from a stack, one request at a time."""
+    """Answers from the current stack, one request at a time."""
 
-    def __init__(self, stack: Stack, worker: Worker) -> None:
-        self.stack = stack
+    def __init__(self, current: Current, worker: Worker) -> None:
+        self._current = current
         self._worker = worker
         self._since = time.monotonic()
         self._requests = 0
+
+    @property
+    def stack(self) -> Stack:
+        """The stack that the next request gets."""
+        return self._current.stack
 
     async def Recommend(self, request: pb.RecommendRequest, context: grpc.aio.ServicerContext) -> pb.RecommendResponse:
         """See the contract."""

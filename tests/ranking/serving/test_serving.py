@@ -15,6 +15,7 @@ from ranking.pipeline import Degraded, Recommender
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving.answers import Call
 from ranking.serving.client import Client
+from ranking.serving.current import Current
 from ranking.serving.health import HealthService
 from ranking.serving.messages import BadRequest, pack_ids, unpack_ids
 from ranking.serving.service import RecommenderService
@@ -154,9 +155,9 @@ async def test_health_says_when_the_search_is_broken(stack: Stack) -> None:
             raise RuntimeError("no index")
 
     worker = Worker()
-    broken = RecommenderService(replace(stack, recommender=BrokenRecommender(stack.recommender.retriever)), worker)
+    broken = RecommenderService(Current(replace(stack, recommender=BrokenRecommender(stack.recommender.retriever))), worker)
     assert await HealthService(broken, worker).state() == health_pb2.HealthCheckResponse.NOT_SERVING
-    good = HealthService(RecommenderService(stack, worker), worker, fresh_s=0.0)
+    good = HealthService(RecommenderService(Current(stack), worker), worker, fresh_s=0.0)
     assert await good.state() == health_pb2.HealthCheckResponse.SERVING
     worker.draining = True
     assert await good.state() == health_pb2.HealthCheckResponse.NOT_SERVING

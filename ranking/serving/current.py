@@ -1,0 +1,22 @@
+"""The one place that says which night answers: requests read it once, a swap replaces it whole."""
+
+from __future__ import annotations
+
+from ranking.serving.stack import Stack
+
+
+class Current:
+    """Holds the stack that new requests get. Reading and exchanging are safe from any thread: a reference is replaced."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+
+    @property
+    def stack(self) -> Stack:
+        """The stack of this moment; a request that has read it keeps it to its end."""
+        return self._stack
+
+    def exchange(self, stack: Stack) -> Stack:
+        """New requests get `stack`; the one before is returned, and requests that began with it may still read it."""
+        before, self._stack = self._stack, stack
+        return before
