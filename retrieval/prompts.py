@@ -58,12 +58,17 @@ def item_prompt(item: Item, numbers: Sequence[tuple[str, str]]) -> Prompt:
     return tuple(parts)
 
 
-def entry_prompt(engagement: Engagement, *, with_action: bool) -> Prompt:
-    """One history entry: the item's title and category, and with `with_action` what the member did."""
+def entry_prompt(engagement: Engagement, *, with_action: bool, whole_item: bool = False) -> Prompt:
+    """One history entry: the item's title and category, with `whole_item` its creator and text, and with `with_action` what the
+    member did."""
     item = engagement.item
     parts = [Part(ENTRY, neutralise(item.title) or neutralise(item.text))]
     if item.category:
         parts.append(Part(CATEGORY, neutralise(item.category)))
+    if whole_item:
+        parts += [
+            Part(token, plain) for token, text in ((CREATOR, item.creator), (TEXT, item.text)) if (plain := neutralise(text))
+        ]
     if with_action:
         parts.append(Part(DID, action_words(engagement.action, engagement.label)))
     return tuple(parts)

@@ -15,13 +15,15 @@ from retrieval.tokens import Tokens, keep_newest
 
 @dataclass(frozen=True)
 class Budgets:
-    """Tokens that one row may hold. `member` includes the profile; what it leaves goes to the newest history entries."""
+    """Tokens that one row may hold. `member` includes the profile; the rest goes to the newest history entries, each of them
+    title and category, with `whole_entries` creator and text as well."""
 
     item: int = 64
     entry: int = 16
     profile: int = 64
     member: int = 224
     connections: int = 4
+    whole_entries: bool = False
 
     def facts(self) -> dict[str, int]:
         """The budgets as plain numbers, for the model folder."""
@@ -54,8 +56,10 @@ class Writer:
         return [ids[: self.budgets.item] for ids in self.tokens.many(prompts)]
 
     def entries(self, history: Sequence[Engagement]) -> list[list[int]]:
-        """Id rows of history entries: title and category, and in a whole history what was done, which is never cut off."""
-        prompts = [entry_prompt(engagement, with_action=self.whole) for engagement in history]
+        """Id rows of history entries as the budgets have them, and in a whole history what was done, which is never cut off."""
+        prompts = [
+            entry_prompt(engagement, with_action=self.whole, whole_item=self.budgets.whole_entries) for engagement in history
+        ]
         if not self.whole:
             return [ids[: self.budgets.entry] for ids in self.tokens.many(prompts)]
         words, did = self.tokens.many([prompt[:-1] for prompt in prompts]), self.tokens.many([prompt[-1:] for prompt in prompts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,14 @@ from retrieval.learn.sessions import MADE_UP
 from retrieval.learn.timeline import Timeline
 from retrieval.prompts import MAX_FIELD_CHARS, special_tokens
 from retrieval.tokens import Tokens
+from retrieval.writer import Budgets
 
 SAMPLE = 50_000
 """Values per number field that boundaries are fitted on."""
 TEXTS = 200_000
 """Texts of each kind that a new tokenizer learns from."""
+MOST_ENTRY = 32
+"""Tokens of a history entry, at most, where histories are short enough to leave it more."""
 
 
 class NothingToLearn(BrewlineError):
@@ -85,3 +89,17 @@ def _texts(dataset: Dataset, before: int) -> Iterator[str]:
                 yield f"{name}: {text[:MAX_FIELD_CHARS]}"
     if dataset.connections is not None:
         yield from sorted(set(dataset.connections.kind))
+
+
+def fit_entries(dataset: Dataset, before: int, budgets: Budgets) -> Budgets:
+    """The budgets with as much room for a history entry as the median history before a time leaves it, at most MOST_ENTRY.
+
+    Where that is more than the entry had, it shows the whole item (creator and text behind title and category) and not just what
+    it is called: with three entries in a history each can be read closely, with fifty more of them say more.
+    """
+    earlier = Timeline.of(dataset, before).earlier
+    if not (earlier > 0).any():
+        return budgets
+    room = (budgets.member - budgets.profile) // max(1, int(np.median(earlier[earlier > 0])))
+    entry = min(room, MOST_ENTRY)
+    return replace(budgets, entry=entry, whole_entries=True) if entry > budgets.entry else budgets

@@ -12,11 +12,12 @@ from retrieval.learn.start import EncoderPlan
 
 PLACES = {
     "numbers": ("quantizer",),
-    **{name: (name,) for name in ("steps", "minutes", "seed", "base", "lora_rank", "learning_rate", "warm_words")},
+    **{name: (name,) for name in ("steps", "minutes", "seed", "base", "lora_rank", "learning_rate", "warm_words", "fit_entries")},
     **{name: (name,) for name in ("history", "device")},
     **{name: ("size", name) for name in ("hidden", "layers", "heads", "kv_heads", "mlp", "vocabulary")},
     **{f"{name}_tokens": ("budgets", name) for name in ("item", "entry", "profile")},
     "history_tokens": ("budgets", "member"),
+    "whole_entries": ("budgets", "whole_entries"),
     **{name: ("batch", name) for name in ("targets", "targets_per_member", "hard", "hard_from", "hard_weight")},
     **{name: ("batch", name) for name in ("random_items", "popular", "strangers")},
     **{name: ("batch", name) for name in ("mine_every", "mine_skip", "mine_window", "recency_days", "share")},
@@ -35,7 +36,7 @@ def plan_of(settings: Mapping[str, object]) -> EncoderPlan:
     if unknown:
         raise TrainingError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(PLACES))}")
     nested = asdict(EncoderPlan())
-    for name, value in {**_shape(settings), **settings}.items():
+    for name, value in {**_shape(settings), **_entries(settings), **settings}.items():
         *outer, last = PLACES[name]
         (nested[outer[0]] if outer else nested)[last] = value
     try:
@@ -54,6 +55,11 @@ def _shape(settings: Mapping[str, object]) -> dict[str, object]:
     if not isinstance(hidden, int):
         return {}
     return {"heads": max(2, hidden // 32), "kv_heads": max(1, hidden // 64), "mlp": 3 * hidden}
+
+
+def _entries(settings: Mapping[str, object]) -> dict[str, object]:
+    """Who says how long an entry is does not want it fitted."""
+    return {"fit_entries": False} if {"entry_tokens", "whole_entries"} & set(settings) else {}
 
 
 def _check(plan: EncoderPlan) -> None:

@@ -13,9 +13,9 @@ from retrieval.data.schema import Dataset
 from retrieval.features import Kind, Quantizer
 from retrieval.learn.batches import BatchSettings, Sampler
 from retrieval.learn.checkpoint import DATA, TrainingError, dataset_digest
-from retrieval.learn.prepare import NothingToLearn, base_tokens, fit_quantizer, fit_tokens
+from retrieval.learn.prepare import NothingToLearn, base_tokens, fit_entries, fit_quantizer, fit_tokens
 from retrieval.learn.train import LoopSettings, Trainer
-from retrieval.learn.warm import start_from_words
+from retrieval.learn.warm import start_as_words
 from retrieval.llama import Size, add_lora, fit_vocabulary, load_llama, new_llama, smooth_buckets
 from retrieval.writer import Budgets, Writer
 
@@ -24,7 +24,8 @@ from retrieval.writer import Budgets, Writer
 class EncoderPlan:
     """All that decides the weights, apart from the data. One of `steps` and `minutes` says how long; `learning_rate` takes the
     place of the one in `loop` and of its choice on the validation window; `warm_words` starts a model from scratch with
-    latent-semantic word vectors (`retrieval.learn.warm`); `quantizer` "none" leaves all numbers out of the prompts; `history`
+    latent-semantic word vectors (`retrieval.learn.warm`); `fit_entries` gives history entries the room that the members'
+    histories leave (`retrieval.learn.prepare`); `quantizer` "none" leaves all numbers out of the prompts; `history`
     "full" shows what was not engaged, too (`retrieval.learn.whole`), which the service cannot. `device` decides by rounding."""
 
     steps: int | None = None
@@ -35,6 +36,7 @@ class EncoderPlan:
     learning_rate: float | None = None
     quantizer: Kind | Literal["none"] = "percentile"
     warm_words: bool = True
+    fit_entries: bool = True
     history: Literal["positives", "full"] = "positives"
     device: str = "cpu"
     size: Size = field(default_factory=Size)
@@ -64,16 +66,18 @@ def start(dataset: Dataset, before: int, plan: EncoderPlan, steps: int, identity
     if plan.base is None:
         tokens = fit_tokens(dataset, before, quantizer, plan.size.vocabulary)
         model: PreTrainedModel = new_llama(plan.size, len(tokens), causal_lm=False)
+        smooth_buckets(model, tokens, quantizer)
         if plan.warm_words:
-            start_from_words(model, tokens, dataset, before, plan.seed)
+            start_as_words(model, tokens, dataset, before, plan.seed)
     else:
         tokens = base_tokens(plan.base, quantizer)
         model = load_llama(plan.base, causal_lm=False)
         fit_vocabulary(model, tokens)
         if plan.lora_rank:
             add_lora(model, plan.lora_rank)
-    smooth_buckets(model, tokens, quantizer)
-    writer = Writer(tokens, quantizer, plan.budgets, dataset.meta.retrieval_actions, plan.history == "full")
+        smooth_buckets(model, tokens, quantizer)
+    budgets = fit_entries(dataset, before, plan.budgets) if plan.fit_entries else plan.budgets
+    writer = Writer(tokens, quantizer, budgets, dataset.meta.retrieval_actions, plan.history == "full")
     sampler = Sampler(dataset, writer, before, plan.batch, plan.seed)
     if not sampler.runs:
         raise NothingToLearn(f"{dataset.meta.name}: no engagement before the cut; nothing to train on")

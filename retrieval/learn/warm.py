@@ -3,6 +3,9 @@
 Latent semantic analysis (Deerwester et al. 1990) of two kinds of documents, all from before the cut: each item's words, and each
 member's words together with the words of what they engaged with. The second kind is what ties a profile's vocabulary
 to the items'. It costs seconds; learning the same from contrastive batches costs most of a short training.
+
+An encoder starts further on (`start_as_words`): its layers add nothing yet, so that the pooled vector of a row is the sum of its
+words' vectors, each as long as its word is rare. That is latent semantic retrieval, and training begins where it ends.
 """
 
 from __future__ import annotations
@@ -27,6 +30,42 @@ DOCUMENTS = 60_000
 SCALE = 0.5
 """Root mean square of a word's start. Far above the usual 0.02, so that at first the sum over words decides and not noise."""
 MIN_DOCUMENTS = 50
+OTHER_SHARE = 0.3
+"""Length of a special token's vector beside that of the rarest words."""
+LONGEST = 0.99
+"""Quantile of the lengths of word vectors that is the longest length kept; the few above it are cut to that."""
+
+
+def start_as_words(model: PreTrainedModel, tokens: Tokens, dataset: Dataset, before: int, seed: int) -> int:
+    """The trunk's vectors are sums of word vectors weighted by rarity; returns how many words it knows from before a time.
+
+    The final norm would make all words equally loud. So the last coordinate of every embedding row takes up what its length
+    lacks to the common one, and the final norm starts with weight 0 there: what it lets through is the weighted sum exactly.
+    Special tokens keep their directions, at a share of the length. Nothing is done (0) where too few documents are known.
+    """
+    documents = list(_documents(dataset, tokens, before, seed))
+    if len(documents) < MIN_DOCUMENTS:
+        return 0
+    weight = model.get_input_embeddings().weight
+    width = weight.shape[1]
+    vectors, idf = word_vectors(documents, len(tokens), width - 1, seed)
+    seen = np.flatnonzero(np.abs(vectors).sum(1) > 0)
+    rows = np.zeros((len(weight), width), np.float32)
+    rows[seen, :-1] = vectors[seen] * idf[seen, None]
+    longest = float(np.quantile(np.linalg.norm(rows[seen], axis=1), LONGEST))
+    rest = np.setdiff1d(np.arange(len(weight)), seen)
+    others = weight.detach().float().cpu().numpy()[rest, :-1]
+    rows[rest, :-1] = others / np.maximum(np.linalg.norm(others, axis=1, keepdims=True), 1e-9) * OTHER_SHARE * longest
+    lengths = np.linalg.norm(rows, axis=1)
+    rows *= np.minimum(1.0, longest / np.maximum(lengths, 1e-9))[:, None]
+    rows[:, -1] = np.sqrt(np.maximum(longest**2 - np.square(rows).sum(1), 0.0))
+    with torch.no_grad():
+        weight.copy_(torch.from_numpy(rows * (SCALE * width**0.5 / longest)))
+        model.norm.weight[-1] = 0.0
+        for name, part in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                part.zero_()
+    return len(seen)
 
 
 def start_from_words(model: PreTrainedModel, tokens: Tokens, dataset: Dataset, before: int, seed: int) -> int:
@@ -35,7 +74,7 @@ def start_from_words(model: PreTrainedModel, tokens: Tokens, dataset: Dataset, b
     weight = model.get_input_embeddings().weight
     if len(documents) < MIN_DOCUMENTS:
         return 0
-    vectors = latent_vectors(documents, len(tokens), weight.shape[1], seed)
+    vectors, _ = word_vectors(documents, len(tokens), weight.shape[1], seed)
     seen = np.flatnonzero(np.abs(vectors).sum(1) > 0)
     scaled = vectors[seen] / np.sqrt(np.mean(vectors[seen] ** 2))
     with torch.no_grad():
@@ -43,9 +82,14 @@ def start_from_words(model: PreTrainedModel, tokens: Tokens, dataset: Dataset, b
     return len(seen)
 
 
-def latent_vectors(documents: Sequence[Sequence[int]], vocabulary: int, dims: int, seed: int) -> npt.NDArray[np.float32]:
-    """Token vectors float32 [V, dims] (zero for tokens never seen): right singular vectors of the TF-IDF matrix, times the
-    square root of their singular values, each row brought to unit length."""
+def word_vectors(
+    documents: Sequence[Sequence[int]], vocabulary: int, dims: int, seed: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Token vectors float32 [V, dims] (zero for tokens never seen), and how rare each token is, float32 [V] (IDF).
+
+    The vectors are the right singular vectors of the TF-IDF matrix, times the square root of their singular values, each row
+    brought to unit length.
+    """
     lengths = [len(document) for document in documents]
     rows = np.repeat(np.arange(len(documents)), lengths)
     columns = np.fromiter((token for document in documents for token in document), np.int64, sum(lengths))
@@ -60,8 +104,8 @@ def latent_vectors(documents: Sequence[Sequence[int]], vocabulary: int, dims: in
     start = np.random.default_rng([seed, 3]).standard_normal(min(counts.shape)).astype(np.float32)
     _, strength, right = svds(counts.astype(np.float32), k=rank, v0=start)
     vectors = np.zeros((vocabulary, dims), np.float32)
-    vectors[:, :rank] = (right * np.sqrt(strength)[:, None]).T
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9) * (frequency > 0)[:, None]
+    vectors[:, :rank] = (right * np.sqrt(strength)[:, None])[::-1].T  # the strongest first, where shorter vectors keep them
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9) * (frequency > 0)[:, None], idf
 
 
 def _documents(dataset: Dataset, tokens: Tokens, before: int, seed: int) -> Iterator[list[int]]:
