@@ -20,11 +20,14 @@ from index.search import Searcher
 
 Progress = Callable[[int, int], None]
 
-FLAT_ROWS = 50_000
+FLAT_ROWS = 100_000
 FLAT_NUMBERS = FLAT_ROWS * 128
-"""Up to this many rows, or this many numbers, one scan takes milliseconds and stays exact."""
+"""Up to this many rows, or this many numbers, one scan takes milliseconds and stays exact: 1.9 for 100,000 x 128 (one query,
+k = 2,000, the certified scan of `index.serving`)."""
 TRAINING_ROWS_PER_LIST = 64
 """k-means wants at least 39 points per centroid (FAISS warns below that) and gains little beyond a few times that."""
+FAR_OFF = 4
+"""A recipe holds for this many times more or fewer vectors than it was measured on: that is a factor 2 in the lists."""
 RECALL_KS = (10, 100, 2_000)
 """How deep the recall is written down, mean and worst twentieth, whatever k the lists were chosen for."""
 _BLOCK_ROWS = 65_536
@@ -55,6 +58,35 @@ class Recipe:
         if match is None:
             raise BuildError(f"recipe {text!r} is unknown: expected Flat, SQfp16 or IVF<lists>, before one of them (IVF256,Flat)")
         return cls(int(match[1] or 0), match[2] != "Flat")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a night is to build: a recipe (None: by size), the `target` mean recall at `k`, the seed. `brewline index tune` writes
+    one, measured on `items` vectors of `dims` numbers."""
+
+    recipe: Recipe | None = None
+    k: int = 2_000
+    target: float = 0.95
+    seed: int = 0
+    items: int = 0
+    dims: int = 0
+
+    def require(self, count: int, dims: int) -> None:
+        """Nothing happens if the plan was measured on vectors like these `count` of `dims` numbers. Raises BuildError."""
+        if self.recipe is None:
+            return
+        if dims != self.dims or not self.items <= FAR_OFF * count <= FAR_OFF**2 * self.items or self.recipe.lists > count:
+            raise BuildError(
+                f"recipe {self.recipe} was measured on {self.items:,} x {self.dims}, there are {count:,} x {dims}; "
+                f"expected these dims and a count within {FAR_OFF} times: run `brewline index tune` on these, or leave it out"
+            )
+
+    def facts(self) -> dict[str, Fact]:
+        """What a manifest says of a plan that was measured; nothing of the one by size."""
+        if self.recipe is None:
+            return {}
+        return {"target_k": self.k, "tuned_items": self.items, "tuned_dims": self.dims}
 
 
 @dataclass(frozen=True, slots=True)

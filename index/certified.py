@@ -17,7 +17,8 @@ import numpy.typing as npt
 from index.certified_codes import BLOCK, Asked, Coded, Doubles, code
 from index.certified_scan import Survivors, scan
 from index.exact import best, dot, exact_search, exhaustive
-from index.hits import Hits, Rows, Vectors, check_exclusions, check_k, check_queries
+from index.filters import Allow, Filter, check_filters
+from index.hits import Hits, Rows, Vectors, check_k, check_queries
 from index.int8 import MAX_DIMS, Crew, Way, encode, fastest_way, products, scale_of
 
 QUERIES = 256
@@ -28,6 +29,8 @@ SMALL = 8 * BLOCK
 PAYS = 256
 """From so many queries on it pays to code the vectors for them alone."""
 ROUNDS = 3
+FEW = 10
+"""When fewer than one row in so many is permitted, they are scored at once: a scan would keep mostly others."""
 MOST = 8
 """Survivors per answer from which on scoring everything is as good."""
 
@@ -64,40 +67,47 @@ class Certified:
         """Memory of everything but the vectors themselves."""
         return self.coded.bytes + self._sample.nbytes + self._sampled.nbytes
 
-    def search(self, queries: Vectors, k: int, exclude: Sequence[Rows] | None = None) -> Hits:
-        """The true top k of every query [Q, D] is returned without its excluded rows, exactly as `exact_search` defines it."""
-        return self.prove(queries, k, exclude)[0]
+    def search(self, queries: Vectors, k: int, exclude: Sequence[Rows] | None = None, *, allow: Allow = None) -> Hits:
+        """The true top k of every query [Q, D] is returned, of the rows that `allow` holds, without its excluded ones.
 
-    def prove(self, queries: Vectors, k: int, exclude: Sequence[Rows] | None = None) -> tuple[Hits, Proof]:
-        """The same answer is returned with how it was proven. Raises QueryError, ExclusionError, SearchError."""
+        It is what `exact_search` defines, and counts[q] is min(k, permitted rows of q). Raises as `prove`.
+        """
+        return self.prove(queries, k, exclude, allow=allow)[0]
+
+    def prove(
+        self, queries: Vectors, k: int, exclude: Sequence[Rows] | None = None, *, allow: Allow = None
+    ) -> tuple[Hits, Proof]:
+        """The same answer is returned with how it was proven. Raises QueryError, ExclusionError, FilterError, SearchError."""
         k = check_k(k)
         queries = check_queries(queries, self.dims)
-        excluded = check_exclusions(exclude, len(queries), self.count)
+        filters = check_filters(exclude, allow, len(queries), self.count)
         hits = Hits.empty(len(queries), k)
         proof = Proof(np.zeros(len(queries), np.int64), np.zeros(len(queries), np.int64))
         for start in range(0, len(queries), QUERIES):
-            self._answer(np.arange(start, min(start + QUERIES, len(queries))), queries, excluded, hits, proof)
+            self._answer(np.arange(start, min(start + QUERIES, len(queries))), queries, filters, hits, proof)
         return hits, proof
 
-    def _answer(self, asked: Rows, queries: Vectors, excluded: list[Rows], hits: Hits, proof: Proof) -> None:
+    def _answer(self, asked: Rows, queries: Vectors, filters: list[Filter], hits: Hits, proof: Proof) -> None:
         """The hits and proofs of the asked queries are filled."""
-        k = hits.rows.shape[1]
-        wanted = np.array([min(k, self.count - len(excluded[query])) for query in asked])
-        open_ones = asked[(wanted > 0) & (4 * wanted < self.count)] if self.count > SMALL else asked[:0]
-        everything = np.setdiff1d(asked[wanted > 0], open_ones)
-        bars = self._foretell(queries, open_ones, excluded, k)
+        permitted = np.array([filters[query].permitted for query in asked], np.int64)
+        worth = (4 * np.minimum(permitted, hits.rows.shape[1]) < permitted) & (FEW * permitted > self.count)
+        open_ones = asked[worth] if self.count > SMALL else asked[:0]
+        everything = asked[(permitted > 0) & ~worth] if self.count > SMALL else asked[permitted > 0]
+        bars = self._foretell(queries, open_ones, filters, hits.rows.shape[1])
         for _ in range(ROUNDS):
             if not open_ones.size:
                 break
-            proven, bars = self._round(open_ones, bars, queries, excluded, hits, proof)
+            proven, bars = self._round(open_ones, bars, queries, filters, hits, proof)
             everything = np.concatenate([everything, open_ones[~proven & np.isinf(bars)]])
             still = ~proven & np.isfinite(bars)
             open_ones, bars = open_ones[still], bars[still]
         for query in np.concatenate([everything, open_ones]).tolist():
-            exhaustive(self.vectors, queries[query], excluded[query], hits, query)
-            proof.scored[query], proof.rounds[query] = self.count, 0
+            one = filters[query]
+            rows = None if one.permitted == self.count else one.set().rows()
+            exhaustive(self.vectors, queries[query], rows, hits, query)
+            proof.scored[query], proof.rounds[query] = one.permitted, 0
 
-    def _foretell(self, queries: Vectors, asked: Rows, excluded: list[Rows], k: int) -> Doubles:
+    def _foretell(self, queries: Vectors, asked: Rows, filters: list[Filter], k: int) -> Doubles:
         """A score [A] per asked query that, but for one in some hundreds, k vectors or more reach."""
         scales = [scale_of(query) for query in queries[asked]]
         sums = np.empty((len(asked), len(self._sample)), np.int32)
@@ -106,17 +116,17 @@ class Certified:
             products(codes, self._sample, sums, self._way)
         bars = np.empty(len(asked))
         for place, query in enumerate(asked.tolist()):
-            seen = sums[place]
-            if excluded[query].size:
-                seen = seen[~within(self._sampled, excluded[query])]
-            expected = k * seen.size / (self.count - excluded[query].size)
+            seen, one = sums[place], filters[query]
+            if one.permitted < self.count:
+                seen = seen[one.permits(self._sampled)]
+            expected = k * seen.size / one.permitted
             rank = math.ceil(expected + 3 * math.sqrt(expected) + 1)
             step = scales[place] * self._step
             bars[place] = np.partition(seen, seen.size - rank)[seen.size - rank] * step if rank <= seen.size else -np.inf
         return bars
 
     def _round(
-        self, asked: Rows, bars: Doubles, queries: Vectors, excluded: list[Rows], hits: Hits, proof: Proof
+        self, asked: Rows, bars: Doubles, queries: Vectors, filters: list[Filter], hits: Hits, proof: Proof
     ) -> tuple[npt.NDArray[np.bool_], Doubles]:
         """Whether each asked query is proven, and its next bar: -inf where nothing but scoring everything is left."""
         coded = Asked.of(queries[asked], self.coded)
@@ -125,8 +135,8 @@ class Certified:
 
         def settle(place: int) -> float:
             query = int(asked[place])
-            candidates = self._candidates(place, coded, found, excluded[query])
-            k = min(hits.rows.shape[1], self.count - len(excluded[query]))
+            candidates = self._candidates(place, coded, found, filters[query])
+            k = min(hits.rows.shape[1], filters[query].permitted)
             if candidates is None or candidates[0].size < k:
                 return -np.inf
             rows, scores = self._score(queries[query], *candidates, k)
@@ -138,7 +148,7 @@ class Certified:
         last = np.array(self._crew.each(settle, list(range(len(asked)))))
         return last >= np.maximum(bars, np.finfo(np.float64).min), last
 
-    def _candidates(self, place: int, asked: Asked, found: Survivors, left_out: Rows) -> tuple[Rows, Doubles, Doubles] | None:
+    def _candidates(self, place: int, asked: Asked, found: Survivors, one: Filter) -> tuple[Rows, Doubles, Doubles] | None:
         """The rows that survived for one query, their scores by codes and the highest they can have; None if it was crowded."""
         if found.crowded[place]:
             return None
@@ -147,19 +157,17 @@ class Certified:
         rows, blocks = self.coded.rows[places], places // BLOCK
         scores = found.products[part] * (asked.scales[place] * self.coded.scales[blocks])
         highest = scores + asked.errors[place, blocks]
-        good = rows >= 0
-        if left_out.size:
-            good &= ~within(rows, left_out)
+        good = one.permits(rows)
         return (rows, scores, highest) if good.all() else (rows[good], scores[good], highest[good])
 
     def _score(self, query: Vectors, rows: Rows, scores: Doubles, highest: Doubles, k: int) -> tuple[Rows, Vectors]:
         """Rows and float32 scores, the true k best among them: the best by codes, and all that can reach the last of them."""
         first = np.argpartition(scores, rows.size - k)[rows.size - k :]
-        known = dot(self.vectors[rows[first]], query)
+        known = dot(self.vectors, query, rows[first])
         rest = highest >= known.min()
         rest[first] = False
         others = rows[rest]
-        return np.concatenate([rows[first], others]), np.concatenate([known, dot(self.vectors[others], query)])
+        return np.concatenate([rows[first], others]), np.concatenate([known, dot(self.vectors, query, others)])
 
 
 def truth(vectors: Vectors, queries: Vectors, k: int) -> Hits:

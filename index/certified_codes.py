@@ -37,6 +37,12 @@ class Coded:
         return sum(part.nbytes for part in (self.codes, self.rows, self.scales, self.lengths, self.losses))
 
 
+def coded_bytes(count: int, dims: int) -> int:
+    """The memory of the codes of `count` vectors is returned before they are made."""
+    blocks = -(-count // BLOCK)
+    return blocks * (BLOCK * (code_dims(dims) + 8) + 3 * 8)
+
+
 def code(vectors: Vectors) -> Coded:
     """The vectors [N, D] are returned coded. Raises SearchError for NaN, infinity, or more than MAX_DIMS dims."""
     count, dims = vectors.shape

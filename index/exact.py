@@ -6,6 +6,7 @@ It sees every vector, keeps ties in a defined order, and holds at most one block
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,13 +64,22 @@ def _merge(hits: Hits, query: int, scores: Vectors, start: int) -> None:
         hits.put(query, rows, np.concatenate([hits.scores[query, :kept], scores[entering]]))
 
 
-def dot(vectors: Vectors, query: Vectors) -> Vectors:
-    """The scores float32 [N] of a query [D] are returned, each summed in one order that depends on D alone.
+def dot(vectors: Vectors, query: Vectors, rows: Rows | None = None) -> Vectors:
+    """The scores float32 [n] of a query [D] with all vectors [N, D], or with these rows of them (all of 0..N-1), are returned.
 
-    Equal vectors have equal scores wherever they stand, which matrix products do not promise. Raises SearchError as above.
+    Each is summed in one order that depends on D alone: equal vectors have equal scores wherever they stand, which matrix
+    products do not promise. FAISS reads the rows in place, at a quarter of what gathering costs. Raises SearchError as above.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        scores: Vectors = np.einsum("nd,d->n", np.asarray(vectors, dtype=np.float32), query)
+    import faiss as typed
+
+    faiss: Any = typed
+    wanted = np.arange(len(vectors)) if rows is None else np.ascontiguousarray(rows, np.int64)
+    if vectors.dtype != np.float32 or not vectors.flags.c_contiguous:
+        vectors = np.ascontiguousarray(vectors[wanted], dtype=np.float32)
+        wanted = np.arange(len(wanted))
+    asked, scores = np.ascontiguousarray(query, np.float32), np.empty(len(wanted), np.float32)
+    pointers = [faiss.swig_ptr(array) for array in (scores, asked, vectors, wanted)]
+    faiss.fvec_inner_products_by_idx(*pointers, vectors.shape[1], 1, len(wanted))
     if not np.isfinite(scores).all():
         raise SearchError("a vector gives a score that is NaN or infinite: the vectors are damaged, build them again")
     return scores
@@ -97,15 +107,14 @@ def _turned(bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
     return turned
 
 
-def exhaustive(vectors: Vectors, query: Vectors, left_out: Rows, hits: Hits, place: int) -> None:
-    """The hits of one query [D] stand at `place`: every vector is scored by `dot`, the rows left out (sorted) are dropped."""
-    k = hits.rows.shape[1]
+def exhaustive(vectors: Vectors, query: Vectors, permitted: Rows | None, hits: Hits, place: int) -> None:
+    """The hits of one query [D] stand at `place`: every vector is scored by `dot`, or of the permitted rows (rising) each."""
+    k, count = hits.rows.shape[1], len(vectors) if permitted is None else len(permitted)
     rows, scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
-    for start in range(0, len(vectors), _SCORED_ROWS):
-        here = dot(vectors[start : start + _SCORED_ROWS], query)
-        first, last = np.searchsorted(left_out, (start, start + len(here)))
-        here_rows = np.delete(np.arange(start, start + len(here)), left_out[first:last] - start)
-        rows, scores = np.concatenate([rows, here_rows]), np.concatenate([scores, here[here_rows - start]])
+    for start in range(0, count, _SCORED_ROWS):
+        stop = min(start + _SCORED_ROWS, count)
+        here = np.arange(start, stop) if permitted is None else permitted[start:stop]
+        rows, scores = np.concatenate([rows, here]), np.concatenate([scores, dot(vectors, query, here)])
         if rows.size > k:
             # Rows rise, so of those that share the last score the first are kept by a stable cut.
             bar = np.partition(scores, rows.size - k)[rows.size - k]

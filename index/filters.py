@@ -142,6 +142,10 @@ class Column:
         return order, np.searchsorted(self._codes[order], np.arange(len(self._code) + 1))
 
 
+Allow = RowSet | Sequence[RowSet | None] | None
+"""The rows that may be answered: one set for all queries, one for each (None: every row), or every row for all."""
+
+
 @dataclass(frozen=True, eq=False)
 class Filter:
     """What one query may be answered with: the rows of `allowed` (None: all `count`) without `excluded` (distinct, rising)."""
@@ -173,9 +177,7 @@ class Filter:
         return allowed - RowSet.of(self.excluded, self.count) if self.excluded.size else allowed
 
 
-def check_filters(
-    exclude: Sequence[Rows] | None, allow: RowSet | Sequence[RowSet | None] | None, queries: int, count: int
-) -> list[Filter]:
+def check_filters(exclude: Sequence[Rows] | None, allow: Allow, queries: int, count: int) -> list[Filter]:
     """One filter per query is returned. `allow` is for all queries or one for each (None: every row).
 
     Raises ExclusionError, and FilterError for a set over another number of rows: it was made for another snapshot.

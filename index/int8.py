@@ -141,5 +141,7 @@ class Crew:
 
     def shares(self, count: int) -> list[range]:
         """0..count - 1 cut into one run per thread, none empty."""
+        if self.threads == 1:
+            return [range(count)] if count else []
         edges = np.linspace(0, count, min(self.threads, max(count, 1)) + 1).astype(int).tolist()
         return [range(low, high) for low, high in itertools.pairwise(edges) if low < high]

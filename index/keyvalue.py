@@ -7,6 +7,9 @@ from typing import Protocol
 
 from index.errors import BrewlineError
 
+Key = tuple[str, str, str]
+"""Kind, id, fingerprint."""
+
 
 class StoreError(BrewlineError):
     """The key-value store refuses what was asked."""
@@ -25,6 +28,9 @@ class KeyValueStore(Protocol):
 
     def get_many(self, kind: str, ids: Sequence[str], fingerprint: str = "") -> list[bytes | None]:
         """The value of each id is returned in the order asked, None where there is none or it has expired."""
+
+    def get_each(self, keys: Sequence[Key]) -> list[bytes | None]:
+        """The value of each key is returned. The keys are read in their order, in one round trip if that can be."""
 
     def put_many(self, kind: str, values: Mapping[str, bytes], fingerprint: str = "", ttl_s: float | None = None) -> None:
         """Every value is kept, for `ttl_s` seconds if given (at least 0.001), else until replaced or deleted.

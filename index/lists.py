@@ -206,4 +206,4 @@ class ListSearcher:
         if left_out.size:
             good &= ~within(rows, left_out)
         rows = rows[good]
-        best(hits, query, rows, dot(self.vectors[rows], vector))
+        best(hits, query, rows, dot(self.vectors, vector, rows))

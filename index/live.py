@@ -29,8 +29,9 @@ from index.durable import exclusive
 from index.live_view import LiveTable, LiveView
 from index.manifest import Manifest, SnapshotMismatch, SnapshotTorn
 from index.publish import current, list_snapshots
+from index.shadow import Shadow
 from index.snapshot import Snapshot, read_manifest, snapshots_dir
-from index.wal import LogBroken, LogReader, trim
+from index.wal import LogBroken, LogDamaged, LogReader, trim
 from index.wal_writer import LogWriter, disk
 
 LIVE_DIR, POSITION_FACT = "live", "live_position"
@@ -44,13 +45,17 @@ class LiveIndex:
     Any number of threads may read and write. `write=True` takes the log for this process alone until `close`.
     """
 
-    def __init__(self, snapshot: Snapshot, store_dir: Path, *, write: bool = False) -> None:
-        """Raises StoreBusy while another process writes, LogDamaged, LogTrimmed (open the newer snapshot), LogBroken."""
+    def __init__(self, snapshot: Snapshot, store_dir: Path, *, write: bool = False, shadow: Shadow | None = None) -> None:
+        """`shadow` compares some answers of the views with the exact ones.
+
+        Raises StoreBusy while another process writes, LogDamaged, LogTrimmed (open the newer snapshot), LogBroken.
+        """
         self._folder = store_dir / LIVE_DIR
         self._queue: list[tuple[bytes, Changes]] = []
         self._queued = self._done = 0
         self._queue_lock, self._lock = threading.RLock(), threading.Lock()
         self._reader: LogReader | None = None
+        self._shadow = shadow
         position = folded_position(snapshot.manifest, snapshot.name)
         self._writer = self._begin(snapshot.manifest, position, store_dir) if write else None
         try:
@@ -100,6 +105,30 @@ class LiveIndex:
             if self._writer is not None:
                 self._writer.change_facts(_facts(snapshot.manifest))
 
+    def take_over(self, other: LiveIndex) -> None:
+        """What `other` shows is in every later view; if `other` writes the log, this one does from now on, and `other` follows.
+
+        For two of one store in this process, so that no other process can take the log in between. Raises LogDamaged, also when
+        the log ends before this snapshot's position; nothing has changed then.
+        """
+        with other._lock, other._queue_lock, self._lock, self._queue_lock:
+            writer = other._writer
+            if writer is not None and other._queue:
+                other._commit(writer)
+            self._catch_up()
+            if writer is None:
+                return
+            if writer.position < self._table.view.position:
+                raise LogDamaged(
+                    f"{self._folder} ends with change {writer.position}, snapshot {self._table.view.snapshot.name} with the log "
+                    f"over it holds all up to {self._table.view.position}: restore the log, or publish a new night"
+                )
+            self._writer, other._writer = writer, None
+            writer.change_facts(_facts(self._table.view.snapshot.manifest))
+            if other._reader is not None:  # it has not moved since the writer's own changes went straight into the table
+                other._reader.close()
+            other._reader = LogReader(other._folder, other._table.view.position)
+
     def close(self) -> None:
         """The log may be written by another process. Views stay usable. Closing twice is harmless."""
         if self._writer is not None:
@@ -113,7 +142,7 @@ class LiveIndex:
         return LogWriter(self._folder, _facts(manifest), position, newest=newest)
 
     def _open(self, snapshot: Snapshot, position: int) -> None:
-        table, reader = LiveTable(snapshot, position), LogReader(self._folder, position)
+        table, reader = LiveTable(snapshot, position, self._shadow), LogReader(self._folder, position)
         with closing(reader):
             table.take(_batches(reader))
         if self._reader is not None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 
 from index.changes import Changes
 from index.exact import exact_search
-from index.filters import Filter, FilterError, RowSet, check_filters
+from index.filters import Allow, Filter, FilterError, RowSet, check_filters
 from index.hits import Hits, Rows, Vectors, check_exclusions, check_k, check_queries
-from index.search import Searcher
+from index.serving import Search, Serving, Twin
+from index.shadow import Shadow
 from index.snapshot import Snapshot
 
 _ALIVE = np.iinfo(np.int64).max
 _FIRST_ROWS = 1_024
-
-Allow = RowSet | Sequence[RowSet | None] | None
+_TIE = 1e-5
+"""A row that scores so little less than the last true one stands for it: equal items, and sums in another order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +27,13 @@ class LiveView:
     """The snapshot's N rows and the n live rows behind them, as of `position` of the log. Never changes; costs nothing to keep.
 
     `hidden` are the snapshot's rows that were replaced or withdrawn; `stale` are items whose new record came with another
-    encoder's vector: they keep their row of the snapshot, if any, until they are put in again with this encoder's.
+    encoder's vector: they keep their row of the snapshot, if any, until they are put in again with this encoder's. `shadow`
+    compares some of the answers with the exact ones.
     """
 
     snapshot: Snapshot
-    searcher: Searcher
+    serving: Serving
+    shadow: Shadow | None
     position: int
     hidden: RowSet
     stale: dict[str, bytes]
@@ -40,6 +43,11 @@ class LiveView:
     _records: list[bytes]
     _latest: dict[str, int]
     _previous: list[int]
+
+    @property
+    def searcher(self) -> Search:
+        """What answers for the snapshot's rows."""
+        return self.serving.searcher
 
     @property
     def first_live(self) -> int:
@@ -97,7 +105,6 @@ class LiveView:
         k: int,
         exclude: Sequence[Rows] | None = None,
         *,
-        nprobe: int | None = None,
         allow: Allow = None,
         allow_live: Allow = None,
     ) -> Hits:
@@ -115,12 +122,29 @@ class LiveView:
         excluded = check_exclusions(exclude, asked, self.count)
         older = check_filters([rows[rows < split] for rows in excluded], allow, asked, split)
         newer = check_filters([rows[rows >= split] - split for rows in excluded], allow_live, asked, live_count)
-        hits = self.searcher.search(queries, k, [one.excluded for one in older], nprobe=nprobe, allow=self._visible(older))
+        hits = self.searcher.search(queries, k, [one.excluded for one in older], allow=self._visible(older))
         if self.alive.size:
             found = exact_search(self._vectors, queries, k, [self._left_out(one) for one in newer])
             for query in range(asked):
                 _merge(hits, found, query, split)
+        place = None if self.shadow is None else self.shadow.pick(asked)
+        if self.shadow is not None and place is not None:
+            found_rows = hits.rows[place, : hits.counts[place]].copy()
+            question = (queries[place : place + 1].copy(), k, older[place], newer[place])
+            self.shadow.offer(partial(self._recall, found_rows, *question))
         return hits
+
+    def _recall(self, rows: Rows, query: Vectors, k: int, older: Filter, newer: Filter) -> float:
+        """The share of the exact answer to a query [1, D] that these rows are."""
+        twin = replace(self, serving=Serving(Twin(self.snapshot.vectors), False, "the exact twin"), shadow=None)
+        excluded = np.concatenate([older.excluded, newer.excluded + self.first_live])
+        true = twin.search(query, k, [excluded], allow=[older.allowed], allow_live=[newer.allowed])
+        wanted = int(true.counts[0])
+        if not wanted:
+            return 1.0
+        others = rows[~np.isin(rows, true.rows[0, :wanted])]
+        ties = sum(float(self.vector(row) @ query[0]) >= true.scores[0, wanted - 1] - _TIE for row in others.tolist())
+        return min(rows.size - others.size + ties, wanted) / wanted
 
     def _visible(self, filters: list[Filter]) -> Allow:
         """Equal sets stay one object, so that the searcher answers their queries together."""
@@ -152,8 +176,8 @@ class LiveTable:
     Rows are only added, and a row that ends notes the position at which it did: a view is a length and a position.
     """
 
-    def __init__(self, snapshot: Snapshot, position: int) -> None:
-        self._snapshot, self._searcher = snapshot, Searcher.of(snapshot)
+    def __init__(self, snapshot: Snapshot, position: int, shadow: Shadow | None = None) -> None:
+        self._snapshot, self._serving, self._shadow = snapshot, Serving.of(snapshot), shadow
         self._hidden = RowSet.of(np.zeros(0, np.int64), snapshot.manifest.count)
         self._stale: dict[str, bytes] = {}
         self._vectors = np.zeros((_FIRST_ROWS, snapshot.manifest.dims), np.float32)
@@ -210,7 +234,8 @@ class LiveTable:
         count = len(self._ids)
         return LiveView(
             self._snapshot,
-            self._searcher,
+            self._serving,
+            self._shadow,
             self._position,
             self._hidden,
             self._stale,

@@ -6,6 +6,7 @@ A key is `brewline|{KIND|FINGERPRINT|BUCKET}|ID`, every field percent-encoded, s
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,16 +21,22 @@ from redis.exceptions import (
     AuthenticationError,
     ClusterDownError,
     ConnectionError,
+    OutOfMemoryError,
+    ReadOnlyError,
     RedisClusterException,
     RedisError,
     TimeoutError,
+    TryAgainError,
 )
 from redis.retry import Retry
 
-from index.keyvalue import StoreError, StoreUnavailable, check_ttl, encode_key
+from index.keyvalue import Key, StoreError, StoreUnavailable, check_ttl, encode_key
 
 _OPTIONS = {"db", "username", "password", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs"}
 _BUCKETS = 64
+_CONNECT_S = 2.0
+_PASSING = re.compile(r"\b(MISCONF|NOREPLICAS)\b")
+"""Refusals that say nothing of what was asked (the disk is full, the replicas are gone) and have no class in redis-py."""
 _CHUNK = 1_024
 """Keys per round trip: enough to hide the network, few enough that Redis serves others in between."""
 
@@ -46,11 +53,11 @@ class RedisStore:
     """A `KeyValueStore` in Redis. The server's clock decides what has expired. Connects at first use, not before.
 
     URLs: redis://[[user]:password@]host:port/db, rediss:// (TLS), unix://path, redis+cluster:// and rediss+cluster://.
-    Neither user nor password appears in any message or representation.
+    Neither user nor password appears in any message or representation. An answer is waited for `patience_s` seconds.
     """
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, url: str, patience_s: float) -> None:
+        self._url, self._patience_s = url, patience_s
         self.shown, self._secrets = _public(url)
         self._client: Any = None
         self._closed = False
@@ -77,6 +84,18 @@ class RedisStore:
                     for group, values in zip(groups, pipe.execute()):
                         found.update(zip(group, values))
         return [found[key] for key in keys]
+
+    def get_each(self, keys: Sequence[Key]) -> list[bytes | None]:
+        """See KeyValueStore; a cluster is asked one by one, for its nodes do not wait for each other."""
+        if not keys:
+            return []
+        with self._errors() as client:
+            if isinstance(client, RedisCluster):
+                return [self.get_many(kind, [one], fingerprint)[0] for kind, one, fingerprint in keys]
+            pipe = client.pipeline(transaction=False)
+            for kind, one, fingerprint in keys:
+                pipe.get(_key(kind, one, fingerprint))
+            return list(pipe.execute())
 
     def put_many(self, kind: str, values: Mapping[str, bytes], fingerprint: str = "", ttl_s: float | None = None) -> None:
         """See KeyValueStore."""
@@ -134,11 +153,14 @@ class RedisStore:
             raise StoreError(f"store {self.shown} is closed")
         if self._client is None:
             scheme, _, rest = self._url.partition("://")
-            retry = Retry(NoBackoff(), 1)
+            # Once more for a connection that the server has closed meanwhile; never for one that keeps silent, which would only
+            # double the wait.
+            retry = Retry(NoBackoff(), 1, supported_errors=(ConnectionError,))
+            connect_s = min(_CONNECT_S, self._patience_s)
             url = f"{scheme.removesuffix('+cluster')}://{rest}"
             kind: Any = RedisCluster if scheme.endswith("+cluster") else redis.Redis
             try:
-                self._client = kind.from_url(url, socket_connect_timeout=2, socket_timeout=5, retry=retry)
+                self._client = kind.from_url(url, socket_connect_timeout=connect_s, socket_timeout=self._patience_s, retry=retry)
             except ValueError as error:
                 raise StoreError(f"store {self.shown}: the address is not understood: {self._told(error)}") from None
         return self._client
@@ -149,13 +171,15 @@ class RedisStore:
         try:
             yield self._connect()
         except AuthenticationError as error:
-            raise StoreError(f"store {self.shown} refuses these credentials: {self._told(error)}") from None
+            raise StoreUnavailable(f"store {self.shown} refuses these credentials: {self._told(error)}") from None
         except (ConnectionError, TimeoutError, ClusterDownError) as error:
             raise StoreUnavailable(f"store {self.shown} cannot be reached: {self._told(error)}") from None
         except RedisClusterException as error:
             raise StoreUnavailable(f"store {self.shown} is no reachable cluster: {self._told(error)}") from None
         except RedisError as error:
-            raise StoreError(f"store {self.shown} refuses: {self._told(error)}") from None
+            passing = isinstance(error, OutOfMemoryError | ReadOnlyError | TryAgainError) or _PASSING.search(str(error))
+            kind = StoreUnavailable if passing else StoreError
+            raise kind(f"store {self.shown} refuses: {self._told(error)}") from None
 
     def _told(self, error: Exception) -> str:
         text = " ".join(str(error).split()) or type(error).__name__

@@ -148,3 +148,10 @@ def _require_permitted(hits: Hits, filters: list[Filter]) -> None:
                 f"the index returned {forbidden} rows for query {query} that it was told to leave out; the answer is withheld: "
                 "this build of FAISS ignores selectors (faiss-gpu without cuVS does), search on the CPU"
             )
+
+
+def one_core_here() -> None:
+    """FAISS uses one core for what the calling thread asks of it; other threads keep theirs."""
+    import faiss
+
+    faiss.omp_set_num_threads(1)

@@ -1,9 +1,9 @@
 """One logical index over S shards: every shard is a whole snapshot, is asked for k, and one merge makes the answers one.
 
 Rows are those of the whole: each shard knows which of them its own rows are, rising, so ties stand in the order in which the
-undivided index has them. Shards that are searched exactly (`Exact`) give the undivided exact index's answers bit for bit. FAISS
-may give a score another last bit, and of rows that tie for the last place it keeps which it likes. Over IVF shards the answer is
-the merge of what each of them finds.
+undivided index has them. Shards that are searched exactly (`Certified`) give the undivided exact index's answers bit for bit.
+FAISS may give a score another last bit, and of rows that tie for the last place it keeps which it likes. Over IVF shards the
+answer is the merge of what each of them finds.
 
 Legend: S shards, N rows of the whole, n rows of one shard, Q queries.
 """
@@ -14,17 +14,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from index.build import build
 from index.certified import Certified
 from index.exact import best
-from index.filters import Filter, RowSet, check_filters
+from index.filters import Allow, Filter, RowSet, check_filters
 from index.hits import Hits, Rows, SearchError, Vectors, check_k, check_queries
 from index.ids import Ids, hash_ids
 from index.search import Searcher
+from index.serving import Search
 from index.snapshot import Snapshot
 from index.writer import SnapshotWriter
 
@@ -33,22 +33,9 @@ ROWS_PART = "shard.rows"
 PLACE_FACT, WHOLE_FACT = "shard", "shard_of"
 """Facts of a shard's manifest: its place among how many ("0/4"), and the name of the snapshot that was divided."""
 
-Allow = RowSet | Sequence[RowSet | None] | None
-
 
 class ShardError(SearchError):
     """Shards do not make up one index: one is missing, stands twice, or is of another whole. Nothing is searched."""
-
-
-class Search(Protocol):
-    """What a shard is asked: see `Searcher.search`."""
-
-    count: int
-    dims: int
-
-    def search(
-        self, queries: Vectors, k: int, exclude: Sequence[Rows] | None = None, *, allow: Allow = None
-    ) -> Hits: ...  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,21 +45,6 @@ class Shard:
     searcher: Search
     rows: Rows
     ids: Ids
-
-
-class Exact:
-    """Certified exact search over vectors [N, D] with filters. Threads may share it."""
-
-    def __init__(self, vectors: Vectors) -> None:
-        """Raises SearchError for NaN, infinity or too many dims."""
-        self._certified = Certified(vectors)
-        self.count, self.dims = self._certified.count, self._certified.dims
-
-    def search(self, queries: Vectors, k: int, exclude: Sequence[Rows] | None = None, *, allow: Allow = None) -> Hits:
-        """The true top k of each query [Q, D] of the rows that `allow` holds, without its excluded ones, are returned."""
-        filters = check_filters(exclude, allow, len(queries), self.count)
-        left_out = [one.excluded if one.allowed is None else (~one.set()).rows() for one in filters]
-        return self._certified.search(queries, k, left_out)
 
 
 class Shards:
@@ -111,7 +83,7 @@ class Shards:
         _check_whole(snapshots)
         return cls(
             [
-                Shard(Exact(one.vectors) if exact else Searcher.of(one), np.fromfile(one.part(ROWS_PART), "<i8"), one.ids)
+                Shard(Certified(one.vectors) if exact else Searcher.of(one), np.fromfile(one.part(ROWS_PART), "<i8"), one.ids)
                 for one in snapshots
             ],
             threads=threads,

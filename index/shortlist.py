@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from index.centres import TRAINING_ROWS, Progress, trained
 from index.certified import within
-from index.exact import best, exhaustive
+from index.exact import best, dot, exhaustive
 from index.hits import Hits, Rows, SearchError, Vectors, check_exclusions, check_k, check_queries
 from index.int8 import Crew, encode, fastest_way, products, scale_of
 from index.lists import ListError, require_finite
@@ -113,7 +113,7 @@ class ShortLists:
         for query in queries[:, None]:
             visited, foretold = self._plan(query, k, max(1, self.lists // 8))
             scores, rows = self._scan(query, visited, -1e30)
-            true = self._score(query, rows)
+            true = dot(self.vectors, query[0], rows)
             last = np.partition(true, len(true) - k)[len(true) - k] if len(true) > k else -np.inf
             needs.append((foretold - np.quantile(scores[true >= last], 1 - KEPT)) / max(float(np.linalg.norm(query)), 1e-12))
         return float(np.quantile(needs, 0.75))
@@ -156,7 +156,8 @@ class ShortLists:
                 if len(rows) >= wanted:
                     best(hits, place, rows, scores)
                     return
-        exhaustive(self.vectors, query[0], left_out, hits, place)
+        permitted = np.delete(np.arange(self.count), left_out) if left_out.size else None
+        exhaustive(self.vectors, query[0], permitted, hits, place)
 
     def _plan(self, query: Vectors, k: int, probes: int) -> tuple[Rows, float]:
         """The lists that a query [1, D] visits, and a score that lies a fixed way from its k-th best."""
@@ -173,7 +174,7 @@ class ShortLists:
 
         def read(part: Rows) -> tuple[Rows, Vectors]:
             rows = self._scan(query, part, bar)[1]
-            return rows, self._score(query, rows)
+            return rows, dot(self.vectors, query[0], rows)
 
         threads = self._crew.threads
         if threads == 1:
@@ -191,13 +192,3 @@ class ShortLists:
         parameters = faiss.SearchParametersIVF(nprobe=len(visited), quantizer_params=faiss.SearchParameters(sel=selector))
         _, scores, rows = self._index.range_search(query, bar, params=parameters)
         return scores, rows
-
-    def _score(self, query: Vectors, rows: Rows) -> Vectors:
-        """Products of a query [1, D] with these rows, by FAISS, which gathers nothing."""
-        import faiss as typed
-
-        faiss: Any = typed
-        scores = np.empty(len(rows), np.float32)
-        pointers = [faiss.swig_ptr(array) for array in (scores, query, self.vectors, rows)]
-        faiss.fvec_inner_products_by_idx(*pointers, self.dims, 1, len(rows))
-        return scores

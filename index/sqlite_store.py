@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from index.keyvalue import StoreError, StoreUnavailable, check_ttl, encode_key
+from index.keyvalue import Key, StoreError, StoreUnavailable, check_ttl, encode_key
 
 _APPLICATION = 0x42726577
 """Marks the file as ours, so that a path to another program's database is refused instead of filled."""
 _CHUNK = 500
 """Ids per statement; old SQLite builds allow 999 parameters."""
-_BUSY_MS = 5_000
 _PUT = "INSERT OR REPLACE INTO entries (kind, fingerprint, id, value, expires) VALUES (?, ?, ?, ?, ?)"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
@@ -25,20 +24,21 @@ CREATE INDEX IF NOT EXISTS entries_expires ON entries (expires) WHERE expires IS
 
 
 class SqliteStore:
-    """A `KeyValueStore` in the file `path` (":memory:" for none). `clock` tells seconds and decides what has expired.
+    """A `KeyValueStore` in the file `path` (":memory:" for none). `clock` tells seconds and decides what has expired; others who
+    have the file locked are waited for `patience_s` seconds.
 
     One connection behind one lock: a batched read takes microseconds, and threads cannot meet inside a transaction. The
     write-ahead log survives a crash of the process; a power cut may cost the last moments' writes, never the file.
     """
 
-    def __init__(self, path: str, clock: Callable[[], float]) -> None:
+    def __init__(self, path: str, clock: Callable[[], float], patience_s: float) -> None:
         self._path = path
         self._clock = clock
         self._lock = threading.RLock()
         if path != ":memory:" and not Path(path).absolute().parent.is_dir():
             raise StoreUnavailable(f"store sqlite:{path} cannot be opened: its folder does not exist; make it first")
         with self._errors():
-            self._database = sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False)
+            self._database = sqlite3.connect(path, timeout=patience_s, isolation_level=None, check_same_thread=False)
             try:
                 self._prepare()
             except BaseException:
@@ -64,6 +64,10 @@ class SqliteStore:
                     )
                 )
         return [found.get(key) for key in keys]
+
+    def get_each(self, keys: Sequence[Key]) -> list[bytes | None]:
+        """See KeyValueStore."""
+        return [self.get_many(kind, [one], fingerprint)[0] for kind, one, fingerprint in keys]
 
     def put_many(self, kind: str, values: Mapping[str, bytes], fingerprint: str = "", ttl_s: float | None = None) -> None:
         """See KeyValueStore; here all values are kept or none."""

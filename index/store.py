@@ -9,14 +9,17 @@ from index.keyvalue import KeyValueStore, StoreError, StoreUnavailable
 
 __all__ = ["KeyValueStore", "StoreError", "StoreUnavailable", "open_store"]
 
+PATIENCE_S = 5.0
+"""What a night can wait, so that a moment's trouble does not end it. Whoever is waited for by people waits for less."""
 _REDIS = ("redis://", "rediss://", "unix://", "redis+cluster://", "rediss+cluster://")
 
 
-def open_store(url: str, clock: Callable[[], float] = time.time) -> KeyValueStore:
+def open_store(url: str, clock: Callable[[], float] = time.time, patience_s: float = PATIENCE_S) -> KeyValueStore:
     """A store at this address is returned; a Redis one connects at first use, `ping` says whether it is there.
 
     `sqlite:PATH` (`sqlite::memory:` for none), `redis://`, `rediss://`, `unix://`, `redis+cluster://`, `rediss+cluster://`.
-    `clock` (seconds) decides what expires in SQLite; Redis has its own. Raises StoreError, StoreUnavailable.
+    `clock` (seconds) decides what expires in SQLite; Redis has its own. A store that does not answer, or is locked, is waited for
+    `patience_s` seconds. Raises StoreError, StoreUnavailable.
     """
     if url.startswith("sqlite:"):
         from index.sqlite_store import SqliteStore
@@ -24,10 +27,10 @@ def open_store(url: str, clock: Callable[[], float] = time.time) -> KeyValueStor
         path = url.removeprefix("sqlite:").removeprefix("//")
         if not path:
             raise StoreError("store address sqlite: names no file: expected sqlite:PATH")
-        return SqliteStore(path, clock)
+        return SqliteStore(path, clock, patience_s)
     if url.startswith(_REDIS):
         from index.redis_store import RedisStore
 
-        return RedisStore(url)
+        return RedisStore(url, patience_s)
     scheme = url.partition(":")[0] if ":" in url else ""
     raise StoreError(f"store address of kind {scheme[:20]!r} is unknown: expected sqlite:PATH or redis://host:port/db")

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from index.build import BuildError, Recipe, build_index, choose_recipe, least_probes, training_rows
-from index.certified import truth
+from index.build import BuildError, Plan, Recipe, build_index, choose_recipe, least_probes, training_rows
+from index.certified import Certified, truth
+from index.certified_codes import coded_bytes
 from index.codes import Codes
 from index.errors import BrewlineError
 from index.hits import Vectors
 from index.search import Searcher
+from index.serving import Search, faiss_reason
 
 TARGETS = (0.8, 0.9, 0.95, 0.97, 0.99)
 """Recalls between which the frontier is drawn; the wished one is added."""
@@ -62,12 +64,17 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the nightly job builds: the recipe, the recall it must reach at k, the seed. `measured` says why."""
+    """What the nightly job builds: the recipe, the recall it must reach at k, the seed; for so many items of so many dims.
+
+    `measured` says why.
+    """
 
     recipe: str
     k: int
     target: float
     seed: int
+    items: int
+    dims: int
     training_rows: int
     source: str
     measured: Point
@@ -77,27 +84,34 @@ class Choice:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
-def read_choice(path: Path) -> tuple[Recipe, int, float, int]:
-    """The recipe, k, target and seed of a file that `Choice.write` wrote are returned. Raises TuneError."""
+def read_choice(path: Path) -> Plan:
+    """What the file that `Choice.write` wrote tells to build is returned. Raises TuneError."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        recipe, k, target, seed = Recipe.parse(raw["recipe"]), raw["k"], raw["target"], raw["seed"]
+        recipe, target = Recipe.parse(raw["recipe"]), raw["target"]
+        k, seed, items, dims = (raw[name] for name in ("k", "seed", "items", "dims"))
     except (OSError, ValueError, TypeError, KeyError, BuildError) as error:
-        raise TuneError(f"recipe file {path}: {error}; expected what `brewline index tune --out` writes") from None
-    if type(k) is not int or k < 1 or type(seed) is not int or seed < 0 or type(target) is not float or not 0 < target <= 1:
+        raise TuneError(f"recipe file {path}: {error!r}; expected what `brewline index tune --out` writes") from None
+    whole = all(type(number) is int and number >= least for number, least in ((k, 1), (seed, 0), (items, 1), (dims, 1)))
+    if not whole or type(target) is not float or not 0 < target <= 1:
         raise TuneError(
-            f"recipe file {path}: k {k!r}, seed {seed!r}, target {target!r}: expected k >= 1, seed >= 0, target in (0, 1]"
+            f"recipe file {path}: k {k!r}, seed {seed!r}, items {items!r}, dims {dims!r}, target {target!r}: expected whole "
+            "numbers, seed >= 0, the others >= 1, and a target in (0, 1]"
         )
-    return recipe, k, target, seed
+    return Plan(recipe, k, target, seed, items, dims)
 
 
 def predict(count: int, dims: int, recipe: Recipe, codes: Codes = "float32") -> Weight:
-    """The weight of N vectors is returned before anything is built. Kept vectors are mapped, not loaded, if float32."""
+    """The weight of N vectors is returned before anything is built. Kept vectors are mapped, not loaded, if float32.
+
+    Where the certified scan answers it maps the vectors instead of FAISS's file, and its codes come on top.
+    """
     index = count * dims * (2 if recipe.half else 4)
     if recipe.lists:
         index += count * _ROW_BYTES + recipe.lists * dims * 4
     kept = count * dims * _NUMBER[codes]
-    return Weight(memory=index + (0 if codes == "float32" else count * dims * 4), disk=index + kept)
+    served = coded_bytes(count, dims) if not faiss_reason(str(recipe), codes, count, dims) else 0
+    return Weight(memory=index + served + (0 if codes == "float32" else count * dims * 4), disk=index + kept)
 
 
 def candidates(count: int, dims: int, wishes: Wishes) -> list[Recipe]:
@@ -124,18 +138,19 @@ def frontier(vectors: Vectors, queries: Vectors, recipes: Sequence[Recipe], wish
         started = time.perf_counter()
         index = build_index(vectors, recipe, wishes.seed)
         built = time.perf_counter() - started
+        reason = faiss_reason(str(recipe), "float32", *vectors.shape)
         seen: set[int] = set()
         for target in sorted({*TARGETS, wishes.target}) if recipe.lists else (1.0,):
             nprobe, recall = least_probes(index, vectors, queries, true, target, source)
             if nprobe not in seen:
                 seen.add(nprobe)
-                taken = median_ms(Searcher(index, nprobe=nprobe), queries, k)
+                taken = median_ms(Searcher(index, nprobe=nprobe) if reason else Certified(vectors), queries, k)
                 weight = predict(len(vectors), vectors.shape[1], recipe)
                 yield Point(str(recipe), nprobe, recall.mean, recall.p5, taken, built, weight)
         del index
 
 
-def median_ms(searcher: Searcher, queries: Vectors, k: int) -> float:
+def median_ms(searcher: Search, queries: Vectors, k: int) -> float:
     """The median milliseconds of single queries are returned; the first call only warms."""
     searcher.search(queries[:1], k)
     taken = []
@@ -146,7 +161,7 @@ def median_ms(searcher: Searcher, queries: Vectors, k: int) -> float:
     return float(np.median(taken)) * 1e3
 
 
-def choose(points: Sequence[Point], wishes: Wishes, count: int, source: str) -> Choice:
+def choose(points: Sequence[Point], wishes: Wishes, count: int, dims: int, source: str) -> Choice:
     """The quickest point that reaches the target is chosen. Raises TuneError, which names the nearest, if there is none."""
     good = [point for point in points if point.recall >= wishes.target]
     if not good:
@@ -159,7 +174,7 @@ def choose(points: Sequence[Point], wishes: Wishes, count: int, source: str) -> 
             f"{point.p50_ms:.2f} ms; lower the recall or allow more time"
         )
     rows = training_rows(count, Recipe.parse(point.recipe))
-    return Choice(point.recipe, wishes.k, wishes.target, wishes.seed, rows, source, point)
+    return Choice(point.recipe, wishes.k, wishes.target, wishes.seed, count, dims, rows, source, point)
 
 
 def on_gpu(index: object, device: int = 0) -> object:

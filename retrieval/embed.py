@@ -1,7 +1,8 @@
 """Tonight's items as vectors: only those that read differently since yesterday are encoded.
 
 Most items of a night read as they did, and that is seen without writing a single prompt: a prompt is made of four texts and of
-bucket words, and both are compared in columns. Only what is left is written, tokenised and, if the tokens differ too, encoded.
+bucket words, and both are compared in columns. Only what is left is written and tokenised, once, and if the tokens differ too,
+these are encoded.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ def embed_changed(
     Yesterday's will do if they are whole or in tonight's codes: coding them once more gives what coding new ones would. So will
     those that this encoder `made` by day, item id -> (prompt digest, vector).
     """
+    from retrieval.encoder import row_digest
+
     total = len(tonight.items)
     vectors, digests = np.zeros((total, encoder.dims), np.float32), np.full(total, "", object)
     numbers = {name: column.copy() for name, column in tonight.numbers.items()}
@@ -75,19 +78,19 @@ def embed_changed(
         for name, column in numbers.items():
             column[same] = previous.numbers[name][rows[same]]
     new = np.flatnonzero(digests == "")
-    digests[new] = encoder.item_digests(*_written(tonight, new))
+    tokens = encoder.writer.items(*_written(tonight, new))
+    digests[new] = [row_digest(read) for read in tokens]
     fresh = []
-    for row in new.tolist():
+    for place, row in enumerate(new.tolist()):
         vector = _kept(previous, int(rows[row]), digests[row])
         if vector is None:
             vector = _made_by_day(made, tonight.items.item_id[row], digests[row], encoder.dims)
         if vector is None:
-            fresh.append(row)
+            fresh.append(place)
         else:
             vectors[row] = vector
     if fresh:
-        places = np.array(fresh, np.int64)
-        vectors[places] = encoder.items(*_written(tonight, places), lambda done, of: told("items", done, of))
+        vectors[new[fresh]] = encoder.embed([tokens[place] for place in fresh], lambda done, of: told("items", done, of))
     return Embedded(vectors, digests.tolist(), numbers, len(fresh))
 
 

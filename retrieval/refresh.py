@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from index.build import build
+from index.build import Plan, build
 from index.check import require_gates, run_gates
 from index.codes import Codes
+from index.drift import Drift, drift, drift_gate
 from index.live import trim_folded
 from index.publish import collect_garbage, publish
 from index.snapshot import Snapshot
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from retrieval.encoder import Encoder
 
 TOKEN_BATCH = 4_096
+BY_SIZE = Plan()
 KEPT = 7
 """Snapshots that are kept, the newest; and always the served one and the one before."""
 
@@ -65,11 +67,12 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class SnapshotForm:
     """What a night's snapshot keeps the items' vectors in, which changed numbers are worth a new one and, if `hybrid` is given,
-    that it also holds a lexical index and a popularity list, to be merged so."""
+    that it also holds a lexical index and a popularity list, to be merged so. `plan` is what index is built."""
 
     codes: Codes = "float32"
     hybrid: HybridSettings | None = None
     hysteresis: Hysteresis = EXACT
+    plan: Plan = BY_SIZE
 
 
 PLAIN = SnapshotForm()
@@ -82,7 +85,8 @@ class NightReport:
     Up to `live_position` of the log, `put` items and `withdrawn` ids won over the folder; `removed` old snapshots are gone.
 
     `predecessor` is the snapshot published before, "" if there was none, or "unreadable: " and why; `items_before` is its count,
-    which the count gate compared with, None where there was nothing to compare with. `hysteresis` is in buckets.
+    which the count gate compared with, None where there was nothing to compare with. `hysteresis` is in buckets. Of the
+    predecessor's best `overlap_k` items the share `overlap` is among tonight's (mean over some members), None without comparison.
     """
 
     snapshot: str
@@ -107,6 +111,9 @@ class NightReport:
     index: str
     recall: float | None
     recall_k: int
+    overlap: float | None
+    overlap_p5: float | None
+    overlap_k: int
     seconds: float
     seconds_embed: float
     seconds_index: float
@@ -124,14 +131,16 @@ def nightly(
     form: SnapshotForm = PLAIN,
     *,
     keep: int = KEPT,
+    least_overlap: float = 0.0,
     clock: Callable[[], float] = time.time,
 ) -> NightReport:
     """The items as of a time (seconds) are searchable and served, and the members' records and vectors are in the store.
 
     Only items whose prompt changed since the published snapshot of the same encoder are encoded, and of changed numbers only by
     those that `form.hysteresis` does not let pass; a damaged snapshot is replaced; the `keep` newest snapshots stay. `clock`
-    tells when the changes of the log were taken over. Raises NightError, StoreBusy while another night works on the store,
-    GateFailed (nothing is published then), LogDamaged, and what the parts raise.
+    tells when the changes of the log were taken over. An overlap with the predecessor below `least_overlap` is a failed gate.
+    Raises BuildError for a plan that does not fit, NightError, StoreBusy while another night works on the store, GateFailed
+    (nothing is published then), LogDamaged, and what the parts raise.
     """
     spent = _Clock()
     told = progress or _silent
@@ -143,6 +152,7 @@ def nightly(
         taken = take_over(store_dir, yesterday, as_of, cut_of(dataset, as_of), clock)
         changed, put, gone = taken.over(dataset)
         tonight = Tonight.of(changed, as_of, put, gone)
+        form.plan.require(len(tonight.items), encoder.dims)
         with spent("embed"):
             made = taken.made(encoder.fingerprint)
             embedded = embed_changed(tonight, encoder, yesterday.opened, told, form.codes, made, form.hysteresis)
@@ -150,7 +160,9 @@ def nightly(
         queries = member_queries(dataset, words, encoder, as_of)
         with spent("index"):
             snapshot = _write(tonight, embedded, taken, encoder, ranker, store_dir, yesterday.parent, queries, told, form)
-            require_gates(run_gates(snapshot, yesterday.snapshot, queries=queries))
+            gates = run_gates(snapshot, yesterday.snapshot, queries=queries)
+            moved = drift(yesterday.snapshot, snapshot, queries) if all(gate.passed for gate in gates) else None
+            require_gates([*gates, *drift_gate(moved, least_overlap)])
         loaded = (0, 0)
         if members is not None:
             with spent("members"):
@@ -161,7 +173,7 @@ def nightly(
         trim_folded(store_dir)
         ended(store_dir)
     judge = "" if ranker is None else ranker.fingerprint
-    return _report(snapshot, yesterday, embedded.count, taken, removed, loaded, judge, form.hysteresis, spent)
+    return _report(snapshot, yesterday, embedded.count, taken, removed, loaded, judge, form.hysteresis, moved, spent)
 
 
 def _report(
@@ -173,6 +185,7 @@ def _report(
     loaded: tuple[int, int],
     ranker: str,
     hysteresis: Hysteresis,
+    moved: Drift | None,
     clock: _Clock,
 ) -> NightReport:
     facts = snapshot.manifest
@@ -199,6 +212,9 @@ def _report(
         index=facts.recipe,
         recall=None if facts.recall is None else facts.recall.mean,
         recall_k=0 if facts.recall is None else facts.recall.k,
+        overlap=None if moved is None else moved.mean,
+        overlap_p5=None if moved is None else moved.p5,
+        overlap_k=0 if moved is None else moved.k,
         seconds=round(clock.total(), 3),
         seconds_embed=round(clock.spent["embed"], 3),
         seconds_index=round(clock.spent["index"], 3),
@@ -218,13 +234,23 @@ def _write(
     told: Progress,
     form: SnapshotForm,
 ) -> Snapshot:
-    built = build(embedded.vectors, codes=form.codes, queries=queries, progress=lambda done, of: told("index", done, of))
+    plan = form.plan
+    built = build(
+        embedded.vectors,
+        recipe=plan.recipe,
+        codes=form.codes,
+        seed=plan.seed,
+        k=plan.k,
+        target=plan.target,
+        queries=queries,
+        progress=lambda done, of: told("index", done, of),
+    )
     facts = facts_of(taken)
     told_of = facts | form.hysteresis.facts()
     with SnapshotWriter(store_dir, fingerprint=encoder.fingerprint, as_of=tonight.as_of, parent=parent, extra=told_of) as writer:
         writer.vectors(embedded.vectors, form.codes)
         writer.ids(tonight.items.item_id)
-        writer.index(built.index, recipe=str(built.recipe), facts=built.facts, recall=built.recall)
+        writer.index(built.index, recipe=str(built.recipe), facts=built.facts | plan.facts(), recall=built.recall)
         writer.part(CATALOG_PART, write_catalog(tonight.items, tonight.numbers, embedded.digests, tonight.as_of))
         if form.hysteresis != EXACT:
             writer.part(EMBEDDED_PART, write_embedded(embedded.numbers))

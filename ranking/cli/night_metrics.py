@@ -54,6 +54,11 @@ def write_metrics(path: Path, report: NightReport, finished: float) -> None:
     if report.recall is not None:
         recall = Gauge("brewline_night_recall", "Recall of the index against exact search.", ["k"], registry=registry)
         recall.labels(str(report.recall_k)).set(report.recall)
+    if report.overlap is not None and report.overlap_p5 is not None:
+        told = "Share of the best k of the snapshot before that is among tonight's, over members."
+        overlap = Gauge("brewline_night_overlap", told, ["k", "over"], registry=registry)
+        overlap.labels(str(report.overlap_k), "mean").set(report.overlap)
+        overlap.labels(str(report.overlap_k), "p5").set(report.overlap_p5)
     Gauge("brewline_night_as_of_seconds", "What was known before this time is in the snapshot.", registry=registry).set(
         report.as_of
     )

@@ -31,6 +31,18 @@ Buckets = Annotated[
 MetricsFile = Annotated[
     Path | None, typer.Option(help="Also write what was done in Prometheus' text format, if all went well.", metavar="FILE")
 ]
+Dims = Annotated[
+    int | None, typer.Option(help="Keep the leading numbers of every vector only. Default: all.", min=1, show_default=False)
+]
+Keep = Annotated[int, typer.Option(help="Snapshots to keep, the newest; the served one and the one before stay anyway.", min=0)]
+AsOf = Annotated[str, typer.Option(help="now, end (of the data), seconds, or an ISO time: what is known then.", metavar="TIME")]
+RecipeFile = Annotated[
+    Path | None, typer.Option(help="The index to build, from `brewline index tune --out`. Default: by size.", metavar="FILE")
+]
+LeastOverlap = Annotated[
+    float,
+    typer.Option(help="Of yesterday's best 2,000 this share must be found again, or nothing is published; 0: any.", min=0, max=1),
+]
 
 
 def nightly(
@@ -43,18 +55,14 @@ def nightly(
         bool, typer.Option("--hybrid", help="Also write a lexical index and a popularity list, for `serve --hybrid`.")
     ] = False,
     hybrid_weights: HybridWeights = None,
-    dims: Annotated[
-        int | None, typer.Option(help="Keep the leading numbers of every vector only. Default: all.", min=1, show_default=False)
-    ] = None,
+    dims: Dims = None,
     codes: Annotated[CodesChoice, typer.Option(help="What the items' vectors are kept in.")] = CodesChoice.float32,
     hysteresis: Buckets = DEFAULT_HYSTERESIS,
     metrics: MetricsFile = None,
-    keep: Annotated[
-        int, typer.Option(help="Snapshots to keep, the newest; the served one and the one before stay anyway.", min=0)
-    ] = 7,
-    as_of: Annotated[
-        str, typer.Option(help="now, end (of the data), seconds, or an ISO time: what is known then.", metavar="TIME")
-    ] = "now",
+    recipe: RecipeFile = None,
+    least_overlap: LeastOverlap = 0,
+    keep: Keep = 7,
+    as_of: AsOf = "now",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Encode what changed, build and check the index, load the members, and publish. No snapshot is served before the end.
@@ -67,17 +75,20 @@ def nightly(
         brewline nightly movietweets/ --encoder encoder/ --store store/ --as-of end
         brewline nightly data/ --encoder encoder/ --store store/ --members redis://localhost/0 --as-of 2026-01-31
         brewline nightly data/ --encoder encoder/ --store store/ --hybrid --dims 64 --codes int8
+        brewline nightly data/ --encoder encoder/ --store store/ --recipe recipe.json --least-overlap 0.5
     """
     from index.store import open_store
+    from index.tune import read_choice
     from ranking.serving.stack import default_members, load_models
     from retrieval.data.read import read_dataset
     from retrieval.hysteresis import Hysteresis
     from retrieval.members import MemberStore
     from retrieval.moments import read_as_of
-    from retrieval.refresh import SnapshotForm
+    from retrieval.refresh import BY_SIZE, SnapshotForm
     from retrieval.refresh import nightly as run
 
-    form = SnapshotForm(codes.value, hybrid_settings(hybrid, hybrid_weights), Hysteresis(hysteresis))
+    plan = BY_SIZE if recipe is None else read_choice(recipe)
+    form = SnapshotForm(codes.value, hybrid_settings(hybrid, hybrid_weights), Hysteresis(hysteresis), plan)
     if metrics is not None:
         check_metrics(metrics)
     dataset = read_dataset(data)
@@ -88,7 +99,8 @@ def nightly(
     _make(store)
     with closing(open_store(members or default_members(store))) as opened, stage_bars() as told:
         opened.ping()  # a Redis store connects at first use, which would otherwise come after hours of encoding
-        report = run(dataset, reader, judge, store, moment, MemberStore(opened, reader.fingerprint), told, form, keep=keep)
+        kept = MemberStore(opened, reader.fingerprint)
+        report = run(dataset, reader, judge, store, moment, kept, told, form, keep=keep, least_overlap=least_overlap)
     if metrics is not None:
         write_metrics(metrics, report, time.time())
     emit(vars(report), as_json=as_json, table=lambda: _table(report))
@@ -141,6 +153,8 @@ def _table(report: NightReport) -> Table:
     )
     recall = "not measured" if report.recall is None else f"recall@{report.recall_k} {report.recall:.4f} against exact search"
     table.add_row("index", f"{report.index}, {recall}")
+    if report.overlap is not None:
+        table.add_row("overlap", f"{report.overlap:.4f} of the best {report.overlap_k:,} of the night before")
     table.add_row("vectors", f"{report.dims:,} x {report.codes}{', with a lexical index and a popularity list' * report.hybrid}")
     table.add_row("encoder", report.encoder)
     table.add_row("ranker", report.ranker or "none: only retrieval can be served")

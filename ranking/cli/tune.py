@@ -60,7 +60,7 @@ def tune(
             bar(done, len(recipes))
             points += frontier(vectors, questions, [recipe], wishes, source)
         bar(len(recipes), len(recipes))
-    choice = choose(points, wishes, count, source)
+    choice = choose(points, wishes, count, width, source)
     if out is not None:
         choice.write(out)
     found = {"items": count, "dims": width, "queries": len(questions), "source": source, "predicted": weights}

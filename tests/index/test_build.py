@@ -8,8 +8,8 @@ from index.build import BuildError, Recipe, build, build_index, choose_nprobe, c
 
 
 def test_small_is_flat_and_lists_grow_with_the_root() -> None:
-    assert str(choose_recipe(0, 8)) == str(choose_recipe(49_999, 768)) == str(choose_recipe(200_000, 16)) == "Flat"
-    lists = [choose_recipe(count, 128).lists for count in (50_000, 1_000_000, 100_000_000)]
+    assert str(choose_recipe(0, 8)) == str(choose_recipe(99_999, 768)) == str(choose_recipe(400_000, 16)) == "Flat"
+    lists = [choose_recipe(count, 128).lists for count in (100_000, 1_000_000, 100_000_000)]
     assert lists == [512, 2048, 16384]
 
 

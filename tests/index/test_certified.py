@@ -12,6 +12,7 @@ import index.int8
 from index.certified import SMALL, Certified
 from index.certified_codes import BLOCK, Asked, code
 from index.exact import best, dot, exact_search, exhaustive
+from index.filters import RowSet
 from index.hits import ExclusionError, Hits, QueryError, SearchError
 from index.int8 import Crew, products
 
@@ -70,6 +71,25 @@ def test_the_answer_is_the_sorted_list(kind: str, k: int) -> None:
         assert (hits.scores[query, : len(rows)] == scores).all()
     if kind in ("normal", "clustered") and k == 300:
         assert (proof.rounds[:2] >= 1).all() and (proof.scored[:2] < ROWS // 4).all()
+
+
+@pytest.mark.parametrize("kind", ["normal", "clustered", "duplicates", "spread"])
+@pytest.mark.parametrize("share", [0.0, 0.0005, 0.05, 0.4, 0.999])
+def test_a_filtered_answer_is_the_sorted_list_of_what_is_permitted(kind: str, share: float) -> None:
+    rng = np.random.default_rng(len(kind))
+    vectors, queries = KINDS[kind](rng, ROWS, 12).astype(np.float32), rng.standard_normal((4, 12)).astype(np.float32)
+    seen = [rng.permutation(np.arange(-1, ROWS))[:n] for n in (0, 700, 40, 0)]
+    shared = RowSet.where(rng.random(ROWS) < share)
+    sets = [shared, shared, None, RowSet.where(rng.random(ROWS) < 0.5)]
+    hits, proof = Certified(vectors, threads=1).prove(queries, 200, seen, allow=sets)
+    for query, (left_out, one) in enumerate(zip(seen, sets)):
+        forbidden = np.union1d(left_out, [] if one is None else (~one).rows())
+        rows, scores = strict(vectors, queries[query], 200, forbidden)
+        assert hits.counts[query] == len(rows) and hits.rows[query, : len(rows)].tolist() == rows
+        assert (hits.scores[query, : len(rows)] == scores).all() and (hits.rows[query, len(rows) :] == -1).all()
+    if kind == "normal":
+        assert (proof.rounds[2:] >= 1).all() and (proof.rounds[0] >= 1) == (share >= 0.4)
+        assert share > 0.1 or proof.scored[0] == shared.size, "few are permitted: these are scored, and nothing else"
 
 
 @pytest.mark.parametrize("asked", [1, 7, 300])
@@ -179,7 +199,7 @@ def test_exhaustive_keeps_the_first_of_equals_over_blocks(monkeypatch: pytest.Mo
     monkeypatch.setattr("index.exact._SCORED_ROWS", 7)
     vectors = np.random.default_rng(6).integers(-1, 2, (60, 2)).astype(np.float32)
     hits = Hits.empty(1, 11)
-    exhaustive(vectors, np.ones(2, np.float32), np.arange(0, 60, 3), hits, 0)
+    exhaustive(vectors, np.ones(2, np.float32), np.delete(np.arange(60), np.arange(0, 60, 3)), hits, 0)
     assert hits.rows[0].tolist() == exact_search(vectors, np.ones((1, 2), np.float32), 11, [np.arange(0, 60, 3)]).rows[0].tolist()
 
 

@@ -18,6 +18,7 @@ from index.filters import Column, FilterError, RowSet
 from index.live import LIVE_DIR, LiveIndex, trim_folded
 from index.manifest import SnapshotMismatch, SnapshotTorn
 from index.publish import collect_garbage, publish
+from index.search import Searcher
 from index.wal import LogDamaged, segments
 
 CORNERS = np.array(
@@ -68,7 +69,10 @@ def test_answers_are_those_of_an_index_rebuilt_from_scratch(make_snapshot, tmp_p
                 live.upsert(batch, records(batch), vectors, ENCODER)
                 items.update(zip(batch, vectors))
         view = live.view()
-        hits = view.search(queries, k, [view.rows(one) for one in exclude], nprobe=4 if recipe != "Flat" else None)
+        searcher = view.searcher
+        assert isinstance(searcher, Searcher)
+        searcher.nprobe = 4 if recipe != "Flat" else 0
+        hits = view.search(queries, k, [view.rows(one) for one in exclude])
     with LiveIndex(snapshot, store) as again:
         assert np.array_equal(again.view().search(queries, k).rows, view.search(queries, k).rows) or recipe != "Flat"
     assert view.items == len(items) and set(view.ids(view.rows(list(items)))) == set(items)

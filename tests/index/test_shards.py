@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from index.build import Recipe, build
+from index.certified import Certified
 from index.filters import FilterError, RowSet
 from index.hits import Hits, SearchError
 from index.ids import Ids
 from index.search import Searcher
-from index.shards import Exact, Shard, ShardError, Shards, by_hash, by_range, write_shards
+from index.shards import Shard, ShardError, Shards, by_hash, by_range, write_shards
 from index.snapshot import Snapshot
 
 Array = npt.NDArray[np.float32]
@@ -32,8 +33,8 @@ def names(count: int) -> list[str]:
 
 
 def assembled(vectors: Array, parts: list[npt.NDArray[np.int64]], exact: bool, threads: int = 1) -> Shards:
-    def searcher(rows: npt.NDArray[np.int64]) -> Searcher | Exact:
-        return Exact(vectors[rows]) if exact else Searcher(build(vectors[rows], recipe=Recipe(), k=5).index)
+    def searcher(rows: npt.NDArray[np.int64]) -> Searcher | Certified:
+        return Certified(vectors[rows]) if exact else Searcher(build(vectors[rows], recipe=Recipe(), k=5).index)
 
     ids = names(len(vectors))
     return Shards([Shard(searcher(rows), rows, Ids.of([ids[row] for row in rows])) for rows in parts], threads=threads)
@@ -87,7 +88,7 @@ def test_written_shards_are_the_undivided_exact_index_bit_for_bit(
     vectors, queries = unit(300, 24), unit(9, 24, 1)
     vectors[200:220] = vectors[40:60]  # ties across shards
     whole = make_snapshot(vectors=vectors)
-    wanted = Exact(whole.vectors).search(queries, 120)
+    wanted = Certified(whole.vectors).search(queries, 120)
     for parts in (by_hash(list(whole.ids), 4), by_range(300, 3)):
         paths = write_shards(whole, parts, tmp_path / f"{len(parts)}")
         shards = Shards.open(paths[::-1], fingerprint="encoder-one", exact=True)
@@ -146,12 +147,12 @@ def test_a_filter_of_another_index_and_a_failing_shard_give_no_answer(unit: Call
     with pytest.raises(IndexError, match=r"rows 0\.\.19"):
         shards.ids(np.array([20]))
 
-    class Broken(Exact):
+    class Broken(Certified):
         def search(self, *_: object, **__: object) -> Hits:
             raise SearchError("gone")
 
     ids = names(20)
-    kinds = zip((Exact, Broken), by_range(20, 2))
+    kinds = zip((Certified, Broken), by_range(20, 2))
     parts = [Shard(kind(vectors[rows]), rows, Ids.of(ids[rows[0] : rows[-1] + 1])) for kind, rows in kinds]
     with pytest.raises(SearchError, match="gone"):
         Shards(parts).search(unit(1, 8), 3)

@@ -140,7 +140,8 @@ class TestContract:
     def test_order_gaps_repeats_and_any_bytes(self, case: Case) -> None:
         case.store.put_many("member", {"a": b"1", "b": b"", "c": bytes(range(256))})
         assert case.store.get_many("member", ["c", "nobody", "a", "b", "a"]) == [bytes(range(256)), None, b"1", b"", b"1"]
-        assert case.store.get_many("member", []) == []
+        assert case.store.get_many("member", []) == [] == case.store.get_each([])
+        assert case.store.get_each([("member", "c", "f"), ("member", "a", ""), ("m", "a", "")]) == [None, b"1", None]
         case.store.put_many("member", {})
         case.store.ping()
 
