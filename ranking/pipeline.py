@@ -9,8 +9,7 @@ from __future__ import annotations
 import enum
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -20,8 +19,10 @@ import numpy.typing as npt
 
 from index.errors import BrewlineError
 from ranking.fusion_features import asked_of
+from ranking.pace import Pace
 from ranking.prompts import relations_of
 from ranking.tasks import task_named
+from ranking.tasks_weighted import Weights, final_score, weights_of
 from retrieval.attributes import EVERYTHING, Wanted
 from retrieval.data.schema import MemberView
 from retrieval.retrieve import Candidates, Retriever, Vector, distinct, seen_items
@@ -58,7 +59,8 @@ class Degraded(enum.IntEnum):
 @dataclass(frozen=True)
 class Ranked:
     """K items, best first: `ids` [K], `rows` int64 [K], `places` int64 [K] in retrieval order (0 = first), `scores` float32 [K]
-    of the first stage, `probabilities` float32 [K] or None if nothing was ranked, out of `candidates`."""
+    of the first stage, `probabilities` float32 [K] or None if nothing was ranked, out of `candidates`. Where several tasks were
+    weighed, `probabilities` is the final score and `columns` holds those of each task, float32 [K]."""
 
     ids: list[str]
     rows: npt.NDArray[np.int64]
@@ -68,6 +70,7 @@ class Ranked:
     candidates: int
     degraded: Degraded = Degraded.NONE
     detail: str = ""
+    columns: Mapping[str, Floats] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -93,36 +96,6 @@ def unwatched(stage: str) -> AbstractContextManager[None]:
     """A stopwatch that measures nothing."""
     del stage
     return nullcontext()
-
-
-class Pace:
-    """How long ranking will take, learned from how long it took.
-
-    A run of n candidates bounds any other from above: a smaller one takes no longer, a larger one no longer than in
-    proportion. The forecast is the largest bound of the four recent runs nearest in size. Without a recent run (`MEMORY_S`)
-    the best pace ever seen counts, so that one slow minute cannot switch ranking off for good.
-    """
-
-    MEMORY_S = 30.0
-
-    def __init__(self) -> None:
-        self._runs: deque[tuple[float, int, float]] = deque(maxlen=64)
-        self._best: tuple[int, float] | None = None
-
-    def record(self, candidates: int, seconds: float, now: float) -> None:
-        """A run of so many candidates took so many seconds and ended now."""
-        if candidates < 1:
-            return
-        self._runs.append((now, candidates, seconds))
-        if self._best is None or seconds * self._best[0] < self._best[1] * candidates:
-            self._best = (candidates, seconds)
-
-    def forecast(self, candidates: int, now: float) -> float:
-        """Seconds that ranking so many candidates will take at most; 0 if nothing was ever measured."""
-        runs = [(size, seconds) for when, size, seconds in self._runs if now - when <= self.MEMORY_S]
-        runs = runs or ([self._best] if self._best is not None else [])
-        nearest = sorted(runs, key=lambda run: abs(math.log(run[0] / max(candidates, 1))))[:4]
-        return max((seconds * max(1.0, candidates / size) for size, seconds in nearest), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -156,29 +129,31 @@ class Recommender:
         *,
         exclude: Collection[str] = (),
         task: str = "",
+        weights: Weights | None = None,
         vector: Vector | None = None,
         wanted: Wanted = EVERYTHING,
         deadline: float = math.inf,
         watch: Watch = unwatched,
         early: Callable[[Ranked], None] | None = None,
     ) -> Ranked:
-        """The `k` best items for a member out of `fanout` candidates, by falling probability.
+        """The `k` best items for a member out of `fanout` candidates, by falling probability, or final score where `weights` name
+        several tasks.
 
         Only `wanted` items come back, neither `exclude` nor the history. `vector` is the member's, if known. If ranking
         would end after `deadline` (`time.monotonic()`), the answer is in retrieval order and says so. `early` is given
         that answer as soon as it exists, for a caller who can no longer wait. Raises NoRanker, TaskError, UnknownAttribute.
         """
-        task = self.task(task)
+        asked = self.weighed(task, weights)
         vector = self.describe(view, vector, watch=watch)
         candidates = self.retrieve(view, fanout, exclude=exclude, vector=vector, wanted=wanted, watch=watch)
         if early is not None:
             early(in_retrieval_order(candidates, k, "ranking was still running when the deadline came"))
-        late = self._too_late(len(candidates), deadline)
+        late = self._too_late(len(candidates), len(asked), deadline)
         if late:
             return in_retrieval_order(candidates, k, late)
-        probabilities = self.score(view, candidates.rows, task, vector=vector, watch=watch)
+        columns = self.columns(view, candidates.rows, asked, vector=vector, watch=watch)
         with watch("order"):
-            return order(candidates, probabilities, k)
+            return order(candidates, columns, asked, k)
 
     def retrieve(
         self,
@@ -216,12 +191,10 @@ class Recommender:
 
         Where numbers join the ranker's words, the member's `vector` gives one of them, made here if unknown. Raises BadScores.
         """
-        if self.ranker is None:
-            raise NoRanker("no ranker is loaded; start with --ranker DIR, or ask for retrieval only")
-        task = self.task(task)
+        ranker, task = self.known_ranker, self.task(task)
         if not len(rows):
             return np.zeros(0, np.float32)
-        head = self.ranker.head if self.ranker.fuses(task) else None
+        head = ranker.head if ranker.fuses(task) else None
         if head is not None and head.reads_cosine:
             vector = self.describe(view, vector, watch=watch)
         started = time.monotonic()
@@ -233,22 +206,48 @@ class Recommender:
             if head is not None:
                 cosine = self.retriever.cosines(vector, rows) if vector is not None and head.reads_cosine else None
                 numbers = asked_of(view, catalog, rows, head.static, cosine)
-            probabilities = self.ranker.score(view, tokens, task, relations, numbers)
+            probabilities = ranker.score(view, tokens, task, relations, numbers)
         now = time.monotonic()
         self.pace.record(len(rows), now - started, now)
         if probabilities.shape != (len(rows),) or not np.all((probabilities >= 0) & (probabilities <= 1)):
             raise BadScores(f"the ranker returned no probability for some of {len(rows):,} candidates; check the model folder")
         return probabilities.astype(np.float32, copy=False)
 
+    def columns(
+        self,
+        view: MemberView,
+        rows: npt.NDArray[np.int64],
+        tasks: Iterable[str],
+        *,
+        vector: Vector | None = None,
+        watch: Watch = unwatched,
+    ) -> dict[str, Floats]:
+        """The probabilities [C] of each task, as `score` gives them: a prefix begins with its task, so none is shared."""
+        return {name: self.score(view, rows, name, vector=vector, watch=watch) for name in tasks}
+
+    def weighed(self, task: str = "", weights: Weights | None = None) -> dict[str, float]:
+        """What is ranked for: the tasks of the weights, or the one task with the weight 1 ("" is the ranker's first).
+
+        Raises NoRanker, TaskError, WeightsError.
+        """
+        if not weights:
+            return {self.task(task): 1.0}
+        return weights_of(list(weights.items()), self.known_ranker.tasks, task)
+
     def task(self, wanted: str) -> str:
         """The task to rank for; "" is the ranker's first. Raises NoRanker, TaskError."""
+        return task_named(self.known_ranker.tasks, wanted).name
+
+    @property
+    def known_ranker(self) -> Ranker:
+        """The ranker. Raises NoRanker if there is none."""
         if self.ranker is None:
             raise NoRanker("no ranker is loaded; start with --ranker DIR, or ask for retrieval only")
-        return task_named(self.ranker.tasks, wanted).name
+        return self.ranker
 
-    def _too_late(self, candidates: int, deadline: float) -> str:
+    def _too_late(self, candidates: int, tasks: int, deadline: float) -> str:
         now = time.monotonic()
-        left, needed = deadline - now - self.reply_s, self.pace.forecast(candidates, now)
+        left, needed = deadline - now - self.reply_s, tasks * self.pace.forecast(candidates, now)
         if needed <= left:
             return ""
         return (
@@ -257,8 +256,9 @@ class Recommender:
         )
 
 
-def order(candidates: Candidates, probabilities: Floats, k: int) -> Ranked:
-    """The `k` most probable candidates; equal ones keep retrieval order."""
+def order(candidates: Candidates, columns: Mapping[str, Floats], weights: Weights, k: int) -> Ranked:
+    """The `k` candidates with the highest final score of the tasks' probabilities [C]; equal ones keep retrieval order."""
+    probabilities = final_score(columns, weights)
     best = np.argsort(-probabilities, kind="stable")[:k]
     return Ranked(
         [candidates.ids[place] for place in best],
@@ -267,6 +267,7 @@ def order(candidates: Candidates, probabilities: Floats, k: int) -> Ranked:
         candidates.scores[best],
         probabilities[best],
         len(candidates),
+        columns={name: column[best] for name, column in columns.items()},
     )
 
 

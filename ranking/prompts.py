@@ -1,11 +1,12 @@
 """What the ranker reads: one prefix per member and task, one short row per candidate, packed as token ids.
 
-    prefix   <|task|>question instruction  <|wish|>own instruction  <|member|>profile, connections  <|history|>entries
+    prefix   <|task|>question instruction  [examples]  <|wish|>own instruction  <|member|>profile, connections  <|history|>entries
     item     <|item|>numbers, title, category, creator, text  [<|relation|>follows]  <|answer|>
 
 The answer is read at <|answer|>. The question stands in the prefix, not behind each of thousands of candidates. History
 entries say what was done, oldest first; which ones are shown is decided when they happen and never revised, and the window
-moves in steps, so a prefix of yesterday mostly stays a prefix of today's and its keys and values can be kept.
+moves in steps, so a prefix of yesterday mostly stays a prefix of today's and its keys and values can be kept. Examples stand
+before all that is the member's own: members who need them share the keys and values of those too.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from index.errors import BrewlineError
+from ranking.shots import Shot, Shots
 from ranking.tasks import Task
 from retrieval.data.schema import IMPRESSION, Connection, Engagement, Item, MemberView
 from retrieval.features import Quantizer
 from retrieval.prompts import (
     ANSWER,
+    CATEGORY,
+    DID,
+    ENTRY,
     HISTORY,
     RELATION,
     TASK,
@@ -49,6 +54,10 @@ class LabelWordError(BrewlineError):
     """An answer word is not exactly one token."""
 
 
+class LayoutError(BrewlineError):
+    """Settings by which no history could be laid out."""
+
+
 @dataclass(frozen=True)
 class RankBudgets:
     """Tokens that each part may take. `prefix` is the whole prefix; what the rest leaves goes to the newest history."""
@@ -67,12 +76,53 @@ class RankBudgets:
         return asdict(self)
 
 
-class RankPrompts:
-    """Writes prefixes and items with one tokenizer, one quantizer and one set of budgets."""
+@dataclass(frozen=True)
+class RankLayout:
+    """How a history is laid out. A member with fewer than `cold` shown entries gets examples, where the ranker has any.
 
-    def __init__(self, tokens: Tokens, quantizer: Quantizer, budgets: RankBudgets) -> None:
-        self.tokens, self.quantizer, self.budgets = tokens, quantizer, budgets
-        self._answer = tokens.id(ANSWER)
+    `grouped`: entries stand under what was done, said once; a new entry then changes the middle of a prefix. Negative entries
+    are at most `spare_negatives` ahead of positive ones when they come, and with `spare_positives` the other way round.
+    `relevant` entries older than the window stand before it, those of the categories that the member came back to most; they
+    change only when the window moves.
+    """
+
+    grouped: bool = False
+    spare_negatives: int = SPARE_NEGATIVES
+    spare_positives: int | None = None
+    relevant: int = 0
+    cold: int = 5
+
+    def __post_init__(self) -> None:
+        most = 1 if self.spare_positives is None else self.spare_positives
+        if min(self.spare_negatives, self.relevant, self.cold) < 0 or most < 1:
+            raise LayoutError(f"{self}: expected numbers of 0 or more, and of 1 or more for spare_positives")
+
+    def facts(self) -> dict[str, int | None]:
+        """The layout as plain values, for the model folder."""
+        return asdict(self)
+
+    def admitted(self, history: Sequence[Engagement]) -> list[int]:
+        """The positions of the entries that a prefix shows; see `admitted`."""
+        return admitted(history, self.spare_negatives, self.spare_positives)
+
+
+Opening = tuple[list[int], list[int]]
+"""Ids of what is asked, and of who asks: own wish, profile, newest connections."""
+
+
+class RankPrompts:
+    """Writes prefixes and items with one tokenizer, one quantizer, one set of budgets, one layout and the same examples."""
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        quantizer: Quantizer,
+        budgets: RankBudgets,
+        layout: RankLayout = RankLayout(),
+        shots: Shots | None = None,
+    ) -> None:
+        self.tokens, self.quantizer, self.budgets, self.layout, self.shots = tokens, quantizer, budgets, layout, shots or {}
+        self._answer, self._did = tokens.id(ANSWER), tokens.id(DID)
         self._known: dict[Part, list[int]] = {}
 
     def items(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray]) -> list[list[int]]:
@@ -102,19 +152,29 @@ class RankPrompts:
 
     def prefix(self, view: MemberView, task: Task) -> list[int]:
         """Ids of all that is said before the first candidate."""
-        shown = [view.history[row] for row in admitted(view.history)]
-        return self.assemble(self.opening(view, task), self.entries(shown))
+        shown = [view.history[row] for row in self.layout.admitted(view.history)]
+        return self.assemble(self.opening(view, task), shown, self.entries(shown), self.examples(task))
 
-    def opening(self, view: MemberView, task: Task) -> list[int]:
-        """Ids of the prefix up to the history: task, own wish, profile and newest connections."""
+    def opening(self, view: MemberView, task: Task) -> Opening:
+        """Ids of the prefix up to the history, without examples."""
         budgets = self.budgets
         asked = (Part(TASK, neutralise(f"{task.question} {task.instruction}")),)
         wish = (Part(WISH, neutralise(view.instruction)),) if view.instruction.strip() else ()
         newest = sorted(view.connections, key=lambda edge: edge.since or 0)
         member = member_prompt(view.member, newest[max(0, len(newest) - budgets.connections) :])
-        rows = self._ids([asked, wish, member])
-        limits = (budgets.instruction, budgets.wish, budgets.profile)
-        return [*(token for row, limit in zip(rows, limits) for token in row[:limit]), self.tokens.id(HISTORY)]
+        question, *who = self._ids([asked, wish, member])
+        own = [token for row, limit in zip(who, (budgets.wish, budgets.profile)) for token in row[:limit]]
+        return question[: budgets.instruction], [*own, self.tokens.id(HISTORY)]
+
+    def examples(self, task: Task, shots: Sequence[Shot] | None = None) -> list[list[int]]:
+        """Ids of a task's examples, those of this ranker if none are given: title, category, and the answer's own token."""
+        found = self.shots.get(task.name, ()) if shots is None else shots
+        if not found:
+            return []
+        yes, no = (label_id(self.tokens, word) for word in (task.positive, task.negative))
+        words = self._ids([(Part(ENTRY, neutralise(one.title)), Part(CATEGORY, neutralise(one.category))) for one in found])
+        most = max(1, self.budgets.entry - 2)
+        return [[*row[:most], self._answer, yes if one.positive else no] for row, one in zip(words, found)]
 
     def entries(self, history: Sequence[Engagement]) -> list[list[int]]:
         """Ids of history entries, each with what was done, cut to the budget without losing that."""
@@ -123,12 +183,42 @@ class RankPrompts:
         most = self.budgets.entry
         return [[*row[: max(1, most - len(end))], *end][:most] for row, end in zip(words, done)]
 
-    def assemble(self, opening: Sequence[int], entries: Sequence[Sequence[int]]) -> list[int]:
-        """The prefix of an opening and all admitted entries, oldest first: the newest that fit, in steps of WINDOW_STEP."""
-        row = list(opening)
-        for entry in entries[first_shown([len(entry) for entry in entries], self.budgets.prefix - len(row)) :]:
-            row += entry
-        return row
+    def assemble(
+        self,
+        opening: Opening,
+        shown: Sequence[Engagement],
+        entries: Sequence[Sequence[int]],
+        examples: Sequence[Sequence[int]] = (),
+    ) -> list[int]:
+        """The prefix of an opening and all admitted entries with their ids, oldest first: the newest that fit, in steps of
+        WINDOW_STEP. Examples fill what a cold member's history leaves, the last ones giving way first."""
+        asked, own = opening
+        room = self.budgets.prefix - len(asked) - len(own)
+        rows = [entries[row] for row in self._window(shown, [len(entry) for entry in entries], room)]
+        told: list[int] = []
+        if len(shown) < self.layout.cold:
+            room -= sum(map(len, rows))
+            for example in examples:
+                if len(told) + len(example) > room:
+                    break
+                told += example
+        return [*asked, *told, *own, *(token for row in (self._grouped(rows) if self.layout.grouped else rows) for token in row)]
+
+    def _window(self, shown: Sequence[Engagement], lengths: Sequence[int], room: int) -> list[int]:
+        """The positions of the entries that a prefix has room for, oldest first."""
+        start, kept = first_shown(lengths, room), self.layout.relevant
+        if not kept or not start:
+            return list(range(start, len(lengths)))
+        start = first_shown(lengths, room - kept * self.budgets.entry)
+        return [*most_relevant(shown[:start], kept), *range(start, len(lengths))]
+
+    def _grouped(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The entries under what was done with them, in the order in which each thing was done first."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row in rows:
+            at = list(row).index(self._did)
+            groups.setdefault(tuple(row[at:]), []).extend(row[:at])
+        return [[*done, *words] for done, words in groups.items()]
 
     def _ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Ids of each prompt. Parts are kept by content: titles, actions and profile fields come again and again."""
@@ -140,25 +230,38 @@ class RankPrompts:
         return [[token for part in prompt for token in self._known[part]] for prompt in prompts]
 
 
-def admitted(history: Sequence[Engagement]) -> list[int]:
+def admitted(
+    history: Sequence[Engagement], spare_negatives: int = SPARE_NEGATIVES, spare_positives: int | None = None
+) -> list[int]:
     """Return the positions of the entries that a prefix shows, decided from the past of each alone.
 
     An item is shown once, at its first engagement; one that was passed over or disliked only while such entries are not
-    more than SPARE_NEGATIVES ahead of the positive ones. Impressions without a negative label say nothing and are left out.
+    more than `spare_negatives` ahead of the positive ones, and the other way round if `spare_positives` says so. Impressions
+    without a negative label say nothing and are left out.
     """
     shown: list[int] = []
     seen: set[str] = set()
-    positives = negatives = 0
+    ahead = 0  # positive entries less negative ones
     for row, engagement in enumerate(history):
         negative = engagement.label == 0
         if engagement.item.item_id in seen or (engagement.action == IMPRESSION and not negative):
             continue
-        if negative and negatives >= positives + SPARE_NEGATIVES:
+        if (-ahead >= spare_negatives) if negative else (spare_positives is not None and ahead >= spare_positives):
             continue
-        negatives, positives = negatives + negative, positives + (not negative)
+        ahead += -1 if negative else 1
         seen.add(engagement.item.item_id)
         shown.append(row)
     return shown
+
+
+def most_relevant(past: Sequence[Engagement], count: int) -> list[int]:
+    """Return the positions, rising, of the entries that say most about a member: those they did not pass over, of the
+    categories with the most such entries less the others, the newest first. Which ones depends on `past` alone."""
+    worth: dict[str, int] = {}
+    for one in past:
+        worth[one.item.category] = worth.get(one.item.category, 0) + (-1 if one.label == 0 else 1)
+    liked = [row for row, one in enumerate(past) if one.label != 0]
+    return sorted(sorted(liked, key=lambda row: (worth[past[row].item.category], row))[len(liked) - min(count, len(liked)) :])
 
 
 def first_shown(lengths: Sequence[int], budget: int) -> int:

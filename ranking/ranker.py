@@ -1,15 +1,15 @@
 """The ranker: a folder that is complete, and the object that turns a member and candidates into probabilities.
 
 A folder holds the weights, the tokenizer, the quantizer, `ranker.json` (template versions, tasks with their label tokens,
-budgets, calibrators, the encoder it goes with) and, if numbers join the words, `fusion.json` (`ranking.fusion`). One fingerprint
-covers all of it; nothing is overridden at load.
+budgets, layout, examples, calibrators, the encoder it goes with) and, if numbers join the words, `fusion.json`
+(`ranking.fusion`). One fingerprint covers all of it; nothing is overridden at load.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from ranking.fusion_features import Asked, features
 from ranking.prefill.engine import Engine
 from ranking.prefill.load import ready
 from ranking.prefill.request import Limits, Request
-from ranking.prompts import RANK_TEMPLATE, RankBudgets, RankPrompts, label_id
+from ranking.prompts import RANK_TEMPLATE, RankBudgets, RankLayout, RankPrompts, label_id
+from ranking.shots import Shots, shots_facts, shots_of
 from ranking.tasks import LABEL, Task, task_named
 from retrieval.data.schema import Item, MemberView
 from retrieval.features import Quantizer
@@ -56,6 +57,8 @@ class RankerFacts:
     calibrators: Mapping[str, Calibrator]
     encoder: str | None
     training: Mapping[str, Any]
+    layout: RankLayout = field(default_factory=RankLayout)
+    shots: Shots = field(default_factory=dict)
 
 
 class Ranker:
@@ -76,7 +79,7 @@ class Ranker:
         facts = read_facts(folder)
         fingerprint = folder_fingerprint(folder, _parts(folder))
         tokens = Tokens.load(folder)
-        prompts = RankPrompts(tokens, Quantizer.load(folder / QUANTIZER), facts.budgets)
+        prompts = RankPrompts(tokens, Quantizer.load(folder / QUANTIZER), facts.budgets, facts.layout, facts.shots)
         for task in facts.tasks.values():
             found = (label_id(tokens, task.positive), label_id(tokens, task.negative))
             if found != facts.labels[task.name]:
@@ -203,6 +206,8 @@ def read_facts(folder: Path) -> RankerFacts:
             calibrators={name: Calibrator.from_facts(facts) for name, facts in found["calibrators"].items()},
             encoder=found["encoder"],
             training=found["training"],
+            layout=RankLayout(**found.get("layout", {})),  # folders of before have neither
+            shots=shots_of(found.get("shots", {})),
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise RankerError(f"{path}: incomplete ({type(error).__name__}: {error}); train the ranker again") from error
@@ -227,6 +232,8 @@ def save_ranker(folder: Path, model: LlamaForCausalLM, prompts: RankPrompts, fac
         "calibrators": {name: calibrator.facts() for name, calibrator in facts.calibrators.items()},
         "encoder": facts.encoder,
         "training": dict(facts.training),
+        "layout": facts.layout.facts(),
+        "shots": shots_facts(facts.shots),
     }
     (folder / FACTS).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return folder_fingerprint(folder, _parts(folder))

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from index.errors import BrewlineError
 from index.keyvalue import KeyValueStore
+from index.steady_store import SteadyStore
 from retrieval.data.schema import DAY
 from retrieval.recent import RECENT, Told, append, decode_told, stranger, with_told
 from retrieval.records import DIGEST_BYTES, MemberRecord, MemberRecordError, decode_record, encode_record
@@ -67,13 +68,28 @@ class MemberStore:
 
     def get(self, member_id: str) -> KnownMember:
         """What is known of a member. Raises UnknownMember, MemberRecordError."""
-        stored, told = self._stored(member_id)
+        # What was told comes first: what a night takes over in between is then in both.
+        keys = [(RECENT, member_id, ""), (RECORD, member_id, ""), (VECTOR, member_id, self.fingerprint)]
+        recent, stored, value = self._store.get_each(keys)
+        told = decode_told(recent, member_id)
         if stored is None and not told:
             raise UnknownMember(
                 f"member {member_id[:80]!r} is not in the member store; check the id, run `brewline nightly` with --members, "
                 "or describe the member in the request"
             )
-        value = self._store.get_many(VECTOR, [member_id], self.fingerprint)[0]
+        return self._known(member_id, stored, told, value)
+
+    def last_known(self, member_id: str) -> KnownMember | None:
+        """What this process last read or wrote of a member, None if that is nothing. Asks no store. Raises MemberRecordError."""
+        if not isinstance(self._store, SteadyStore):
+            return None
+        told = decode_told(self._store.remembered(RECENT, member_id), member_id)
+        stored = self._store.remembered(RECORD, member_id)
+        if stored is None and not told:
+            return None
+        return self._known(member_id, stored, told, self._store.remembered(VECTOR, member_id, self.fingerprint))
+
+    def _known(self, member_id: str, stored: bytes | None, told: Sequence[Told], value: bytes | None) -> KnownMember:
         before = stranger(member_id) if stored is None else decode_record(stored, member_id)
         record = with_told(before, told)
         if stored is None or record is not before:
@@ -90,12 +106,6 @@ class MemberStore:
         """
         (stored,) = self._store.get_many(RECORD, [member_id])
         return append(self._store, stranger(member_id) if stored is None else decode_record(stored, member_id), told)
-
-    def _stored(self, member_id: str) -> tuple[bytes | None, list[Told]]:
-        """The night's record as bytes, and what was told since."""
-        (told,) = self._store.get_many(RECENT, [member_id])  # first: what a night takes over in between is then in both
-        (stored,) = self._store.get_many(RECORD, [member_id])
-        return stored, decode_told(told, member_id)
 
     def vectors(self, records: Sequence[MemberRecord], views: Sequence[bytes]) -> list[Vector | None]:
         """float32 [D] for each record that was last encoded from a view of the same digest, else None.

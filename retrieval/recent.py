@@ -7,10 +7,13 @@ compare-and-swap: servers, threads and a night may work on the same member, and 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from index.keyvalue import KeyValueStore, StoreUnavailable
+from retrieval.data.exported_journal import Done
+from retrieval.data.refusals import Refusals
 from retrieval.data.schema import DAY, Member
 from retrieval.records import Entry, MemberRecord, MemberRecordError
 
@@ -19,16 +22,19 @@ RECENT_DAYS = 30
 """Days that they stay after the last of them: far longer than it takes until a night has read them in the data."""
 MOST = 2_048
 """Of one member; the oldest leave first. Several times what a prompt shows."""
+AT_ONCE = 512
 ATTEMPTS = 50
 """How often an append is tried while others append to the same member at the same moment."""
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """One engagement under the id that whoever told it gave it."""
+    """One engagement under the id that whoever told it gave it, and where it was shown: `request_id`, `surface`, "" unknown."""
 
     event_id: str
     entry: Entry
+    request_id: str = ""
+    surface: str = ""
 
 
 def decode_told(stored: bytes | None, member_id: str) -> list[Told]:
@@ -36,7 +42,7 @@ def decode_told(stored: bytes | None, member_id: str) -> list[Told]:
     if stored is None:
         return []
     try:
-        return [Told(event_id, Entry(*entry)) for event_id, *entry in json.loads(stored)]
+        return [Told(event_id, Entry(*rest[:4]), *rest[4:]) for event_id, *rest in json.loads(stored)]
     except (ValueError, TypeError) as error:
         raise MemberRecordError(
             f"what member {member_id[:80]!r} did since the night cannot be read ({type(error).__name__}: {error}); "
@@ -82,11 +88,32 @@ def append(store: KeyValueStore, record: MemberRecord, new: Sequence[Told]) -> i
     raise StoreUnavailable(f"member {who[:80]!r} is being written by too many at once; ask again in a moment")
 
 
+def acknowledged(store: KeyValueStore, refusals: Refusals) -> Iterator[Done]:
+    """Everything that the store was told of any member and still keeps is yielded; what cannot be read is in `refusals`."""
+    ids = store.ids(RECENT)
+    while batch := list(islice(ids, AT_ONCE)):
+        for row, (who, stored) in enumerate(zip(batch, store.get_many(RECENT, batch))):
+            try:
+                told = decode_told(stored, who)
+            except MemberRecordError as error:
+                refusals.one("member store", row, str(error), who)
+                continue
+            for one in told:
+                entry = one.entry
+                yield Done(
+                    who, one.event_id, entry.item_id, entry.timestamp, entry.action, entry.label, one.request_id, one.surface
+                )
+
+
 def _what(entry: Entry) -> tuple[str, int, str]:
     """What makes two entries the same: a label may be known to one side only."""
     return entry.item_id, entry.timestamp, entry.action
 
 
 def _encoded(told: Sequence[Told]) -> bytes:
-    rows = [[one.event_id, one.entry.item_id, one.entry.timestamp, one.entry.action, one.entry.label] for one in told]
+    rows: list[list[str | int | None]] = []
+    for one in told:
+        entry = one.entry
+        shown = [one.request_id, one.surface] if one.request_id or one.surface else []
+        rows.append([one.event_id, entry.item_id, entry.timestamp, entry.action, entry.label, *shown])
     return json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode()

@@ -6,12 +6,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from index.errors import BrewlineError
 from ranking.cli import tell
+from ranking.cli.answer_table import answer_table, info_table
 from ranking.cli.connection import (
     DEFAULT_ADDRESS,
     DEFAULT_DEADLINE_MS,
@@ -27,12 +25,12 @@ from ranking.cli.connection import (
     wanted_of,
 )
 from ranking.cli.explain import explanation_table
-from ranking.cli.output import emit, words
+from ranking.cli.output import emit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from ranking.serving.client import Answer, ServerInfo
+    from ranking.serving.client import Answer
     from retrieval.data.schema import MemberView
 
 app = typer.Typer(
@@ -56,7 +54,15 @@ Instruction = Annotated[str, typer.Option(help="The member's own wish, in plain 
 Exclude = Annotated[
     list[str] | None, typer.Option("--exclude", help="An item that must not come back; may be repeated.", metavar="ITEM_ID")
 ]
+Surface = Annotated[
+    str, typer.Option(help="Where the answer will be shown (feed, mail): noted in the server's journal.", metavar="NAME")
+]
 Task = Annotated[str, typer.Option(help="Which question the ranker answers; see `brewline ask info`.")]
+
+TaskWeights = Annotated[
+    list[str] | None,
+    typer.Option("--weight", help="What a task counts in one final score of several; may be repeated.", metavar="TASK=NUMBER"),
+]
 
 
 class AskError(BrewlineError):
@@ -69,6 +75,7 @@ def recommend(
     k: Annotated[int, typer.Option("-k", help="How many items.", min=1)] = 10,
     fanout: Annotated[int, typer.Option(help="How many candidates are ranked (0: 2,000).", min=0)] = 0,
     task: Task = "",
+    weight: TaskWeights = None,
     instruction: Instruction = "",
     profile: Profile = None,
     history: History = None,
@@ -79,6 +86,7 @@ def recommend(
     region: Region = None,
     block_creator: Block = None,
     by_connections: ByConnections = False,
+    surface: Surface = "",
     address: Address = DEFAULT_ADDRESS,
     deadline_ms: Deadline = DEFAULT_DEADLINE_MS,
     as_json: AsJson = False,
@@ -89,6 +97,7 @@ def recommend(
     brewline ask recommend --member m42 --instruction "more about databases" -k 5
     brewline ask recommend --profile "headline=database engineer" --history p17 --history p99
     brewline ask recommend --member m42 --category coffee --block-creator "Some Shop"
+    brewline ask recommend --member m42 --surface feed
     """
     from ranking.serving.client import Client
 
@@ -100,9 +109,11 @@ def recommend(
             k,
             fanout=fanout,
             task=task,
+            weights=_weights(weight),
             instruction=instruction,
             exclude=exclude or (),
             wanted=wanted,
+            surface=surface,
             readable=True,
         )
     _show(answer, as_json=as_json, title="Recommended")
@@ -143,6 +154,7 @@ def rank(
     items: Annotated[list[str], typer.Argument(help="The items to put in order.", metavar="ITEM_ID...")],
     member: MemberId = "",
     task: Task = "",
+    weight: TaskWeights = None,
     instruction: Instruction = "",
     profile: Profile = None,
     history: History = None,
@@ -157,7 +169,8 @@ def rank(
     from ranking.serving.client import Client
 
     with Client(address, deadline_ms) as client:
-        answer = client.rank(_who(member, profile, history), items, task=task, instruction=instruction, readable=True)
+        who = _who(member, profile, history)
+        answer = client.rank(who, items, task=task, weights=_weights(weight), instruction=instruction, readable=True)
     _show(answer, as_json=as_json, title="Ranked")
 
 
@@ -168,6 +181,7 @@ def explain(
     k: Annotated[int, typer.Option("-k", help="How many items the answer had.", min=1)] = 10,
     fanout: Annotated[int, typer.Option(help="How many candidates are ranked (0: 2,000).", min=0)] = 0,
     task: Task = "",
+    weight: TaskWeights = None,
     instruction: Instruction = "",
     profile: Profile = None,
     history: History = None,
@@ -192,7 +206,15 @@ def explain(
     wanted, who = wanted_of(category, creator, language, region, block_creator, by_connections), _who(member, profile, history)
     with Client(address, deadline_ms) as client:
         told = client.explain(
-            who, item, k, fanout=fanout, task=task, instruction=instruction, exclude=exclude or (), wanted=wanted
+            who,
+            item,
+            k,
+            fanout=fanout,
+            task=task,
+            weights=_weights(weight),
+            instruction=instruction,
+            exclude=exclude or (),
+            wanted=wanted,
         )
     emit(asdict(told), as_json=as_json, table=lambda: explanation_table(told, item))
 
@@ -207,7 +229,11 @@ def info(address: Address = DEFAULT_ADDRESS, deadline_ms: Deadline = DEFAULT_DEA
 
     with Client(address, deadline_ms) as client:
         told = client.info()
-    emit(asdict(told), as_json=as_json, table=lambda: _info_table(told))
+    emit(asdict(told), as_json=as_json, table=lambda: info_table(told))
+
+
+def _weights(given: list[str] | None) -> dict[str, float]:
+    return tell.numbers(given or [], "--weight", "like=1")
 
 
 def _who(member: str, profile: Sequence[str] | None, history: Sequence[str] | None) -> str | MemberView:
@@ -231,46 +257,4 @@ def _who(member: str, profile: Sequence[str] | None, history: Sequence[str] | No
 def _show(answer: Answer, *, as_json: bool, title: str) -> None:
     content = {name: value for name, value in vars(answer).items() if name != "rows"}
     content |= {"degraded": answer.degraded.name, "items": [asdict(row) for row in answer.rows]}
-    emit(content, as_json=as_json, table=lambda: _answer_table(answer, title))
-
-
-def _answer_table(answer: Answer, title: str) -> RenderableType:
-    table = Table("", "item", "title", "category", title=title, title_justify="left")
-    scored, ranked = answer.scores is not None, answer.probabilities is not None
-    if scored:
-        table.add_column("score", justify="right")
-    if ranked:
-        table.add_column("probability", justify="right")
-        table.add_column("was" if scored else "given", justify="right")
-    for place, row in enumerate(answer.rows, 1):
-        cells = [Text(str(place)), words(row.item_id), words(row.title), words(row.category)]
-        cells += [Text(f"{row.score:.4f}")] if scored else []
-        cells += [Text(f"{row.probability:.4f}"), Text(str(row.place + 1))] if ranked else []
-        table.add_row(*cells)
-    lines: list[RenderableType] = [table]
-    if answer.degraded:
-        lines.append(Text(f"degraded to {answer.degraded.name}: {answer.degraded_detail}", style="bold yellow"))
-    lines.append(Text(_stages(answer.times), style="dim"))
-    ranker = f", ranker {answer.ranker}" if answer.ranker else ""
-    asked = f", task {answer.task}" if answer.task else ""
-    lines.append(Text(f"{answer.candidates:,} candidates{asked}; snapshot {answer.snapshot}", style="dim"))
-    lines.append(Text(f"encoder {answer.encoder}{ranker}; request {answer.request_id}", style="dim"))
-    return Group(*lines)
-
-
-def _stages(times: Mapping[str, int]) -> str:
-    return "  ".join(f"{name.removesuffix('_us')} {micros / 1000:.1f} ms" for name, micros in times.items())
-
-
-def _info_table(told: ServerInfo) -> Table:
-    from retrieval.moments import moment_words
-
-    table = Table("fact", "value", title="Serving", title_justify="left", show_header=False)
-    table.add_row("snapshot", f"{told.snapshot}, {told.items:,} items of {told.dims} dims, index {told.index}")
-    table.add_row("as of", moment_words(told.as_of))
-    table.add_row("since then", f"{told.live_items:,} of the items were put in, up to position {told.live_position} of the log")
-    table.add_row("encoder", told.encoder)
-    table.add_row("ranker", f"{told.ranker}, attention {told.attention}" if told.ranker else "none: only retrieval")
-    table.add_row("tasks", words(", ".join(told.tasks) or "none"))
-    table.add_row("version", f"{told.version}, up {told.uptime_seconds:,.0f} s, {told.requests:,} requests")
-    return table
+    emit(content, as_json=as_json, table=lambda: answer_table(answer, title))

@@ -20,6 +20,7 @@ from ranking.cli.bench_embed import embed
 from ranking.cli.bench_night import night
 from ranking.cli.bench_report import Row, check_drawing, draw, grid_table, shape_table
 from ranking.cli.bench_search import search
+from ranking.cli.bench_serve import bench_serve
 
 if TYPE_CHECKING:
     from ranking.prefill.bench import Wishes
@@ -73,6 +74,7 @@ class ItemLengths(StrEnum):
 app.command()(search)
 app.command()(embed)
 app.command()(night)
+app.command("serve")(bench_serve)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -102,6 +103,42 @@ def import_csv(
     with progress_bar("bytes read") as progress:
         imported = import_listing(listing, progress)
     _write(imported, out, as_json)
+
+
+@app.command("export-log")
+def export_log(
+    store: Annotated[Path, typer.Argument(help="The snapshot store whose servers wrote the journal.", show_default=False)],
+    out: Out,
+    data: Annotated[Path, typer.Option(help="The data folder to continue: that of the last night.", metavar="DIR")],
+    members: Annotated[
+        str | None,
+        typer.Option(help="The servers' member store. [default: the one in STORE]", metavar="URL", show_default=False),
+    ] = None,
+    settle_minutes: Annotated[
+        float, typer.Option(help="What was shown so recently may still be answered, and waits for the next export.", min=0)
+    ] = 60.0,
+    cut_valid: Annotated[str | None, typer.Option(help="Validation begins: seconds or an ISO time.", metavar="TIME")] = None,
+    cut_test: Annotated[
+        str | None, typer.Option(help="The test window begins. [both: day of the 0.8 and 0.9 quantile]", metavar="TIME")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make tomorrow's training folder: the last one, what servers showed, what members did, items put in and withdrawn by day.
+
+    Impressions come from STORE/journal, engagements also from the member store. Exporting again makes the same folder. Lines
+    that cannot be read are counted and shown.
+
+    Example: `brewline data export-log STORE TOMORROW --data TODAY`
+    """
+    from ranking.cli.export_log import exported, notes_of, read_cuts
+    from retrieval.data.read import read_dataset
+    from retrieval.data.write import write_dataset
+
+    base, now = read_dataset(data), int(time.time())
+    cuts = read_cuts(cut_valid, cut_test, base)
+    made = exported(store, base, members, now, now - round(60 * settle_minutes), cuts)
+    write_dataset(made.dataset, out)
+    _finish(out, as_json, notes_of(made), made.refusals.counts())
 
 
 def _add_importer(kind: str, expects: str) -> None:

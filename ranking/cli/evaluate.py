@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ranking.cli.evaluate_inputs import AsJson, Counts, CountsChoice, Data, NotAsked, Out, read_with_truth
+from ranking.cli.evaluate_instructions import instructions
 from ranking.cli.evaluate_ranking import ranking, ranking_baselines
 from ranking.cli.forms import CodesChoice, HybridWeights, hybrid_settings
 
@@ -134,6 +135,7 @@ def _judge_retrieval(
 
 
 app.command()(ranking)
+app.command()(instructions)
 
 
 @app.command()

@@ -13,11 +13,23 @@ from ranking.cli.evaluate_inputs import AsJson, Counts, CountsChoice, Data, NotA
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.table import Table
 
+    from ranking.ranker import Ranker
+    from ranking.unseen import TaskJudged
     from retrieval.data.schema import Dataset
     from retrieval.data.world import Truth
 
 WITHOUT_ENCODER = "the head reads retrieval's cosine, which is unknown here: name the --encoder to score as the service does"
+
+OneTask = Annotated[
+    str | None,
+    typer.Option("--task", help="Judge this task alone: FILE#NAME, or a name that the ranker knows.", show_default=False),
+]
+Shots = Annotated[
+    int | None,
+    typer.Option("--shots", help="Examples in cold members' prompts.", min=0, max=16, show_default="as the ranker serves"),
+]
 
 
 def ranking(
@@ -28,6 +40,8 @@ def ranking(
         typer.Option("--encoder", help="The encoder it belongs to: its cosine joins the head and the table.", show_default=False),
     ] = None,
     counts: Counts = CountsChoice.live,
+    task: OneTask = None,
+    shots: Shots = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -35,7 +49,7 @@ def ranking(
 
     A ranker with a head is shown fused, as it serves, beside its text alone and its numbers alone. A ranker or encoder that was
     trained past this folder's test cut is refused. With --out it writes report.html, metrics.json, reliability.png and
-    scores.parquet (event_id, score, score_text).
+    scores.parquet (event_id, score, score_text). With --task the ranker alone is judged on one task, be it one that it never saw.
 
     Example: `brewline evaluate ranking WORLD --ranker models/ranker --counts live --out results/ranking`
     """
@@ -49,9 +63,12 @@ def ranking(
     from retrieval.provenance import check_provenance
 
     dataset, truth = read_with_truth(data)
-    rows = labelled_test_rows(dataset)
     loaded = Ranker.load(ranker)
     check_provenance(ranker, loaded.facts.training, dataset)
+    if task is not None or shots is not None:
+        _one_task(dataset, loaded, task or "", counts, shots, as_json)
+        return
+    rows = labelled_test_rows(dataset)
     reader = None
     if encoder is not None:
         check_encoder(loaded, encoder)
@@ -71,6 +88,32 @@ def ranking(
     emit({**report.as_dict(), **facts}, as_json=as_json, table=lambda: ranking_table(report))
     if missing and not as_json:
         sys.stderr.write(f"{WITHOUT_ENCODER}\n")
+
+
+def _one_task(dataset: Dataset, ranker: Ranker, task: str, counts: CountsChoice, shots: int | None, as_json: bool) -> None:
+    from ranking.cli.output import emit, progress_bar
+    from ranking.unseen import judge_task, named_or_read
+
+    with progress_bar("rank") as bar:
+        found = judge_task(dataset, ranker, named_or_read(task, ranker.tasks), counts.value, shots, bar)
+    emit({"ranker": ranker.fingerprint, **found.as_dict()}, as_json=as_json, table=lambda: _task_table(found))
+
+
+def _task_table(found: TaskJudged) -> Table:
+    from rich.table import Table
+
+    seen = f'trained on as "{found.taught}"' if found.taught else "never trained on"
+    table = Table(title=f"Task {found.task.name}: {seen}, {found.shots} examples, text alone", title_justify="left")
+    for column in ("candidates", "n", "positive", "AUC", "said"):
+        table.add_column(column, justify="left" if column == "candidates" else "right")
+    auc = found.judged.auc
+    table.add_row(
+        "all", f"{found.candidates:,}", f"{found.positive_share:.3f}", f"{auc.value:.4f} ({auc.low:.4f} .. {auc.high:.4f})"
+    )
+    for name, one in found.judged.slices.items():
+        if one["n"]:
+            table.add_row(name, f"{one['n']:,}", f"{one['mean_label']:.3f}", f"{one['auc']:.4f}", f"{one['mean_prediction']:.3f}")
+    return table
 
 
 def ranking_baselines(dataset: Dataset, truth: Truth | None, out: Path | None) -> tuple[dict[str, object], Group]:

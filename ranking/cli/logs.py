@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from typing import Literal
 
@@ -13,6 +14,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from index.errors import BrewlineError
 
 NOISY = ("httpx", "urllib3", "faiss", "transformers", "sentence_transformers", "torch.onnx", "onnxscript", "onnx_ir")
+
+SECRET = re.compile(r"(?i)(\bbearer\s+|\bauthorization\W{1,4}(?:bearer\s+)?|://[^\s/@:]*:)[^\s,;'\"@)}\]]+")
+"""A token behind its scheme or its header, a password in the address of a store."""
 
 
 class SettingsError(BrewlineError):
@@ -67,6 +71,14 @@ def _read_settings() -> LogSettings:
 
 
 def _ending(settings: LogSettings) -> list[structlog.typing.Processor]:
+    # Tracebacks are made text before they are masked, and without the values of variables: those are members' words and tokens.
+    before: list[structlog.typing.Processor] = [structlog.processors.format_exc_info, masked]
     if settings.log == "json":
-        return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        return [*before, structlog.processors.JSONRenderer()]
+    return [*before, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)]
+
+
+def masked(logger: object, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """The line without what looks like a secret in any of its texts: the last wall, behind never logging one."""
+    del logger, name
+    return {key: SECRET.sub(r"\1***", value) if isinstance(value, str) else value for key, value in event.items()}

@@ -25,6 +25,7 @@ from ranking.cli import (
     ranker,
     serve,
     token,
+    top,
 )
 from ranking.cli.output import one_line
 
@@ -50,6 +51,7 @@ app.add_typer(encoder.app, name="encoder", rich_help_panel=PREPARE)
 app.add_typer(ranker.app, name="ranker", rich_help_panel=PREPARE)
 app.command(rich_help_panel=SERVE)(nightly.nightly)
 app.command(rich_help_panel=SERVE)(serve.serve)
+app.command(rich_help_panel=SERVE)(top.top)
 app.add_typer(ask.app, name="ask", callback=connection.credentials, rich_help_panel=SERVE)
 app.add_typer(index.app, name="index", rich_help_panel=SERVE)
 app.add_typer(token.app, name="token", rich_help_panel=SERVE)

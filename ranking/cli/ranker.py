@@ -31,36 +31,52 @@ class Calibration(StrEnum):
     temperature = "temperature"
 
 
+Base = Annotated[
+    str | None, typer.Option(help="A LLaMA checkpoint to start from (a folder, or a hub name).", show_default="from scratch")
+]
+Encoder = Annotated[
+    Path | None,
+    typer.Option(help="An encoder folder: its tokenizer, numbers and word vectors are the start.", show_default=False),
+]
+Minutes = Annotated[float | None, typer.Option(help="How long to train; the steps reached are recorded.", show_default="5")]
+Steps = Annotated[int | None, typer.Option(help="How many steps instead: the same seed gives the same weights.")]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(help="The highest learning rate.", min=1e-9, show_default="3e-4, or chosen by trials in a long run"),
+]
+LoraRank = Annotated[int | None, typer.Option(help="With --base: train LoRA of this rank instead of all weights.", min=1)]
 Fusion = Annotated[
     bool, typer.Option("--fusion/--no-fusion", help="Join numbers and retrieval's cosine to the words in a small head.")
 ]
 Calibrated = Annotated[Calibration, typer.Option(help="How the text model's own probabilities are fitted on later events.")]
+TasksFile = Annotated[
+    Path | None,
+    typer.Option("--tasks", help="A YAML file of tasks (docs/tasks.md).", show_default="those of the folder", metavar="FILE"),
+]
+Shots = Annotated[int, typer.Option(help="Answered examples of other members in the prompts of cold members.", min=0, max=16)]
+Wishes = Annotated[float, typer.Option(help="Share of training groups with a member's instruction made by rule.", min=0, max=1)]
+More = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A further setting, as in layout.grouped=true. Repeatable.", metavar="PART.NAME=VALUE"),
+]
 
 
 @app.command()
 def train(
     data: Annotated[Path, typer.Argument(help="The data folder.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The ranker folder to write; it must not hold a ranker yet.", show_default=False)],
-    base: Annotated[
-        str | None, typer.Option(help="A LLaMA checkpoint to start from (a folder, or a hub name).", show_default="from scratch")
-    ] = None,
-    encoder: Annotated[
-        Path | None,
-        typer.Option(help="An encoder folder: its tokenizer, numbers and word vectors are the start.", show_default=False),
-    ] = None,
-    minutes: Annotated[
-        float | None, typer.Option(help="How long to train; the steps reached are recorded.", show_default="5")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="How many steps instead: the same seed gives the same weights.")] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(help="The highest learning rate.", min=1e-9, show_default="3e-4, or chosen by trials in a long run"),
-    ] = None,
-    lora_rank: Annotated[
-        int | None, typer.Option(help="With --base: train LoRA of this rank instead of all weights.", min=1)
-    ] = None,
+    base: Base = None,
+    encoder: Encoder = None,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    learning_rate: LearningRate = None,
+    lora_rank: LoraRank = None,
     fusion: Fusion = True,
     calibration: Calibrated = Calibration.platt,
+    tasks: TasksFile = None,
+    shots: Shots = 0,
+    wishes: Wishes = 0.05,
+    more: More = None,
     seed: Annotated[int, typer.Option(help="Decides every random choice.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
 ) -> None:
@@ -75,8 +91,10 @@ def train(
     """
     from ranking.cli.output import emit
     from ranking.cli.train_report import how_long, stages
+    from ranking.learn.settings import with_settings
     from ranking.learn.start import RankerPlan
     from ranking.learn.train import train_ranker
+    from ranking.tasks_file import read_tasks
     from retrieval.data.read import read_dataset
     from retrieval.learn.checkpoint import TrainingError
 
@@ -92,10 +110,13 @@ def train(
         encoder=None if encoder is None else str(encoder),
         fusion=fusion,
         calibration=calibration.value,
+        tasks=() if tasks is None else tuple(read_tasks(tasks).values()),
+        wishes=wishes,
+        shots=shots,
     )
     dataset = read_dataset(data)
     with stages() as stage:
-        report = train_ranker(dataset, out, plan, stage)
+        report = train_ranker(dataset, out, with_settings(plan, more or []), stage)
     emit(vars(report), as_json=as_json, table=lambda: _table(report))
 
 

@@ -12,8 +12,19 @@ from ranking.cli.output import emit
 
 if TYPE_CHECKING:
     from ranking.serving.security_tls import TlsFiles
+    from ranking.serving.server import ServeSettings
     from ranking.serving.stack import Stack
+    from ranking.serving.traces import Traces
 
+Ranker = Annotated[Path | None, typer.Option(help="The ranker of the snapshot; without it only Retrieve answers.", metavar="DIR")]
+Members = Annotated[
+    str | None,
+    typer.Option(help="The member store: sqlite:PATH or redis://HOST. Default: in the --store folder.", metavar="URL"),
+]
+Hybrid = Annotated[bool, typer.Option("--hybrid", help="Find candidates with the hybrid first stage that the night wrote.")]
+InsecurePublic = Annotated[
+    bool, typer.Option("--insecure-public", help="Listen beyond this machine although TLS or tokens are missing.")
+]
 TlsCert = Annotated[
     Path | None, typer.Option(help="Serve TLS with this certificate and the chain above it (PEM).", metavar="FILE")
 ]
@@ -27,31 +38,66 @@ Tokens = Annotated[
     Path | None, typer.Option(help="Callers must show one of these tokens; read again when it changes.", metavar="FILE")
 ]
 
+NoJournal = Annotated[bool, typer.Option("--no-journal", help="Do not note in STORE/journal what was shown and done (ids only).")]
+MostWait = Annotated[
+    float,
+    typer.Option(
+        help="How long a request may wait in a burst; one that would wait longer is refused at once. Once that has happened, and "
+        "until a second has passed without a refusal, a request waits for less than its own answer takes.",
+        min=0,
+    ),
+]
+MostTogether = Annotated[
+    int, typer.Option(help="Waiting Retrieve requests that are encoded and searched together; 1: one by one.", min=1, max=64)
+]
+LeastFanout = Annotated[
+    int,
+    typer.Option(
+        help="With a full queue Recommend ranks fewer candidates than asked, and says so, but no fewer than this; "
+        "20000: never fewer.",
+        min=1,
+    ),
+]
+SwapPoll = Annotated[
+    float,
+    typer.Option(
+        help="How often to look for another published night and for other files behind --encoder and --ranker, to serve them "
+        "without a restart; 0: only at SIGHUP.",
+        min=0,
+    ),
+]
+
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(help="Tell meters over HTTP on this port (GET /metrics, /healthz); 0 takes a free one.", min=0, max=65535),
+]
+MetricsHost = Annotated[str, typer.Option(help="The address for HTTP, which asks for no credentials.")]
+TracesTo = Annotated[str, typer.Option(help="Send OpenTelemetry spans to this collector, as http://HOST:4317.", metavar="URL")]
+
 
 def serve(
     store: Annotated[Path, typer.Option(help="The snapshot store that `brewline nightly` wrote.", metavar="DIR")],
     encoder: Annotated[Path, typer.Option(help="The encoder that made the snapshot.", metavar="DIR")],
-    ranker: Annotated[
-        Path | None, typer.Option(help="The ranker of the snapshot; without it only Retrieve answers.", metavar="DIR")
-    ] = None,
-    members: Annotated[
-        str | None,
-        typer.Option(help="The member store: sqlite:PATH or redis://HOST. Default: in the --store folder.", metavar="URL"),
-    ] = None,
-    hybrid: Annotated[
-        bool, typer.Option("--hybrid", help="Find candidates with the hybrid first stage that the night wrote.")
-    ] = False,
+    ranker: Ranker = None,
+    members: Members = None,
+    hybrid: Hybrid = False,
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 50051,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     client_ca: ClientCa = None,
     tokens: Tokens = None,
-    insecure_public: Annotated[
-        bool, typer.Option("--insecure-public", help="Listen beyond this machine although TLS or tokens are missing.")
-    ] = False,
+    insecure_public: InsecurePublic = False,
     most_waiting: Annotated[int, typer.Option(help="Requests that may wait; the next is refused at once.", min=1)] = 64,
+    most_wait_ms: MostWait = 500.0,
+    most_together: MostTogether = 32,
+    least_fanout: LeastFanout = 250,
+    no_journal: NoJournal = False,
     drain_seconds: Annotated[float, typer.Option(help="How long running requests may take after SIGTERM.", min=0)] = 10.0,
+    swap_poll_seconds: SwapPoll = 1.0,
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
+    traces: TracesTo = "",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout as soon as it answers.")] = False,
 ) -> None:
     """Serve recommendations over gRPC until SIGTERM or Ctrl-C. Models that did not make the snapshot are refused.
@@ -61,22 +107,48 @@ def serve(
 
     Ask it with `brewline ask recommend --member ID`, or with grpcurl: reflection and the health service are on. Tell it what
     changed with `brewline ask upsert`, `withdraw` and `record`; of several servers over one store one takes changes of items.
+    Tomorrow's night, a rollback and other models are served without a restart, as soon as they fit together.
     """
+    from ranking.serving.current import Current
     from ranking.serving.server import ServeSettings, check_address, serve_until_signal
     from ranking.serving.stack import open_stack
+    from ranking.serving.web import Web
+    from retrieval.data.exported_journal import JOURNAL_DIR
 
     tls = _tls(tls_cert, tls_key, client_ca)
-    settings = ServeSettings(host, port, insecure_public, most_waiting, drain_seconds, tls=tls, tokens=tokens)
+    journal = None if no_journal else store / JOURNAL_DIR
+    settings = ServeSettings(
+        *(host, port, insecure_public, most_waiting, drain_seconds),
+        tls=tls,
+        tokens=tokens,
+        journal=journal,
+        most_wait_s=most_wait_ms / 1e3,
+        most_together=most_together,
+        least_depth=least_fanout,
+        swap_poll_s=swap_poll_seconds,
+        web=None if metrics_port is None else Web(metrics_host, metrics_port),
+        traces=_traces(traces),
+    )
     check_address(settings)  # a taken port or a wrong key is said at once, not after the models are loaded
-    stack = open_stack(store, encoder, ranker, members, hybrid=hybrid)
+    current = Current(open_stack(store, encoder, ranker, members, hybrid=hybrid))
+    serve_until_signal(current, settings, lambda bound: _ready(current.stack, settings, bound, as_json=as_json))
 
-    def ready(bound: int) -> None:
-        sys.stderr.write(_ready_line(stack, host, bound) + "\n")
-        sys.stderr.flush()
-        if as_json:
-            emit(_ready_facts(stack, host, bound), as_json=True, table=lambda: None)
 
-    serve_until_signal(stack, settings, ready)
+def _ready(stack: Stack, settings: ServeSettings, bound: int, *, as_json: bool) -> None:
+    metrics = "" if settings.web is None else settings.web.address
+    sys.stderr.write(_ready_line(stack, settings.host, bound) + "\n")
+    if metrics:
+        sys.stderr.write(f"meters: {metrics}/metrics\n")
+    sys.stderr.flush()
+    if as_json:
+        emit({**_ready_facts(stack, settings.host, bound), "metrics": metrics}, as_json=True, table=lambda: None)
+
+
+def _traces(address: str) -> Traces | None:
+    from ranking.serving.service import code_version
+    from ranking.serving.traces import open_traces
+
+    return open_traces(address, code_version()) if address else None
 
 
 def _tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:

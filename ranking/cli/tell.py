@@ -60,7 +60,7 @@ def upsert(
 
     if bool(item_id) == (file is not None):
         raise TellError("nothing to put in, or two things: give ITEM_ID with its words, or --from FILE")
-    one = Item(item_id, title, text, category, creator, created_at, _numbers(number or []))
+    one = Item(item_id, title, text, category, creator, created_at, numbers(number or []))
     items = [one] if file is None else list(_read(file))
     with Client(address, deadline_ms) as client:
         for start in range(0, len(items), AT_ONCE):
@@ -96,6 +96,8 @@ def record(
     event_id: Annotated[
         str, typer.Option(help="Your own id of a single event: sent twice, it counts once. Default: a new one.", metavar="ID")
     ] = "",
+    request_id: Annotated[str, typer.Option(help="The request whose answer showed the items.", metavar="ID")] = "",
+    surface: Annotated[str, typer.Option(help="Where they were shown (feed, mail).", metavar="NAME")] = "",
     address: Address = DEFAULT_ADDRESS,
     deadline_ms: Deadline = DEFAULT_DEADLINE_MS,
     as_json: AsJson = False,
@@ -104,6 +106,7 @@ def record(
 
     brewline ask record --member m42 p17 p99
     brewline ask record --member m42 p17 --action rating:9 --liked --event-id click-8841
+    brewline ask record --member m42 p17 --request-id 5f0c2a9be1d4 --surface feed
     """
     from ranking.serving.client import Client
     from retrieval.recent import Told
@@ -112,21 +115,22 @@ def record(
     if event_id and len(items) > 1:
         raise TellError(f"--event-id names one event, {len(items)} items were given: send them one by one")
     label = None if liked is None else int(liked)
-    told = [Told(event_id or uuid.uuid4().hex, Entry(item, timestamp, action, label)) for item in items]
+    told = [Told(event_id or uuid.uuid4().hex, Entry(item, timestamp, action, label), request_id, surface) for item in items]
     with Client(address, deadline_ms) as client:
         done = client.record(member, told)
     said = f"{done.recorded:,} engagements of {member} are kept, {done.known:,} were known"
     emit(asdict(done), as_json=as_json, table=lambda: words(said))
 
 
-def _numbers(given: list[str]) -> dict[str, float]:
+def numbers(given: list[str], option: str = "--number", example: str = "price=120") -> dict[str, float]:
+    """The values by name of options NAME=VALUE. Raises TellError."""
     found = {}
     for one in given:
         name, _, value = one.partition("=")
         try:
             found[name] = float(value)
         except ValueError:
-            raise TellError(f"--number {one!r}: expected NAME=VALUE, for example --number price=120") from None
+            raise TellError(f"{option} {one!r}: expected NAME=VALUE, for example {option} {example}") from None
     return found
 
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from ranking.learn.examples import Ints, Pool
 from ranking.prefill.request import Request
-from ranking.prompts import RankPrompts, admitted, relations_of
+from ranking.prompts import RankPrompts, relations_of
+from ranking.shots import Shot
 from ranking.tasks import Task
 from retrieval import records
 from retrieval.counts import Counts
@@ -18,6 +19,17 @@ from retrieval.data.schema import Dataset, Engagement, Item, MemberView
 
 Choice = tuple[str, int]
 """A task's name and a group of its pool."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """How one group is put this time: the task in one wording, the member's own wish, the answers float32 [n] if the wish changes
+    them, and the examples (None: those of the prompts)."""
+
+    task: Task
+    wish: str = ""
+    label: npt.NDArray[np.float32] | None = None
+    shots: tuple[Shot, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,15 +55,18 @@ class GroupWriter:
         self._bodies: dict[int, list[int]] = {}
         self._histories: dict[int, tuple[Ints, list[Engagement], list[list[int]]]] = {}
 
-    def write(self, pools: Mapping[str, Pool], chosen: Sequence[Choice]) -> Batch:
-        """The chosen groups as one batch."""
+    def write(self, pools: Mapping[str, Pool], chosen: Sequence[Choice], said: Sequence[Said] | None = None) -> Batch:
+        """The chosen groups as one batch: as they are served, or each as `said` puts it."""
+        said = said or [Said(self.tasks[task]) for task, _ in chosen]
         parts = [pools[task].candidates(group) for task, group in chosen]
         item = np.concatenate([pools[task].item[part] for (task, _), part in zip(chosen, parts)])
         day = np.concatenate([pools[task].day[part] for (task, _), part in zip(chosen, parts)])
-        label = np.concatenate([pools[task].label[part] for (task, _), part in zip(chosen, parts)])
+        label = np.concatenate(
+            [pools[task].label[part] if put.label is None else put.label for (task, _), part, put in zip(chosen, parts, said)]
+        )
         rows = self.item_rows(item, day)
         requests, place = [], 0
-        for task, group in chosen:
+        for (task, group), put in zip(chosen, said):
             pool = pools[task]
             member, moment = int(pool.member[group]), int(pool.moment[group])
             candidates = item[place : place + (size := int(pool.start[group + 1] - pool.start[group]))]
@@ -59,7 +74,7 @@ class GroupWriter:
                 row + self.prompts.suffix(relation)
                 for row, relation in zip(rows[place : place + size], self.relations(member, candidates, moment))
             ]
-            requests.append(Request(self.prefix(member, moment, self.tasks[task]), closed))
+            requests.append(Request(self.prefix(member, moment, put.task, put.wish, put.shots), closed))
             place += size
         return Batch(requests, [task for task, _ in chosen], label.astype(np.float32))
 
@@ -71,14 +86,16 @@ class GroupWriter:
         columns |= self.counts.at(item, day)
         return self.prompts.with_numbers([self._bodies[row] for row in item.tolist()], columns)
 
-    def prefix(self, member: int, moment: int, task: Task) -> list[int]:
+    def prefix(self, member: int, moment: int, task: Task, wish: str = "", shots: Sequence[Shot] | None = None) -> list[int]:
         """Ids of the prefix of a member (row) at a moment (seconds), which sees nothing of the moment itself."""
         connections = self.dataset.connections_of(member, moment)
-        opening = self.prompts.opening(MemberView(self.dataset.members[member], (), connections), task)
+        opening = self.prompts.opening(MemberView(self.dataset.members[member], (), connections, wish), task)
         times, history, entries = self._history(member)
         end = int(np.searchsorted(times, moment))
         begin = max(0, end - records.NEWEST)  # serving decides what to show from these alone
-        return self.prompts.assemble(opening, [entries[begin + row] for row in admitted(history[begin:end])])
+        rows = [begin + row for row in self.prompts.layout.admitted(history[begin:end])]
+        shown, words = [history[row] for row in rows], [entries[row] for row in rows]
+        return self.prompts.assemble(opening, shown, words, self.prompts.examples(task, shots))
 
     def relations(self, member: int, item: Ints, moment: int) -> list[str]:
         """The member's relation to the creators of items [n], in words, as known before a moment."""
@@ -108,12 +125,17 @@ class GroupWriter:
 class Order:
     """An endless order of groups: each round holds every group of the first task once, and of the others a share.
 
-    `share` says how many groups of each further task a round holds, relative to the first. The order depends on the seed
-    alone; `cursor` is the whole state.
+    `share` says how many groups of each further task a round holds, relative to the first. With a mixing `temperature` T a
+    further task of n groups gets n1 (n / n1)^(1/T) of them instead, n1 being the first task's: all at T = 1, and the rarer a task
+    the more of its groups, relative to their number, with a higher T. The order depends on the seed alone; `cursor` is
+    the whole state.
     """
 
-    def __init__(self, pools: Mapping[str, Pool], share: float, step_candidates: int, seed: int) -> None:
+    def __init__(
+        self, pools: Mapping[str, Pool], share: float, step_candidates: int, seed: int, temperature: float | None = None
+    ) -> None:
         self._pools, self._share, self._least, self._seed = pools, share, step_candidates, seed
+        self._temperature = temperature
         self.cursor = (0, 0)
         self._round, self._choices = -1, list[Choice]()
 
@@ -140,6 +162,12 @@ class Order:
         first = len(next(iter(self._pools.values())))
         choices: list[Choice] = []
         for place, (task, pool) in enumerate(self._pools.items()):
-            count = len(pool) if place == 0 else min(len(pool), round(self._share * first))
+            count = len(pool) if place == 0 else min(len(pool), self._wanted(len(pool), first))
             choices += [(task, group) for group in rng.permutation(len(pool))[:count].tolist()]
         return [choices[row] for row in rng.permutation(len(choices)).tolist()]
+
+    def _wanted(self, groups: int, first: int) -> int:
+        """How many of a further task's groups a round wants, there being `first` of the first task."""
+        if self._temperature is None:
+            return round(self._share * first)
+        return max(1, round(first * (groups / first) ** (1 / self._temperature)))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from ranking.tasks import ENGAGE, LABEL, Task, tasks_of
+from ranking.tasks import Task, tasks_of, taught_of
 from retrieval.counts import appeared
 from retrieval.data.schema import DAY, IMPRESSION, Dataset, Events, action_kind
 
@@ -30,12 +30,14 @@ class GroupSettings:
     """How events are grouped: a group ends at a day's end once it has `least` candidates, and at `most` in any case.
 
     Few candidates to a prefix waste computation; many days to a prefix make its history stale. `negatives` catalogue items
-    that existed by its day are drawn for each engagement where the folder says nothing about what was not chosen.
+    that existed by its day are drawn for each engagement where the folder says nothing about what was not chosen. Negatives of
+    a rare action are left out of training until positives are the share `rare` of its answers (0: never); see `thinned`.
     """
 
     least: int = 8
     most: int = 24
     negatives: int = 4
+    rare: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,26 @@ def pools_of(
     return {name: pool for name, pool in found.items() if len(pool)}
 
 
+def thinned(
+    pools: Mapping[str, Pool], tasks: Mapping[str, Task], rare: float, seed: int
+) -> tuple[dict[str, Pool], dict[str, float]]:
+    """The pools with fewer negatives of rare actions, and task -> what that adds to the logit of a trained model.
+
+    Of a task whose positives are less than the share `rare`, each negative stays with the chance w that makes them that share.
+    Odds among what stays are 1/w times those of the log: a loss on logit + ln(1/w) leaves a logit that means the log's odds
+    (the correction of He et al. 2014, made before training instead of after it).
+    """
+    found, corrections = dict(pools), dict[str, float]()
+    for name, pool in pools.items():
+        positives = float(pool.label.mean())
+        if tasks[name].asks != "action" or not 0 < positives < rare < 1:
+            continue
+        kept = positives / (1 - positives) * (1 - rare) / rare
+        stays = (pool.label == 1) | (np.random.default_rng([seed, 9]).random(len(pool.label)) < kept)
+        found[name], corrections[name] = pool.where(stays), -float(np.log(kept))
+    return found, corrections
+
+
 def sampled(pool: Pool, candidates: int) -> list[tuple[str, int]]:
     """About that many candidates' groups of a pool as (task, group), always the same ones."""
     order = np.random.default_rng(5).permutation(len(pool))
@@ -109,10 +131,10 @@ def taught(dataset: Dataset, pools: Mapping[str, Pool], held: npt.NDArray[np.boo
     return found
 
 
-def teaches(dataset: Dataset, before: int) -> bool:
-    """Whether anything before a time (seconds) has an answer: a label, an impression of a known request or an engagement."""
+def teaches(dataset: Dataset, before: int, tasks: Mapping[str, Task] | None = None) -> bool:
+    """Whether anything before a time (seconds) answers one of the tasks, or, without any, one that the folder can teach."""
     known = replace(dataset, events=dataset.events.before(before))
-    return any(len(answers(known, task)[0]) for task in tasks_of(known).values())
+    return any(len(answers(known, task)[0]) for task in (taught_of(tasks) if tasks else tasks_of(known)).values())
 
 
 def _pool(dataset: Dataset, task: Task, window: npt.NDArray[np.bool_], settings: GroupSettings, seed: int) -> Pool:
@@ -135,25 +157,37 @@ def _pool(dataset: Dataset, task: Task, window: npt.NDArray[np.bool_], settings:
         event=event,
         label=label,
     )
-    return _with_negatives(dataset, pool, settings.negatives, seed) if task.name == ENGAGE else pool
+    return _with_negatives(dataset, pool, settings.negatives, seed) if task.asks == "engage" else pool
 
 
 def answers(dataset: Dataset, task: Task) -> tuple[Ints, npt.NDArray[np.int8]]:
     """The events [n] that a task asks about, in time order, and the answers int8 [n].
 
-    For the label task every labelled event; for an action every impression of a known request, positive if that member
-    did that to that item in that request; for "engage" each member's first engagement with each item, all positive.
+    For a task on labels every labelled event; for an action every impression of a known request, positive if that member
+    did that to that item in that request; for "engage" each member's first engagement with each item, all positive. Only
+    events of the task's surface are asked about, if it names one.
     """
+    event, label = _any_answers(dataset, task)
+    if not task.surface:
+        return event, label
     log = dataset.events
-    if task.name == LABEL:
+    there = log.surface[event] == (log.surfaces.index(task.surface) if task.surface in log.surfaces else -2)
+    return event[there], label[there]
+
+
+def _any_answers(dataset: Dataset, task: Task) -> tuple[Ints, npt.NDArray[np.int8]]:
+    """The answers of any surface."""
+    log = dataset.events
+    if task.asks == "label":
         event = np.flatnonzero(log.label >= 0)
-        return event, log.label[event]
-    if task.name == ENGAGE:
+        return event, (log.label[event] == task.label).astype(np.int8)
+    if task.asks == "engage":
         engaged = np.flatnonzero(dataset.is_engagement)
         pair = log.member[engaged].astype(np.int64) * max(len(dataset.items), 1) + log.item[engaged]
         event = engaged[np.sort(np.unique(pair, return_index=True)[1])]
         return event, np.ones(len(event), np.int8)
-    event = np.flatnonzero((log.action == log.actions.index(IMPRESSION)) & (log.request >= 0))
+    shown = log.actions.index(IMPRESSION) if IMPRESSION in log.actions else -1
+    event = np.flatnonzero((log.action == shown) & (log.request >= 0))
     wanted = np.array([action_kind(action) == task.action for action in log.actions])
     did = np.flatnonzero(wanted[log.action] & (log.request >= 0))
     return event, np.isin(_shown_key(log, event), _shown_key(log, did)).astype(np.int8)

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 from ranking.learn.attention import training_mixer
 from ranking.learn.batches import Batch, GroupWriter, Order
 from ranking.learn.examples import Pool
+from ranking.learn.variety import Variety
 from ranking.prefill.llama import Layers
 from ranking.prefill.plan import plan
 from ranking.prefill.request import Limits
@@ -25,11 +26,15 @@ Labels = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class LoopSettings(Pace):
-    """How weights move, `candidates` per step, and `others` groups of each further task for one group of the first."""
+    """How weights move, `candidates` per step, and `others` groups of each further task for one group of the first.
+
+    A mixing `temperature` takes the place of `others`; see `ranking.learn.batches.Order`.
+    """
 
     learning_rate: float = 3e-4
     candidates: int = 80
     others: float = 0.05
+    temperature: float | None = None
 
 
 class Trainer(Loop):
@@ -52,13 +57,14 @@ class Trainer(Loop):
         settings: LoopSettings,
         identity: Mapping[str, object],
         seed: int,
+        variety: Variety | None = None,
     ) -> None:
         """`labels` task -> (positive, negative) token ids; `pools` the groups to learn from, the main task first; `identity`
-        as in `retrieval.learn.loop.Loop`."""
+        as in `retrieval.learn.loop.Loop`; without a `variety` every group is put as it is served."""
         own = {"seed": seed, "groups": [*map(len, pools.values())]}
         super().__init__(model, settings, steps, {**identity, **own})
-        self.writer, self.pools, self.labels, self.seed = writer, pools, labels, seed
-        self.order = Order(pools, settings.others, settings.candidates, seed)
+        self.writer, self.pools, self.labels, self.seed, self.variety = writer, pools, labels, seed, variety
+        self.order = Order(pools, settings.others, settings.candidates, seed, settings.temperature)
         self.tokens = 0
         self._layers = layers_of(model)
 
@@ -66,16 +72,21 @@ class Trainer(Loop):
         """A run of another length and rate over the same groups, from a copy of the weights as they are."""
         settings = replace(self.settings, learning_rate=learning_rate)
         model = copy.deepcopy(self.model)
-        return Trainer(model, self.writer, self.pools, self.labels, steps, settings, self.identity, self.seed)
+        return Trainer(model, self.writer, self.pools, self.labels, steps, settings, self.identity, self.seed, self.variety)
 
     def step_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss of the next groups of the order."""
-        return self.loss(self.writer.write(self.pools, self.order.next())), {}
+        chosen = self.order.next()
+        said = None if self.variety is None else self.variety.of(self.pools, chosen, self.done)
+        return self.loss(self.writer.write(self.pools, chosen, said)), {}
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean log-loss of the batch's answers, from the logits of the two answer words in float32."""
-        label = torch.from_numpy(batch.label).to(self.model.device)
-        return functional.binary_cross_entropy_with_logits(self.read(batch)[1], label)
+        label, logits = torch.from_numpy(batch.label).to(self.model.device), self.read(batch)[1]
+        if self.variety is not None and self.variety.corrections:
+            added = [self.variety.corrections.get(task, 0.0) for task in batch.tasks]
+            logits = logits + torch.tensor(np.repeat(added, [len(one.items) for one in batch.requests])).to(logits)
+        return functional.binary_cross_entropy_with_logits(logits, label)
 
     def read(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The `answers` of a batch, whose tokens count as read."""

@@ -26,6 +26,7 @@ from ranking.learn.loop import Labels, answers, layers_of
 from ranking.learn.validate import sampled
 from ranking.prefill.request import Request
 from ranking.ranker import Ranker
+from ranking.tasks import taught_of
 from retrieval.data.schema import Dataset
 from retrieval.learn.checkpoint import dataset_digest
 
@@ -131,7 +132,7 @@ def ground_of(dataset: Dataset, teacher: Ranker, judged: int) -> Ground:
         raise NothingToJudge(
             f"the teacher does not say which members it held back (training.settings.seed: {error}); train it again"
         ) from error
-    tasks, main = teacher.tasks, next(iter(teacher.tasks))
+    tasks, main = taught_of(teacher.tasks), next(iter(teacher.tasks))
     held = held_back(dataset, seed)
     writer = GroupWriter(dataset, teacher.prompts, tasks, meta.cut_test)
     pools = taught(dataset, pools_of(dataset, tasks, None, meta.cut_test, GroupSettings(), seed), held)

@@ -15,11 +15,13 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from ranking.calibrate import Method
 from ranking.learn.batches import GroupWriter
 from ranking.learn.compare import start_to_compare
-from ranking.learn.examples import GroupSettings, pools_of, taught
+from ranking.learn.examples import GroupSettings, pools_of, taught, thinned
 from ranking.learn.loop import LoopSettings, Trainer
-from ranking.prompts import RankBudgets, RankPrompts, label_token
+from ranking.learn.variety import Variety
+from ranking.prompts import RankBudgets, RankLayout, RankPrompts, label_token
 from ranking.ranker import labels_of
-from ranking.tasks import Task, tasks_of
+from ranking.shots_past import PastShots
+from ranking.tasks import Task, tasks_of, taught_of
 from retrieval.data.schema import Dataset
 from retrieval.encoder import FACTS, QUANTIZER, VALIDATION, read_facts, stored_fingerprint
 from retrieval.features import Kind, Quantizer
@@ -40,6 +42,8 @@ class RankerPlan:
     `base` is a LLaMA checkpoint to start from (whole, or with `lora_rank` through LoRA); `encoder` is a trained encoder whose
     tokenizer, quantizer and word vectors are the start of a new model. `learning_rate` takes the
     place of the one in `loop` and of its choice on the validation window. `fusion`: a head with numbers is trained after it.
+    `tasks` take the place of those that the folder can teach. `wishes` is the share of groups with an instruction made by rule
+    (`ranking.learn.wishes`); cold members get `shots` examples.
     """
 
     steps: int | None = None
@@ -56,6 +60,15 @@ class RankerPlan:
     budgets: RankBudgets = field(default_factory=RankBudgets)
     groups: GroupSettings = field(default_factory=GroupSettings)
     loop: LoopSettings = field(default_factory=LoopSettings)
+    layout: RankLayout = field(default_factory=RankLayout)
+    tasks: tuple[Task, ...] = ()
+    wishes: float = 0.05
+    shots: int = 0
+
+    @property
+    def named_tasks(self) -> dict[str, Task]:
+        """The tasks that were asked for, by name."""
+        return {task.name: task for task in self.tasks}
 
     @property
     def rate(self) -> float:
@@ -77,14 +90,17 @@ def start(
     Raises TrainingError if nothing can be learned, and the errors of the checkpoint, the encoder or the tokenizer.
     """
     torch.manual_seed(plan.seed)
-    tasks = tasks_of(replace(dataset, events=dataset.events.before(before)))
-    pools = pools_of(dataset, tasks, None, before, plan.groups, plan.seed)
+    tasks = plan.named_tasks or tasks_of(replace(dataset, events=dataset.events.before(before)))
+    pools = pools_of(dataset, taught_of(tasks), None, before, plan.groups, plan.seed)
     if not pools:
         raise TrainingError(f"{dataset.meta.name}: no labelled event, impression or engagement before the cut; nothing to learn")
     if held is not None:
         pools = taught(dataset, pools, held)
+    pools, corrections = thinned(pools, tasks, plan.groups.rare, plan.seed)
+    past = PastShots(dataset, taught_of(tasks), plan.shots, before)
     model, tokens, quantizer = _parts(dataset, before, plan, tasks)
-    writer = GroupWriter(dataset, RankPrompts(tokens, quantizer, plan.budgets), tasks, before)
+    prompts = RankPrompts(tokens, quantizer, plan.budgets, plan.layout, past.of_all(tasks, before))
+    writer = GroupWriter(dataset, prompts, tasks, before)
     return Trainer(
         model,
         writer,
@@ -94,6 +110,7 @@ def start(
         replace(plan.loop, learning_rate=plan.rate),
         identity or {},
         plan.seed,
+        Variety(dataset.items, tasks, past, plan.wishes, plan.seed, corrections),
     )
 
 

@@ -18,6 +18,7 @@ from ranking.learn.start import Origins, RankerPlan, origins_of, start
 from ranking.learn.validate import Progress, decide, labels_judged, recalibrated, window_pools
 from ranking.ranker import FACTS, RankerFacts, save_ranker
 from ranking.tasks import ENGAGE, LABEL
+from ranking.tasks_file import taught_tasks
 from retrieval.data.schema import Dataset
 from retrieval.learn.checkpoint import DATA, DECISION, check_room, dataset_digest, remembered, write_json
 from retrieval.learn.sessions import with_sessions
@@ -57,7 +58,9 @@ def train_ranker(dataset: Dataset, out: Path, plan: RankerPlan, progress: Progre
     began, report = time.monotonic(), progress or (lambda _stage, _done, _total: None)
     check_room(out, FACTS, "a ranker")
     note = ""
-    if not teaches(dataset, dataset.meta.cut_test):
+    if plan.tasks:
+        taught_tasks(dataset, plan.named_tasks)
+    elif not teaches(dataset, dataset.meta.cut_test):
         dataset, note = with_sessions(dataset, plan.seed)
     origins = origins_of(dataset, plan)
     work = out / "training"
@@ -130,7 +133,7 @@ def _facts(
     note: str,
 ) -> RankerFacts:
     # How the length was asked for is no fact about the model: --minutes and --steps that end at one length are one model.
-    asked = ("steps", "minutes", "base", "encoder", "learning_rate")
+    asked = ("steps", "minutes", "base", "encoder", "learning_rate", "tasks", "layout")
     settings = {name: value for name, value in asdict(plan).items() if name not in asked}
     tasks = trainer.writer.tasks
     return RankerFacts(
@@ -148,4 +151,6 @@ def _facts(
             "settings": {**settings, "loop": asdict(trainer.settings)},
             "note": note,
         },
+        layout=plan.layout,
+        shots=trainer.writer.prompts.shots,
     )

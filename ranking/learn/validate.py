@@ -18,7 +18,7 @@ from ranking.learn.fuse import NO_HEAD_NOTE, blend_facts
 from ranking.learn.loop import Trainer
 from ranking.learn.start import Held, Origins, RankerPlan, start
 from ranking.prefill.engine import Engine
-from ranking.tasks import LABEL
+from ranking.tasks import LABEL, taught_of
 from retrieval.data.schema import Dataset
 from retrieval.learn.checkpoint import TrainingError
 from retrieval.learn.choose import Progress, Trials, try_rates
@@ -63,7 +63,7 @@ def decide(dataset: Dataset, plan: RankerPlan, origins: Origins, report: Progres
     """
     steps, cut = plan.steps or affordable(dataset, plan), dataset.meta.cut_valid
     decision = {"steps": steps, "learning_rate": plan.rate, "trials": {}, "calibrators": {}, "validation": {}, "blend": None}
-    if not teaches(dataset, cut):
+    if not teaches(dataset, cut, plan.named_tasks):
         return {**decision, "notes": [UNCALIBRATED_NOTE]}
     total = max(1, round(steps * VALIDATION_SHARE / (1 - VALIDATION_SHARE)))
     first = start(dataset, cut, replace(plan, encoder=origins.validation_folder), total)
@@ -98,7 +98,7 @@ def window_pools(dataset: Dataset, trainer: Trainer, plan: RankerPlan) -> dict[s
     """The groups between the cuts, one for each member and day: their histories are as fresh as served ones, which the longer
     groups of training are not."""
     fresh = replace(plan.groups, least=1)
-    return pools_of(dataset, trainer.writer.tasks, dataset.meta.cut_valid, dataset.meta.cut_test, fresh, plan.seed)
+    return pools_of(dataset, taught_of(trainer.writer.tasks), dataset.meta.cut_valid, dataset.meta.cut_test, fresh, plan.seed)
 
 
 def _blend(

@@ -17,6 +17,7 @@ from ranking.serving import recommender_pb2 as pb
 from ranking.serving.change_messages import read_wanted
 from ranking.serving.messages import (
     MAX_ID,
+    MAX_NAME,
     BadRequest,
     Sizes,
     read_description,
@@ -25,12 +26,16 @@ from ranking.serving.messages import (
     recommend_sizes,
     results_message,
     retrieve_size,
+    words_of,
 )
 from ranking.serving.stack import Stack
+from ranking.serving.weights import publish_weights, read_weights
+from ranking.tasks_weighted import Weights, final_score
 from retrieval.attributes import Wanted
 from retrieval.catalog import UnknownItem
 from retrieval.data.schema import MemberView
-from retrieval.members import UnknownMember
+from retrieval.members import KnownMember, MemberStore, UnknownMember
+from retrieval.recent import stranger
 from retrieval.records import MemberRecord, view_digest, view_of
 from retrieval.retrieve import Vector
 
@@ -74,19 +79,22 @@ class Call:
 class Asker:
     """Who asks: the view that prompts read, all ids that must not come back, and the vector if a kept one is right.
 
-    `record` is the member's if a vector of it is worth keeping: there is none, and the view is the record's own.
+    `record` is the member's if a vector of it is worth keeping: there is none, and the view is the record's own. `stale` says
+    what is wrong if the member store did not answer; whoever answers for such an asker must say it too.
     """
 
     view: MemberView
     seen: list[str]
     vector: Vector | None = None
     record: MemberRecord | None = None
+    stale: str = ""
 
 
-def asker_of(stack: Stack, message: pb.Member, instruction: str, *, words: bool = True) -> Asker:
+def asker_of(stack: Stack, message: pb.Member, instruction: str, *, words: bool = True, stale: bool = False) -> Asker:
     """Who a request is about. With `words` False a known vector makes the view's history unnecessary, and it is left out.
 
-    Raises BadRequest, UnknownMember, UnknownItem.
+    With `stale`, a member store that does not answer is no error: the asker is who this process last knew, or, if that is nobody,
+    a member of whom the id is known. Raises BadRequest, UnknownMember, UnknownItem, StoreError.
     """
     if message.HasField("description"):
         return Asker(read_description(message, instruction, stack.catalog, stack.engaged), [])
@@ -96,12 +104,37 @@ def asker_of(stack: Stack, message: pb.Member, instruction: str, *, words: bool 
         raise BadRequest(f"member.id: more than {MAX_ID} bytes")
     if stack.members is None:
         raise UnknownMember(NO_MEMBERS)
-    known = stack.members.get(message.id)
+    known, lacks = _known(stack.members, message.id, stale)
     vector = None if instruction else known.vector
     if vector is not None and not words:
-        return Asker(MemberView(known.record.member, (), known.record.connections), known.record.seen, vector)
+        view = MemberView(known.record.member, (), known.record.connections)
+        return Asker(view, known.record.seen, vector, stale=lacks)
     view = view_of(known.record, stack.catalog, instruction)
-    return Asker(view, known.record.seen, vector, None if instruction or vector is not None else known.record)
+    worth_keeping = not (instruction or lacks) and vector is None
+    return Asker(view, known.record.seen, vector, known.record if worth_keeping else None, lacks)
+
+
+def _known(members: MemberStore, member_id: str, stale: bool) -> tuple[KnownMember, str]:
+    """What is known of a member, and what that lacks if the store did not answer. Raises UnknownMember, StoreError."""
+    try:
+        return members.get(member_id), ""
+    except StoreError as error:
+        if not stale:
+            raise
+        last = members.last_known(member_id)
+        if last is None:
+            last, used = KnownMember(stranger(member_id), None), "nothing is known here of this member but the id"
+        else:
+            used = "what this server last knew of the member was used"
+        return last, f"the member store did not answer, {used}; what was seen since may come back ({type(error).__name__})"
+
+
+def mark_stale(asker: Asker, response: pb.RecommendResponse | pb.RetrieveResponse | pb.RankResponse) -> None:
+    """The answer says that the member store did not answer, if so. What else it lacks stays in the detail: only this lack could
+    not be seen in the answer itself."""
+    if asker.stale:
+        response.degraded = pb.STALE_MEMBER
+        response.degraded_detail = "; ".join(filter(None, (asker.stale, response.degraded_detail)))
 
 
 def vector_of(stack: Stack, asker: Asker, call: Call) -> Vector:
@@ -125,13 +158,15 @@ def keep_vectors(stack: Stack, askers: Sequence[Asker], vectors: npt.NDArray[np.
 
 @dataclass(frozen=True)
 class Question:
-    """What Recommend is asked, read and checked; `excluded` are the ids that the request itself leaves out."""
+    """What Recommend is asked, read and checked; `excluded` are the ids that the request itself leaves out. `task` is "" where
+    `weights` name several."""
 
     sizes: Sizes
     task: str
     wanted: Wanted
     asker: Asker
     excluded: list[str]
+    weights: Weights = field(default_factory=dict)
 
     @property
     def unwanted(self) -> list[str]:
@@ -139,25 +174,27 @@ class Question:
         return [*self.excluded, *self.asker.seen]
 
 
-def question_of(stack: Stack, request: pb.RecommendRequest, call: Call) -> Question:
-    """The question of a request. Raises BadRequest, NoRanker, TaskError, UnknownMember, UnknownItem."""
+def question_of(stack: Stack, request: pb.RecommendRequest, call: Call, *, stale: bool = False) -> Question:
+    """The question of a request; `stale` as in `asker_of`. Raises BadRequest, NoRanker, TaskError, UnknownMember, UnknownItem."""
     sizes = recommend_sizes(request)
+    words_of("surface", request.surface, MAX_NAME)
     instruction = read_instruction(request.instruction)
     exclude = read_ids(request.exclude, "exclude")
     wanted = read_wanted(request.filter)
-    task = stack.recommender.task(request.task)
+    weights = read_weights(stack, request)
+    task = "" if weights else stack.recommender.task(request.task)
     with call.watch("member"):
-        return Question(sizes, task, wanted, asker_of(stack, request.member, instruction), exclude)
+        return Question(sizes, task, wanted, asker_of(stack, request.member, instruction, stale=stale), exclude, weights)
 
 
 def recommend(stack: Stack, request: pb.RecommendRequest, call: Call) -> pb.RecommendResponse:
     """The answer to Recommend; `call.early` is set as soon as the candidates are known."""
-    question = question_of(stack, request, call)
+    question = question_of(stack, request, call, stale=True)
 
     def answer(ranked: Ranked) -> pb.RecommendResponse:
         with call.watch("order"):
             results = results_message(ranked, stack.catalog, readable=request.readable)
-        return pb.RecommendResponse(
+        response = pb.RecommendResponse(
             results=results,
             candidates=ranked.candidates,
             degraded=ranked.degraded.name,
@@ -167,6 +204,9 @@ def recommend(stack: Stack, request: pb.RecommendRequest, call: Call) -> pb.Reco
             task=question.task,
             request_id=call.request_id,
         )
+        publish_weights(response, question.weights, ranked)
+        mark_stale(question.asker, response)
+        return response
 
     def early(ranked: Ranked) -> None:
         if math.isfinite(call.deadline):
@@ -178,6 +218,7 @@ def recommend(stack: Stack, request: pb.RecommendRequest, call: Call) -> pb.Reco
         question.sizes.fanout,
         exclude=question.unwanted,
         task=question.task,
+        weights=question.weights,
         vector=vector_of(stack, question.asker, call),
         wanted=question.wanted,
         deadline=call.deadline,
@@ -190,19 +231,23 @@ def recommend(stack: Stack, request: pb.RecommendRequest, call: Call) -> pb.Reco
 def retrieve(stack: Stack, request: pb.RetrieveRequest, call: Call) -> pb.RetrieveResponse:
     """The answer to Retrieve."""
     k = retrieve_size(request)
+    words_of("surface", request.surface, MAX_NAME)
     instruction = read_instruction(request.instruction)
     exclude = read_ids(request.exclude, "exclude")
     wanted = read_wanted(request.filter)
     with call.watch("member"):
-        asker = asker_of(stack, request.member, instruction, words=stack.recommender.retriever.hybrid is not None)
+        words = stack.recommender.retriever.hybrid is not None
+        asker = asker_of(stack, request.member, instruction, words=words, stale=True)
     vector = vector_of(stack, asker, call)
     unwanted = [*exclude, *asker.seen]
     found = stack.recommender.retrieve(asker.view, k, exclude=unwanted, vector=vector, wanted=wanted, watch=call.watch)
     with call.watch("order"):
         results = results_message(in_retrieval_order(found, k), stack.catalog, readable=request.readable)
-    return pb.RetrieveResponse(
+    response = pb.RetrieveResponse(
         results=results, provenance=provenance(stack, ranked=False), times=call.times(), request_id=call.request_id
     )
+    mark_stale(asker, response)
+    return response
 
 
 def rank(stack: Stack, request: pb.RankRequest, call: Call) -> pb.RankResponse:
@@ -211,25 +256,31 @@ def rank(stack: Stack, request: pb.RankRequest, call: Call) -> pb.RankResponse:
     ids = read_ids(request.items, "items")
     if not ids:
         raise BadRequest("items: none are given; fill plain or packed with at least one id")
-    task = stack.recommender.task(request.task)
+    weights = read_weights(stack, request)
+    asked = stack.recommender.weighed(request.task, weights)
     with call.watch("member"):
-        asker = asker_of(stack, request.member, instruction)
+        asker = asker_of(stack, request.member, instruction, stale=True)
         rows = stack.catalog.rows(ids)
     if (rows < 0).any():
         first = int(np.argmax(rows < 0))
         raise UnknownItem(f"items[{first}]: {ids[first][:80]!r} is not in the catalogue of snapshot {stack.snapshot.name}")
-    probabilities = stack.recommender.score(asker.view, rows, task, vector=asker.vector, watch=call.watch)
+    columns = stack.recommender.columns(asker.view, rows, asked, vector=asker.vector, watch=call.watch)
     with call.watch("order"):
-        best = np.argsort(-probabilities, kind="stable")
-        ranked = Ranked([ids[place] for place in best], rows[best], best, None, probabilities[best], len(ids))
+        scores = final_score(columns, asked)
+        best = np.argsort(-scores, kind="stable")
+        own = {name: column[best] for name, column in columns.items()}
+        ranked = Ranked([ids[place] for place in best], rows[best], best, None, scores[best], len(ids), columns=own)
         results = results_message(ranked, stack.catalog, readable=request.readable)
-    return pb.RankResponse(
+    response = pb.RankResponse(
         results=results,
         provenance=provenance(stack, ranked=True, retrieved=False),
         times=call.times(),
-        task=task,
+        task="" if weights else next(iter(asked)),
         request_id=call.request_id,
     )
+    publish_weights(response, weights, ranked)
+    mark_stale(asker, response)
+    return response
 
 
 def provenance(stack: Stack, *, ranked: bool, retrieved: bool = True) -> pb.Provenance:

@@ -14,7 +14,16 @@ from ranking.pipeline import in_retrieval_order
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving.answers import Asker, Call, asker_of, keep_vectors, provenance
 from ranking.serving.change_messages import read_wanted
-from ranking.serving.messages import BadRequest, at_most, read_ids, read_instruction, results_message, retrieve_size
+from ranking.serving.messages import (
+    MAX_NAME,
+    BadRequest,
+    at_most,
+    read_ids,
+    read_instruction,
+    results_message,
+    retrieve_size,
+    words_of,
+)
 from ranking.serving.stack import Stack
 from ranking.serving.status import message_of, status_of
 from ranking.serving.wide import Scope, Wide
@@ -50,9 +59,9 @@ def retrieve_batch(stack: Stack, request: pb.RetrieveBatchRequest, call: Call) -
             if (question := _read(stack, wide, place, one, rows[place], call)) is not None
         ]
     at_most("requests: the sum of k", sum(one.k for one in questions), MAX_BATCH_ITEMS)
-    vectors = _vectors(stack, questions, call)
+    vectors = vectors_of(stack, questions, call)
     with call.watch("search"):
-        found = _search(wide, questions, vectors)
+        found = search(wide, questions, vectors)
     with call.watch("order"):
         for one, candidates in zip(questions, found):
             table = results_message(in_retrieval_order(candidates, one.k), stack.catalog, readable=one.readable)
@@ -65,12 +74,7 @@ def retrieve_batch(stack: Stack, request: pb.RetrieveBatchRequest, call: Call) -
 def _read(stack: Stack, wide: Wide, place: int, request: pb.RetrieveRequest, row: pb.BatchRow, call: Call) -> Question | None:
     """The question, or None with the reason in its row. Raises what is not this member's own fault."""
     try:
-        k = retrieve_size(request)
-        instruction = read_instruction(request.instruction)
-        exclude = read_ids(request.exclude, "exclude")
-        wanted = read_wanted(request.filter)
-        asker = asker_of(stack, request.member, instruction, words=wide.hybrid is not None)
-        return Question(place, k, asker, wide.scope(asker.view, [*exclude, *asker.seen], wanted), request.readable)
+        return question_of(stack, wide, place, request)
     except BrewlineError as error:
         code = status_of(error)
         if code not in OWN_FAULTS:
@@ -79,7 +83,18 @@ def _read(stack: Stack, wide: Wide, place: int, request: pb.RetrieveRequest, row
         return None
 
 
-def _vectors(stack: Stack, questions: Sequence[Question], call: Call) -> npt.NDArray[np.float32]:
+def question_of(stack: Stack, wide: Wide, place: int, request: pb.RetrieveRequest, *, stale: bool = False) -> Question:
+    """The question of one member; `stale` as in `asker_of`. Raises what Retrieve raises before it encodes."""
+    k = retrieve_size(request)
+    words_of("surface", request.surface, MAX_NAME)
+    instruction = read_instruction(request.instruction)
+    exclude = read_ids(request.exclude, "exclude")
+    wanted = read_wanted(request.filter)
+    asker = asker_of(stack, request.member, instruction, words=wide.hybrid is not None, stale=stale)
+    return Question(place, k, asker, wide.scope(asker.view, [*exclude, *asker.seen], wanted), request.readable)
+
+
+def vectors_of(stack: Stack, questions: Sequence[Question], call: Call) -> npt.NDArray[np.float32]:
     """float32 [Q, D]: each member's vector, those that nobody knew made in one batch and kept for the next question."""
     vectors = np.zeros((len(questions), stack.encoder.dims), np.float32)
     unknown = [place for place, one in enumerate(questions) if one.asker.vector is None]
@@ -94,7 +109,7 @@ def _vectors(stack: Stack, questions: Sequence[Question], call: Call) -> npt.NDA
     return vectors
 
 
-def _search(wide: Wide, questions: Sequence[Question], vectors: npt.NDArray[np.float32]) -> list[Candidates]:
+def search(wide: Wide, questions: Sequence[Question], vectors: npt.NDArray[np.float32]) -> list[Candidates]:
     """The candidates of each question; those that want as many are searched together."""
     found: dict[int, Candidates] = {}
     for k in dict.fromkeys(one.k for one in questions):

@@ -14,7 +14,7 @@ from retrieval.data.schema import DAY, Item, action_kind
 from retrieval.recent import Told
 from retrieval.records import Entry
 
-MAX_PUT, MAX_EVENTS, MAX_VALUES, MAX_NUMBERS = 256, 1_000, 1_024, 64
+MAX_PUT, MAX_EVENTS, MAX_VALUES, MAX_NUMBERS, MAX_REQUEST = 256, 1_000, 1_024, 64, 64
 
 
 def read_wanted(message: pb.Filter) -> Wanted:
@@ -81,6 +81,7 @@ def event_message(told: Told) -> pb.MemberEvent:
     """What a client sends to have an engagement remembered."""
     entry = told.entry
     event = pb.MemberEvent(event_id=told.event_id, item_id=entry.item_id, action=entry.action, timestamp=entry.timestamp)
+    event.request_id, event.surface = told.request_id, told.surface
     if entry.label is not None:
         event.liked = bool(entry.label)
     return event
@@ -96,7 +97,9 @@ def _read_event(event: pb.MemberEvent, where: str, actions: Sequence[str], now: 
     if not 0 <= event.timestamp <= now + DAY:
         raise BadRequest(f"{where}.timestamp: {event.timestamp} is not a time between 1970 and tomorrow in seconds")
     label = int(event.liked) if event.HasField("liked") else None
-    return Told(event.event_id, Entry(id_of(event.item_id, f"{where}.item_id"), event.timestamp or now, action, label))
+    entry = Entry(id_of(event.item_id, f"{where}.item_id"), event.timestamp or now, action, label)
+    request_id = words_of(f"{where}.request_id", event.request_id, MAX_REQUEST)
+    return Told(event.event_id, entry, request_id, words_of(f"{where}.surface", event.surface, MAX_NAME))
 
 
 def _read_item(record: pb.ItemRecord, where: str, known: Collection[str]) -> Item:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -9,13 +10,14 @@ from typing import Any, Self
 import grpc
 
 from index.errors import BrewlineError
-from ranking.pipeline import Degraded
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving import recommender_pb2_grpc
 from ranking.serving.change_messages import event_message, item_message, wanted_message
+from ranking.serving.client_retry import ask
 from ranking.serving.messages import member_message, pack_ids
 from ranking.serving.replies import Answer, Changed, Explanation, Recorded, Row, ServerInfo, answer_of, explanation_of, info_of
 from ranking.serving.security_client import Credentials, open_channel
+from ranking.tasks_weighted import Weights
 from retrieval.attributes import EVERYTHING, Wanted
 from retrieval.data.schema import Item, MemberView
 from retrieval.recent import Told
@@ -23,6 +25,8 @@ from retrieval.recent import Told
 __all__ = ["Answer", "Changed", "Client", "Explanation", "Recorded", "Row", "ServerInfo", "ServiceError"]
 
 DEADLINE_MS = 30_000
+ATTEMPTS = 5
+NO_WEIGHTS: Weights = {}
 CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
@@ -37,14 +41,23 @@ class ServiceError(BrewlineError):
 class Client:
     """A connection to one server. `deadline_ms` holds for every call that does not name its own.
 
+    A call that finds the server busy or away is made again, up to `attempts` times within its deadline: after as long as the
+    server asks for, else after waits that double. A `request_id` (letters, digits and `._:-`, at most 64) names a call in the
+    server's logs, the same for every attempt; without one the client makes one, and the answer carries it.
+
     Without `credentials` those of the environment are shown (BREWLINE_CA, _CERT, _KEY, _TOKEN_FILE or _TOKEN), if there are any.
     Raises CertificateError or TokenError for files that cannot be used.
     """
 
     def __init__(
-        self, address: str = "127.0.0.1:50051", deadline_ms: float = DEADLINE_MS, credentials: Credentials | None = None
+        self,
+        address: str = "127.0.0.1:50051",
+        deadline_ms: float = DEADLINE_MS,
+        credentials: Credentials | None = None,
+        *,
+        attempts: int = ATTEMPTS,
     ) -> None:
-        self.address, self.deadline_ms = address, deadline_ms
+        self.address, self.deadline_ms, self.attempts = address, deadline_ms, attempts
         self._channel = open_channel(address, Credentials.from_environment() if credentials is None else credentials)
         self._stub = recommender_pb2_grpc.RecommenderStub(self._channel)
 
@@ -65,23 +78,23 @@ class Client:
         *,
         fanout: int = 0,
         task: str = "",
+        weights: Weights = NO_WEIGHTS,
         instruction: str = "",
         exclude: Sequence[str] = (),
         wanted: Wanted = EVERYTHING,
+        surface: str = "",
         readable: bool = False,
         deadline_ms: float | None = None,
+        request_id: str = "",
     ) -> Answer:
-        """The `k` best items for a member (an id, or a view in full) out of `fanout` (0 = 2,000). Raises ServiceError."""
-        request = _recommend_request(member, k, fanout, task, instruction, exclude, wanted)
-        request.readable = readable
-        reply: pb.RecommendResponse = self._call(self._stub.Recommend, request, deadline_ms)
-        return answer_of(
-            reply,
-            task=reply.task,
-            candidates=reply.candidates,
-            degraded=Degraded(reply.degraded),
-            detail=reply.degraded_detail,
-        )
+        """The `k` best items for a member (an id, or a view in full) out of `fanout` (0 = 2,000), to be shown on a surface.
+
+        `weights` of several tasks make one final score, in the place of `task`. Raises ServiceError.
+        """
+        request = _recommend_request(member, k, fanout, task, weights, instruction, exclude, wanted)
+        request.readable, request.surface = readable, surface
+        reply: pb.RecommendResponse = self._call(self._stub.Recommend, request, deadline_ms, request_id)
+        return answer_of(reply, task=reply.task, candidates=reply.candidates)
 
     def retrieve(
         self,
@@ -91,12 +104,15 @@ class Client:
         instruction: str = "",
         exclude: Sequence[str] = (),
         wanted: Wanted = EVERYTHING,
+        surface: str = "",
         readable: bool = False,
         deadline_ms: float | None = None,
+        request_id: str = "",
     ) -> Answer:
-        """The `k` (0 = 2,000) nearest items for a member. Raises ServiceError."""
+        """The `k` (0 = 2,000) nearest items for a member, to be shown on a surface if one is named. Raises ServiceError."""
         request = _retrieve_request(member, k, instruction, exclude, wanted, readable)
-        reply: pb.RetrieveResponse = self._call(self._stub.Retrieve, request, deadline_ms)
+        request.surface = surface
+        reply: pb.RetrieveResponse = self._call(self._stub.Retrieve, request, deadline_ms, request_id)
         return answer_of(reply, candidates=reply.results.count)
 
     def retrieve_batch(
@@ -125,9 +141,11 @@ class Client:
         items: Sequence[str],
         *,
         task: str = "",
+        weights: Weights = NO_WEIGHTS,
         instruction: str = "",
         readable: bool = False,
         deadline_ms: float | None = None,
+        request_id: str = "",
     ) -> Answer:
         """The items, the most probable first. Raises ServiceError."""
         request = pb.RankRequest(
@@ -136,8 +154,9 @@ class Client:
             task=task,
             instruction=_wish(member, instruction),
             readable=readable,
+            weights=_weights(weights),
         )
-        reply: pb.RankResponse = self._call(self._stub.Rank, request, deadline_ms)
+        reply: pb.RankResponse = self._call(self._stub.Rank, request, deadline_ms, request_id)
         return answer_of(reply, task=reply.task, candidates=reply.results.count)
 
     def explain(
@@ -148,13 +167,14 @@ class Client:
         *,
         fanout: int = 0,
         task: str = "",
+        weights: Weights = NO_WEIGHTS,
         instruction: str = "",
         exclude: Sequence[str] = (),
         wanted: Wanted = EVERYTHING,
         deadline_ms: float | None = None,
     ) -> Explanation:
         """Why an item is or is not in the answer of `recommend` to the same question. Raises ServiceError."""
-        question = _recommend_request(member, k, fanout, task, instruction, exclude, wanted)
+        question = _recommend_request(member, k, fanout, task, weights, instruction, exclude, wanted)
         request = pb.ExplainRequest(question=question, item_id=item)
         reply: pb.ExplainResponse = self._call(self._stub.Explain, request, deadline_ms)
         return explanation_of(reply)
@@ -190,23 +210,30 @@ class Client:
         )
         return answer_of(alone, candidates=row.results.count)
 
-    def _call(self, method: Callable[..., Any], request: object, deadline_ms: float | None) -> Any:
+    def _call(self, method: Callable[..., Any], request: object, deadline_ms: float | None, request_id: str = "") -> Any:
         seconds = (self.deadline_ms if deadline_ms is None else deadline_ms) / 1e3
         try:
-            return method(request, timeout=seconds)
+            return ask(method, request, seconds, self.attempts, request_id or uuid.uuid4().hex)
         except grpc.RpcError as error:
             raise ServiceError(self.address, error.code().name, _reason(error)) from error
 
 
 def _reason(error: grpc.RpcError) -> str:
     details = error.details() or "no details"
-    if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in details:
+    if error.code() is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
         return f"nobody answers ({details.rpartition(': ')[2]}); is `brewline serve` running there?"
     return details
 
 
 def _recommend_request(
-    member: str | MemberView, k: int, fanout: int, task: str, instruction: str, exclude: Sequence[str], wanted: Wanted
+    member: str | MemberView,
+    k: int,
+    fanout: int,
+    task: str,
+    weights: Weights,
+    instruction: str,
+    exclude: Sequence[str],
+    wanted: Wanted,
 ) -> pb.RecommendRequest:
     return pb.RecommendRequest(
         member=member_message(member),
@@ -216,6 +243,7 @@ def _recommend_request(
         instruction=_wish(member, instruction),
         exclude=pack_ids(exclude),
         filter=wanted_message(wanted),
+        weights=_weights(weights),
     )
 
 
@@ -230,6 +258,10 @@ def _retrieve_request(
         filter=wanted_message(wanted),
         readable=readable,
     )
+
+
+def _weights(weights: Weights) -> list[pb.Weight]:
+    return [pb.Weight(task=task, weight=weight) for task, weight in weights.items()]
 
 
 def _wish(member: str | MemberView, instruction: str) -> str:

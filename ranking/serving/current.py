@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ranking.serving.stack import Stack
+
+
+@dataclass(frozen=True)
+class SwapState:
+    """What became of new nights under this server. Times are seconds since 1970, 0 for never.
+
+    `reason` says why what the store and the folders hold now is not served; it is empty when it is.
+    """
+
+    last_ok: float = 0.0
+    last_refused: float = 0.0
+    reason: str = ""
+    swaps: int = 0
+    refused: int = 0
 
 
 class Current:
@@ -10,6 +26,7 @@ class Current:
 
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
+        self.swap = SwapState()
 
     @property
     def stack(self) -> Stack:

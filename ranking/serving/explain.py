@@ -14,6 +14,7 @@ from ranking.serving.answers import Call, Question, provenance, question_of, vec
 from ranking.serving.messages import MAX_FANOUT, id_of
 from ranking.serving.stack import Stack
 from ranking.serving.wide import Listed, Scope, Wide
+from ranking.tasks_weighted import final_score
 from retrieval.live_catalog import number_columns
 from retrieval.retrieve import Vector, seen_items
 from retrieval.tokens import Tokens
@@ -77,6 +78,7 @@ def _case(stack: Stack, question: Question, item_id: str, call: Call) -> Case:
         question.sizes.fanout,
         exclude=question.unwanted,
         task=question.task,
+        weights=question.weights,
         vector=vector,
         wanted=question.wanted,
         watch=call.watch,
@@ -139,8 +141,9 @@ def _fill_numbers(response: pb.ExplainResponse, stack: Stack, case: Case, call: 
     row, ranked, place = np.array([case.row], np.int64), case.ranked, case.place
     response.cosine = float(case.wide.cosines(case.vector, row)[0])
     if place is None:
-        view, task = case.question.asker.view, case.question.task
-        response.probability = float(stack.recommender.score(view, row, task, vector=case.vector, watch=call.watch)[0])
+        asked = stack.recommender.weighed(case.question.task, case.question.weights)
+        columns = stack.recommender.columns(case.question.asker.view, row, asked, vector=case.vector, watch=call.watch)
+        response.probability = float(final_score(columns, asked)[0])
         return
     response.place, response.first_place = place, int(ranked.places[place])
     if ranked.scores is not None and ranked.probabilities is not None:

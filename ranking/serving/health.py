@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ranking.serving import recommender_pb2
 from ranking.serving.service import RecommenderService
-from ranking.serving.status import Draining, Overloaded
+from ranking.serving.status import Draining
 from ranking.serving.worker import Worker
 
 NAMES = ("", recommender_pb2.DESCRIPTOR.services_by_name["Recommender"].full_name)
@@ -43,7 +44,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """The state now and whenever it changes, looked at as often as a result is fresh."""
+        """The state now and whenever it changes, looked at as often as a result is fresh; ends with a server that goes down."""
         del context
         told = None
         while True:
@@ -51,10 +52,13 @@ class HealthService(health_pb2_grpc.HealthServicer):
             if state != told:
                 yield health_pb2.HealthCheckResponse(status=state)
                 told = state
-            await asyncio.sleep(self._fresh_s)
+            if self._worker.draining:
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._worker.drains.wait(), self._fresh_s)
 
     async def state(self) -> int:
-        """The state, from a probe that is no older than `fresh_s` seconds. A full queue is not a broken server."""
+        """The state, from a probe that is no older than `fresh_s` seconds. It waits for the work at hand, not in the queue."""
         async with self._asking:
             now = time.monotonic()
             if self._worker.draining:
@@ -66,8 +70,6 @@ class HealthService(health_pb2_grpc.HealthServicer):
     async def _probe(self) -> int:
         try:
             await asyncio.wait_for(self._worker.submit(self._service.stack.probe), self._patience_s)
-        except Overloaded:
-            return int(SERVING)
         except Draining:
             return int(NOT_SERVING)
         except Exception as error:

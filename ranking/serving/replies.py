@@ -33,7 +33,8 @@ class Answer:
     """K items, best first. `scores`, `probabilities` float32 [K] (None where not computed), `places` int64 [K].
 
     `scores` are cosines if `first_stage` is "dense", merged scores if it is "hybrid".
-    `rows` are the same with words, if they were asked for. `times` are microseconds by stage.
+    `rows` are the same with words, if they were asked for. `times` are microseconds by stage. Where several tasks were asked for,
+    `weights` make the final score that stands in `probabilities`, and `tasks` holds each task's own float32 [K].
     """
 
     ids: list[str]
@@ -51,6 +52,8 @@ class Answer:
     degraded: Degraded = Degraded.NONE
     degraded_detail: str = ""
     first_stage: str = ""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    tasks: Mapping[str, Floats] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -179,8 +182,6 @@ def answer_of(
     *,
     candidates: int,
     task: str = "",
-    degraded: Degraded = Degraded.NONE,
-    detail: str = "",
 ) -> Answer:
     """The answer of a reply."""
     results = reply.results
@@ -197,9 +198,11 @@ def answer_of(
         request_id=reply.request_id,
         task=task,
         candidates=candidates,
-        degraded=degraded,
-        degraded_detail=detail,
+        degraded=Degraded(reply.degraded),
+        degraded_detail=reply.degraded_detail,
         first_stage=reply.provenance.first_stage,
+        weights={} if isinstance(reply, pb.RetrieveResponse) else {one.task: one.weight for one in reply.weights},
+        tasks={one.task: np.frombuffer(one.probabilities, "<f4") for one in results.tasks},
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +22,23 @@ from ranking.serving import audit, recommender_pb2, recommender_pb2_grpc
 from ranking.serving.current import Current
 from ranking.serving.health import HealthService
 from ranking.serving.intake import Intake
+from ranking.serving.journal import Journal
+from ranking.serving.journal_served import Served
+from ranking.serving.load_shed import MOST_WAIT_S
+from ranking.serving.load_shed_depth import LEAST_DEPTH
+from ranking.serving.load_shed_door import Door
 from ranking.serving.security import Gate
 from ranking.serving.security_tls import TlsFiles, check_tls, is_loopback, server_credentials
-from ranking.serving.service import RecommenderService
-from ranking.serving.stack import Stack
+from ranking.serving.service import RecommenderService, code_version
+from ranking.serving.swap import Watcher
 from ranking.serving.tokens import TokenBook, read_tokens
-from ranking.serving.worker import Worker
+from ranking.serving.traces import Traces
+from ranking.serving.watching import Watching
+from ranking.serving.web import Web
+from ranking.serving.worker import MOST_TOGETHER, Worker
+
+LAST_WORDS_S = 0.5
+"""Seconds that answers which are ready have at least to leave the server."""
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +49,11 @@ class CannotListen(BrewlineError):
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Where to listen, whom to believe and how much to bear. Port 0 takes a free one; `tokens` is a file of hashes."""
+    """Where to listen, whom to believe and how much to bear. Port 0 takes a free one; `tokens` is a file of hashes.
+
+    `journal` is the folder in which what was served is noted; None notes nothing. A new night is looked for every `swap_poll_s`
+    seconds, 0: only when asked. `web` is where meters are told, `traces` who makes spans.
+    """
 
     host: str = "127.0.0.1"
     port: int = 50051
@@ -46,54 +63,81 @@ class ServeSettings:
     most_request_bytes: int = 4 << 20
     tls: TlsFiles | None = None
     tokens: Path | None = None
+    journal: Path | None = None
+    most_wait_s: float = MOST_WAIT_S
+    most_together: int = MOST_TOGETHER
+    least_depth: int = LEAST_DEPTH
+    swap_poll_s: float = 1.0
+    web: Web | None = None
+    traces: Traces | None = None
 
 
-async def run_server(stack: Stack, settings: ServeSettings, ready: Callable[[int], None], stop: asyncio.Event) -> None:
+async def run_server(
+    current: Current,
+    settings: ServeSettings,
+    ready: Callable[[int], None],
+    stop: asyncio.Event,
+    asked: asyncio.Event | None = None,
+) -> None:
     """Serves until `stop` is set, then lets running requests finish (at most `drain_s` seconds). `ready` is told the port.
 
-    Raises CannotListen, CertificateError or TokenError before anything is served.
+    A new night is swapped in when it is published; setting `asked` looks for one at once. Raises CannotListen, CertificateError
+    or TokenError before anything is served.
     """
-    current = Current(stack)
-    worker = Worker(settings.most_waiting)
-    server = make_server(current, worker, settings)
+    worker = Worker(settings.most_waiting, settings.most_wait_s, settings.most_together)
+    journal = None if settings.journal is None else Journal(settings.journal)
+    watching = Watching(current, code_version(), settings.web, settings.traces)
+    server, health = make_server(current, worker, settings, watching, journal)
     port = listen(server, settings)
+    watcher = Watcher(current, worker, settings.swap_poll_s, asked or asyncio.Event())
     try:
-        await worker.submit(stack.warm)
+        await worker.submit(current.stack.warm)
         await server.start()
+        watching.start(health.state)
         ready(port)
+        watcher.start()
         await stop.wait()
     finally:
-        worker.draining = True
+        await watcher.stop()
         log.info("draining", extra={"seconds": settings.drain_s})
-        await server.stop(settings.drain_s)
+        until = time.monotonic() + settings.drain_s
+        await worker.drain(settings.drain_s)  # still listening: probes hear NOT_SERVING, and new requests UNAVAILABLE
+        await server.stop(max(until - time.monotonic(), LAST_WORDS_S))
         await asyncio.to_thread(worker.close)
         current.stack.today.close()
+        if journal is not None:
+            await asyncio.to_thread(journal.close)
+        await asyncio.to_thread(watching.close)
         log.info("stopped")
 
 
-def make_server(current: Current, worker: Worker, settings: ServeSettings) -> grpc.aio.Server:
-    """A server with the recommender, health and reflection, not yet listening. Raises TokenError."""
+def make_server(
+    current: Current, worker: Worker, settings: ServeSettings, watching: Watching, journal: Journal | None = None
+) -> tuple[grpc.aio.Server, HealthService]:
+    """A server with the recommender, health and reflection, not yet listening, and its health. Raises TokenError."""
     book = None if settings.tokens is None else TokenBook(settings.tokens)
     if book is not None or settings.tls is not None or not is_loopback(settings.host):
         audit.always_heard()
+    service = RecommenderService(current, worker, tokens=book is not None, least_depth=settings.least_depth)
     server = grpc.aio.server(
         options=[
             ("grpc.so_reuseport", 0),  # else a second server would share the port silently instead of failing
             ("grpc.max_receive_message_length", settings.most_request_bytes),
             ("grpc.max_send_message_length", -1),
         ],
-        interceptors=[Gate(book), Intake()],
+        interceptors=[watching.observe, Gate(book), Door(service), Intake(), *([] if journal is None else [Served(journal)])],
     )
-    service = RecommenderService(current, worker)
     recommender_pb2_grpc.add_RecommenderServicer_to_server(service, server)
-    health_pb2_grpc.add_HealthServicer_to_server(HealthService(service, worker), server)
+    watching.telemetry.registry.add(service.gathered)
+    health = HealthService(service, worker)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
     names = [
         recommender_pb2.DESCRIPTOR.services_by_name["Recommender"].full_name,
         health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
         reflection.SERVICE_NAME,
     ]
     reflection.enable_server_reflection(names, server)
-    return server
+    return server, health
 
 
 def check_address(settings: ServeSettings) -> None:
@@ -141,15 +185,20 @@ def _cannot(settings: ServeSettings, error: Exception) -> CannotListen:
     )
 
 
-def serve_until_signal(stack: Stack, settings: ServeSettings, ready: Callable[[int], None]) -> None:
-    """Serves in this thread until SIGTERM or SIGINT, then stops gently. Raises CannotListen."""
+def serve_until_signal(current: Current, settings: ServeSettings, ready: Callable[[int], None]) -> None:
+    """Serves in this thread until SIGTERM or SIGINT, then stops gently; SIGHUP looks for a new night. Raises CannotListen."""
+
+    def warmed(port: int) -> None:
+        gc.collect()
+        gc.freeze()  # 400,000 objects of libraries and models; to look through them again stops every request for 180 ms
+        ready(port)
 
     async def main() -> None:
-        stop = asyncio.Event()
+        stop, asked = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number, event in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, asked)):
             with contextlib.suppress(NotImplementedError):  # Windows has no handlers on the loop
-                loop.add_signal_handler(number, stop.set)
-        await run_server(stack, settings, ready, stop)
+                loop.add_signal_handler(number, event.set)
+        await run_server(current, settings, warmed, stop, asked)
 
     asyncio.run(main())

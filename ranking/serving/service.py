@@ -1,4 +1,4 @@
-"""The calls on the event loop: each is named, timed, run by the worker, kept to its deadline, and logged."""
+"""The calls on the event loop: each is let in, named, timed, run by the worker, kept to its deadline, and logged."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import math
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Protocol, TypeVar, cast
+from typing import NoReturn, Protocol, TypeVar, cast
 
 import grpc
 
@@ -19,13 +20,25 @@ from ranking.serving.answers import Call
 from ranking.serving.batch import retrieve_batch
 from ranking.serving.current import Current
 from ranking.serving.explain import explain
+from ranking.serving.gather import Asked, retrieve_together
+from ranking.serving.load_shed import first_stage, kind_of
+from ranking.serving.load_shed_depth import LEAST_DEPTH, Depth
+from ranking.serving.load_shed_door import caller_of
+from ranking.serving.meters import SIZES, Histogram
+from ranking.serving.queue_fair import Job
+from ranking.serving.queue_forecast import Kind
 from ranking.serving.stack import Stack
-from ranking.serving.status import Late, message_of, status_of
-from ranking.serving.worker import Worker
+from ranking.serving.status import Late, Overloaded, message_of, status_of
+from ranking.serving.visit import visit
+from ranking.serving.worker import Failed, Worker
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 REPLY_S = 0.005
 """Seconds before the deadline at which an answer without ranking is sent if ranking still runs."""
+
+FIRST_STAGES = ("member", "encode", "search")
+RETRY_KEY = "grpc-retry-pushback-ms"
+"""Trailing metadata that gRPC's own retries understand: wait so long, then ask again."""
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +53,16 @@ class Work(Protocol[Request, Response]):
 
 
 class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
-    """Answers from the current stack, one request at a time."""
+    """Answers from the current stack, in the order that the worker's queue gives. `tokens`: callers are told apart by theirs."""
 
-    def __init__(self, current: Current, worker: Worker) -> None:
+    def __init__(self, current: Current, worker: Worker, *, tokens: bool = False, least_depth: int = LEAST_DEPTH) -> None:
         self._current = current
         self._worker = worker
+        self._tokens = tokens
+        self._depth = Depth(worker.pressure, least_depth)
         self._since = time.monotonic()
         self._requests = 0
+        self.gathered = Histogram("brewline_batch_size", "Calls that were answered together.", ("method",), SIZES)
 
     @property
     def stack(self) -> Stack:
@@ -55,7 +71,7 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
 
     async def Recommend(self, request: pb.RecommendRequest, context: grpc.aio.ServicerContext) -> pb.RecommendResponse:
         """See the contract."""
-        return await self._answer("Recommend", answers.recommend, request, context)
+        return await self._answer("Recommend", self._depth.recommend, request, context)
 
     async def Retrieve(self, request: pb.RetrieveRequest, context: grpc.aio.ServicerContext) -> pb.RetrieveResponse:
         """See the contract."""
@@ -112,51 +128,103 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
             live_items=moment.alive.size,
         )
 
+    async def let_in(self, method: str, context: grpc.aio.ServicerContext) -> None:
+        """See Doorman."""
+        caller = self._caller(context)
+        try:
+            self._worker.let_in(caller, method)
+        except Exception as error:
+            self._requests += 1
+            await self._refuse(method, error, _call(context), caller, context)
+
     async def _answer(
         self, method: str, work: Work[Request, Response], request: Request, context: grpc.aio.ServicerContext
     ) -> Response:
         self._requests += 1
-        left = context.time_remaining()
-        now = time.monotonic()
-        call = Call(_request_id(context), now, math.inf if left is None else now + left)
+        call, caller = _call(context), self._caller(context)
         try:
-            response = await self._in_time(work, request, call)
+            response = cast(Response, await self._in_time(self._job(method, work, request, call, caller), call))
         except Exception as error:
-            await context.abort(self._refused(method, call, error), message_of(error, call.request_id))
-        times = {f"{stage}_us": micros for stage, micros in call.watch.micros.items()}
-        log.info("answered", extra={"method": method, "request_id": call.request_id, **times})
+            await self._refuse(method, error, call, caller, context)
+        _told(method, grpc.StatusCode.OK, call, caller)
         return response
 
-    async def _in_time(self, work: Work[Request, Response], request: Request, call: Call) -> Response:
-        stack = self.stack
-
-        def run() -> Response:
-            call.started = time.monotonic()
-            if call.abandoned or call.started >= call.deadline:
-                raise Late("the deadline passed while the request waited; give more time, or ask again when it is quieter")
-            return work(stack.now(), request, call)
-
-        future = self._worker.submit(run)
+    async def _in_time(self, job: Job, call: Call) -> object:
+        """The answer, or one without ranking if that is all there is at the deadline. Raises Late, and what the work raises."""
+        future = self._worker.put(job)
         timeout = None if math.isinf(call.deadline) else max(call.deadline - time.monotonic() - REPLY_S, 0)
         try:
-            return await asyncio.wait_for(asyncio.shield(future), timeout)
+            return await asyncio.wait_for(future, timeout)
         except TimeoutError:
             if call.early is None:
                 raise Late("the deadline passed before the answer was ready; give more time or a smaller fanout") from None
             call.early.times.CopyFrom(call.times())
-            return cast(Response, call.early)
-        finally:
-            call.abandoned = True
+            return call.early
 
-    @staticmethod
-    def _refused(method: str, call: Call, error: Exception) -> grpc.StatusCode:
+    def _job(self, method: str, work: Work[Request, Response], request: Request, call: Call, caller: str) -> Job:
+        """The request as the queue knows it. The stack is read at its turn: what waited out a swap gets the new night."""
+        kind = kind_of(method, request)
+
+        def run() -> Response:
+            call.started = time.monotonic()
+            if method == "Retrieve":
+                self.gathered.observe(1, method)
+            response = work(self.stack.now(), request, call)
+            if isinstance(response, pb.RecommendResponse):
+                measure(job, response, call, self._depth.share)
+            return response
+
+        job = Job(run, caller, kind, call.deadline, first_stage(kind) if method == "Recommend" else None)
+        if method == "Retrieve":
+            job.together, job.asked, job.tokens = self._together, (request, call), self.stack.encoder.writer.budgets.member
+        return job
+
+    def _together(self, jobs: Sequence[Job]) -> list[object]:
+        """What came of several Retrieves that are run at once."""
+        asked: list[Asked] = [job.asked for job in jobs]
+        now = time.monotonic()
+        for _, call in asked:
+            call.started = now
+        self.gathered.observe(len(asked), "Retrieve")
+        answered = retrieve_together(self.stack.now(), asked)
+        return [Failed(one) if isinstance(one, Exception) else one for one in answered]
+
+    def _caller(self, context: grpc.aio.ServicerContext) -> str:
+        return caller_of(context.invocation_metadata() or (), context.peer(), tokens=self._tokens)
+
+    async def _refuse(
+        self, method: str, error: Exception, call: Call, caller: str, context: grpc.aio.ServicerContext
+    ) -> NoReturn:
+        """The call ends with the error's status; one that may be asked again says when."""
         code = status_of(error)
-        told = {"method": method, "request_id": call.request_id, "code": code.name, "error": type(error).__name__}
-        if code is grpc.StatusCode.INTERNAL:
-            log.error("request %s failed", call.request_id, extra=told, exc_info=error)
-        else:
-            log.info("refused", extra=told)
-        return code
+        _told(method, code, call, caller, error)
+        trailing = ((RETRY_KEY, str(math.ceil(error.retry_s * 1e3))),) if isinstance(error, Overloaded) else ()
+        await context.abort(code, message_of(error, call.request_id), trailing)
+        raise AssertionError("abort does not return")
+
+
+def _told(method: str, code: grpc.StatusCode, call: Call, caller: str, error: Exception | None = None) -> None:
+    """The one end of every call: for whom it was and what stood in its way; `observe` counts it and logs it."""
+    seen = visit()
+    seen.caller, seen.refusal = caller, "" if error is None else type(error).__name__
+    if code is grpc.StatusCode.INTERNAL:
+        told = {"method": method, "request_id": call.request_id, "caller": caller, "code": code.name, "error": seen.refusal}
+        log.error("request %s failed", call.request_id, extra=told, exc_info=error)
+
+
+def measure(job: Job, response: pb.RecommendResponse, call: Call, share: float) -> None:
+    """What was run is what the forecast learns: the depth that was ranked, and how long the part took that comes before it."""
+    if job.first is not None:
+        micros = call.watch.micros
+        job.parts.append((job.first, sum(micros.get(stage, 0) for stage in FIRST_STAGES) / 1e6))
+    name = job.kind.name if response.provenance.ranker else f"{job.kind.name} unranked"
+    job.kind = Kind(name, round(job.kind.size * share))
+
+
+def _call(context: grpc.aio.ServicerContext) -> Call:
+    left, now = context.time_remaining(), time.monotonic()
+    visit().call = call = Call(_request_id(context), now, math.inf if left is None else now + left)
+    return call
 
 
 def _request_id(context: grpc.aio.ServicerContext) -> str:

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 from index.errors import BrewlineError
 from index.publish import current
 from index.snapshot import Snapshot, read_manifest
-from index.store import open_store
+from index.steady_store import SteadyStore
+from index.store import KeyValueStore, open_store
+from ranking.pace import Pace
 from ranking.pipeline import Recommender
+from ranking.serving.swap_look import Seen, Source, changed, look
 from ranking.serving.today import Today
 from retrieval.catalog import Catalog
 from retrieval.data.schema import Member, MemberView
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from retrieval.encoder import Encoder
 
 MEMBERS_FILE = "members.sqlite"
+PATIENCE_S = 0.5
+"""For the member store. An answer from what was known before, and marked so, is better than a late one."""
 PROBE = MemberView(Member("", {"headline": "a small question"}))
 WARM_CANDIDATES = 256
 
@@ -33,6 +38,17 @@ log = logging.getLogger(__name__)
 
 class NotServable(BrewlineError):
     """A folder given to the server is missing or holds nothing to serve."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a stack was opened, what a look showed before, and what the next one may use again: the encoder with all the dims
+    that its folder has, and the connection to the members."""
+
+    source: Source
+    seen: Seen
+    encoder: Encoder
+    connection: KeyValueStore
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,7 @@ class Stack:
     members: MemberStore | None
     recommender: Recommender
     today: Today
+    origin: Origin
 
     @property
     def engaged(self) -> str:
@@ -75,6 +92,11 @@ def default_members(store: Path) -> str:
     return f"sqlite:{store / MEMBERS_FILE}"
 
 
+def open_members(url: str) -> SteadyStore:
+    """The member store as a server asks it: a request waits for it once and briefly, and what it said last is remembered."""
+    return SteadyStore(open_store(url, patience_s=PATIENCE_S))
+
+
 def open_stack(store: Path, encoder: Path, ranker: Path | None, members: str | None, *, hybrid: bool = False) -> Stack:
     """The current night of a store with the models that made it; the encoder's vectors are cut to the night's length.
 
@@ -82,36 +104,85 @@ def open_stack(store: Path, encoder: Path, ranker: Path | None, members: str | N
     night wrote. Raises HybridError if it wrote none, FingerprintMismatch or SnapshotMismatch with both values if the models are
     not the ones that the snapshot was made with, NotServable or the models' own errors if something is missing.
     """
-    _exists("--store", store)
-    published = current(store)
+    return load_stack(Source(store, encoder, ranker, members or default_members(store), hybrid))
+
+
+def load_stack(source: Source, before: Stack | None = None) -> Stack:
+    """The night that a source holds now; of `before` the models that are still there are shared, and the members' connection.
+
+    Beside `before` it follows the day, until `Today.take_over`, and asks shared models nothing: another thread does. Raises as
+    `open_stack` does, and NotServable if a model's files changed while they were read.
+    """
+    seen = look(source)
+    _exists("--store", source.store)
+    published = current(source.store)
     if published is None:
-        raise NotServable(f"--store {store}: nothing was published; run `brewline nightly` first")
-    reader, judge = load_models(encoder, ranker)
+        raise NotServable(f"--store {source.store}: nothing was published; run `brewline nightly` first")
+    whole, judge = _models(source, seen, before)
+    if changed(replace(look(source), snapshot=seen.snapshot, files=seen.files), seen):
+        raise NotServable("files of the models changed while they were read; put a finished folder in their place by a rename")
     dims = read_manifest(published).dims
-    reader = reader.truncated(dims) if dims < reader.dims else reader
+    reader = whole.truncated(dims) if dims < whole.dims else whole
     snapshot = Snapshot.open(published, fingerprint=reader.fingerprint)
     if judge is not None:
         Catalog.open(snapshot).require_ranker(judge.fingerprint)
-    today = Today(snapshot, store, reader, judge)
-    kept = MemberStore(open_store(members or default_members(store)), reader.fingerprint)
+    today = Today(snapshot, source.store, reader, judge)
+    if before is None:
+        today.read_anew()
+    connection = open_members(source.members) if before is None else before.origin.connection
     moment, catalog = today.now()
-    retriever = Retriever(reader, moment, catalog, Hybrid.open(snapshot) if hybrid else None)
-    return Stack(snapshot, catalog, reader, judge, kept, Recommender(retriever, judge), today)
+    retriever = Retriever(reader, moment, catalog, Hybrid.open(snapshot) if source.hybrid else None)
+    pace = before.recommender.pace if before is not None and before.ranker is judge else Pace()
+    members, origin = MemberStore(connection, reader.fingerprint), Origin(source, seen, whole, connection)
+    return Stack(snapshot, catalog, reader, judge, members, Recommender(retriever, judge, pace), today, origin)
+
+
+def _models(source: Source, seen: Seen, before: Stack | None) -> tuple[Encoder, Ranker | None]:
+    """The models of a source; those of `before` as far as their fingerprints are the same. Raises as `load_models` does."""
+    if before is None:
+        return load_models(source.encoder, source.ranker)
+    reader, judge = before.origin.encoder, before.ranker
+    if seen.encoder != before.origin.seen.encoder and not _is(reader, source.encoder):
+        reader = load_encoder(source.encoder)
+    if source.ranker is not None and judge is not None and seen.ranker != before.origin.seen.ranker:
+        other = load_ranker(source.ranker)
+        judge = judge if other.fingerprint == judge.fingerprint else other
+    if judge is not None:
+        require_pair(judge, reader)
+    return reader, judge
+
+
+def _is(encoder: Encoder, folder: Path) -> bool:
+    from retrieval.encoder import stored_fingerprint
+
+    _exists("--encoder", folder)
+    return stored_fingerprint(folder.resolve()) == encoder.fingerprint
 
 
 def load_models(encoder: Path, ranker: Path | None) -> tuple[Encoder, Ranker | None]:
     """The two models of one night. Raises FingerprintMismatch if they do not go together, NotServable, the models' own errors."""
-    from ranking.ranker import Ranker
+    _exists("--ranker", ranker)
+    reader = load_encoder(encoder)
+    judge = None if ranker is None else load_ranker(ranker)
+    if judge is not None:
+        require_pair(judge, reader)
+    return reader, judge
+
+
+def load_encoder(folder: Path) -> Encoder:
+    """The encoder of a folder, or of the one that a link leads to now. Raises NotServable and its own errors."""
     from retrieval.encoder import Encoder
 
-    _exists("--encoder", encoder)
-    _exists("--ranker", ranker)
-    reader = Encoder.load(encoder)
-    if ranker is None:
-        return reader, None
-    judge = Ranker.load(ranker)
-    require_pair(judge, reader)
-    return reader, judge
+    _exists("--encoder", folder)
+    return Encoder.load(folder.resolve())
+
+
+def load_ranker(folder: Path) -> Ranker:
+    """The ranker of a folder, or of the one that a link leads to now. Raises NotServable and its own errors."""
+    from ranking.ranker import Ranker
+
+    _exists("--ranker", folder)
+    return Ranker.load(folder.resolve())
 
 
 def _exists(what: str, folder: Path | None) -> None:

@@ -26,7 +26,11 @@ from retrieval.retrieve import ExclusionFailed
 
 
 class Overloaded(BrewlineError):
-    """More requests wait than the server lets wait."""
+    """More requests wait than the server lets wait; in `retry_s` seconds it may be otherwise."""
+
+    def __init__(self, message: str, retry_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
 
 
 class Late(BrewlineError):

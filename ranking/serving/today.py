@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from index.durable import StoreBusy
 from index.live import LiveIndex
 from index.live_view import LiveView
@@ -19,6 +22,9 @@ from retrieval.live_catalog import ItemTokens, LiveCatalog, LiveItems, PutItem, 
 if TYPE_CHECKING:
     from retrieval.encoder import Encoder
 
+TOGETHER = 32
+"""Items that are put in again with one write; so many of the largest still fit into one."""
+
 log = logging.getLogger(__name__)
 
 
@@ -29,17 +35,43 @@ class Today:
     """
 
     def __init__(self, snapshot: Snapshot, store: Path, encoder: Encoder, ranker: ItemTokens | None) -> None:
-        """Raises LogDamaged, LogTrimmed, CatalogError."""
+        """Follows; `read_anew` or `take_over` is to come. Raises LogDamaged, LogTrimmed, CatalogError."""
         self._snapshot, self._store, self._encoder, self._ranker = snapshot, store, encoder, ranker
         self._night = Catalog.open(snapshot)
         self._writes = False
+        self._made: dict[bytes, tuple[PutItem, npt.NDArray[np.float32]]] = {}
         self.shown: tuple[LiveView, LiveCatalog]
         self._open(write=False)
-        if self._live.view().stale:
-            try:
-                self._write()
-            except (StoreBusy, LogBroken) as error:
-                log.warning("items that another encoder's server took wait for the next night: %s", error)
+
+    def prepare(self) -> None:
+        """Items that another encoder's server took are read by this one's, and `read_anew` need not. Raises CatalogError."""
+        self._made = {record: self._anew(record) for record in self._live.view().stale.values()}
+
+    def read_anew(self) -> None:
+        """Items that another encoder's server took have a vector of this one's, or wait while another server writes."""
+        if not self._live.view().stale:
+            return
+        try:
+            live = self._write()
+            stale = list(live.view().stale.values())
+            for start in range(0, len(stale), TOGETHER):
+                made = [self._made.get(record) or self._anew(record) for record in stale[start : start + TOGETHER]]
+                ids, records = [put.item.item_id for put, _ in made], [put.to_bytes() for put, _ in made]
+                live.upsert(ids, records, np.stack([vector for _, vector in made]), self._encoder.fingerprint)
+        except (StoreBusy, LogBroken) as error:
+            log.warning("items that another encoder's server took wait for the next night: %s", error)
+        finally:
+            self._made = {}
+
+    def take_over(self, before: Today) -> None:
+        """All that `before` showed is in every later moment, and if it wrote the log, this one does. Raises LogDamaged.
+
+        For the thread that calls `before`: nothing may be changed by that one afterwards.
+        """
+        self._live.take_over(before._live)
+        self._writes, before._writes = before._writes, False
+        self.read_anew()
+        self.now()
 
     def now(self) -> tuple[LiveView, LiveCatalog]:
         """The present moment and its catalogue: all that was acknowledged here, and elsewhere up to a fraction of a second ago.
@@ -84,11 +116,13 @@ class Today:
             follower = self._live
             self._open(write=True)
             follower.close()
-            stale = [PutItem.parse(record) for record in self._live.view().stale.values()]
-            for one in stale:
-                put, vectors = put_items(self.now()[1], self._encoder, [one.item], one.at)
-                self._live.upsert([one.item.item_id], [put[0].to_bytes()], vectors, self._encoder.fingerprint)
+            self.read_anew()
         return self._live
+
+    def _anew(self, record: bytes) -> tuple[PutItem, npt.NDArray[np.float32]]:
+        one = PutItem.parse(record)
+        put, vectors = put_items(self.now()[1], self._encoder, [one.item], one.at)
+        return put[0], vectors[0]
 
     def _kept(self, live: LiveIndex, change: Callable[[], int]) -> int:
         try:

@@ -1,45 +1,255 @@
-"""One thread for the models: torch and FAISS use every core by themselves, and two requests at once would only slow both."""
+"""One thread for the models: torch and FAISS use every core by themselves, and two requests at once would only slow both.
+
+The thread takes turns between callers (`queue_fair`), drops what can no longer be answered in time before any work is spent on
+it, and runs waiting requests of one kind together where they know how (`gather`).
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
-from ranking.serving.status import Draining, Overloaded
+from ranking.serving.load_shed import MOST_WAIT_S, WRITES, Patience
+from ranking.serving.queue_fair import FairQueue, Job
+from ranking.serving.queue_forecast import Forecast, Kind
+from ranking.serving.status import Draining, Late
 
 T = TypeVar("T")
+MOST_TOGETHER, MOST_TOKENS, MOST_SECONDS = 32, 16_384, 0.05
+"""Bounds of a batch: requests, tokens to be encoded, and the forecast seconds for which everybody else waits."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What came of a job that raised."""
+
+    error: Exception
 
 
 class Worker:
-    """Runs functions one after another in its own thread; at most `most_waiting` may wait, the next is refused."""
+    """Runs jobs in its own thread. All but `close` is called from the event loop."""
 
-    def __init__(self, most_waiting: int = 64) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="brewline-model")
-        self._most = most_waiting
-        self._inside = 0
+    def __init__(self, most_waiting: int = 64, most_wait_s: float = MOST_WAIT_S, most_together: int = MOST_TOGETHER) -> None:
         self.draining = False
+        self.drains = asyncio.Event()
+        self._queue, self._first = FairQueue(most_waiting), deque[Job]()
+        self._forecast = Forecast()
+        self._patience, self._most_together = Patience(most_wait_s), most_together
+        self._changed = threading.Condition()
+        self._at_hand = self._until = 0.0
+        self._inside = 0
+        self._empty = asyncio.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name="brewline-model", daemon=True)
+        self._thread.start()
 
     def submit(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        """The work is in the queue; its result comes by the future. To be called from the event loop.
+        """The server's own work (a probe, a swap) is next, before every request; its result comes by the future.
 
-        Raises Overloaded if too many wait, Draining if the server is going down.
+        Raises Draining if the server is going down.
         """
-        if self.draining:
-            raise Draining("the server is going down; ask another one, or again in a moment")
-        if self._inside > self._most:
-            raise Overloaded(f"{self._most} requests are waiting already; try again in a moment")
-        self._inside += 1
-        future = asyncio.wrap_future(self._pool.submit(work))
-        future.add_done_callback(self._left)
-        return future
+        self._refuse_if_draining()
+        job = Job(work)
+        with self._changed:
+            self._first.append(job)
+            self._changed.notify()
+        return self._entered(job)
 
-    def _left(self, future: asyncio.Future[T]) -> None:
-        self._inside -= 1
-        if not future.cancelled():
-            future.exception()  # an abandoned request's error was logged where it was raised
+    def let_in(self, caller: str, name: str) -> None:
+        """Nothing happens if a request of this name may be worth reading. Raises Overloaded, Draining."""
+        self._refuse_if_draining()
+        now = time.monotonic()
+        with self._changed:
+            self._refuse_if_full(caller, now)
+            turn = max(self._forecast.most(name), self._at_hand)
+            wait = self._wait(caller, now)
+            if name not in WRITES and wait > self._patience.bound(turn, now, caller, gathered=True):
+                raise self._patience.refuse(caller, wait, f"the wait would be {wait * 1e3:,.0f} ms", now)
+
+    def put(self, job: Job) -> asyncio.Future[Any]:
+        """The job waits for its turn; its result comes by the future, and cancelling that takes it out of the queue.
+
+        Raises Overloaded or Late if there is no point in waiting, Draining if the server is going down.
+        """
+        self._refuse_if_draining()
+        now = time.monotonic()
+        with self._changed:
+            job.cost = self._forecast.seconds(job.kind)
+            job.least = job.cost if job.first is None else self._forecast.seconds(job.first)
+            job.queued = bool(self._until or len(self._queue))
+            self._patience.check(job, self._wait(job.caller, now), now, self._at_hand)
+            self._refuse_if_full(job.caller, now)
+            gone = self._queue.put(job)
+            self._changed.notify()
+            if gone is not None and not gone.future.done():
+                words = "your requests are the most of all that wait, and another caller's needed room"
+                gone.future.set_exception(self._patience.refuse(gone.caller, self._queue.wait(gone.caller), words, now))
+        job.future.add_done_callback(lambda future: self._forget(job) if future.cancelled() else None)
+        return self._entered(job)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._queue)
+
+    def pressure(self, kind: Kind) -> float:
+        """Seconds that wait in the queue over those that may, as a request of a kind sees it: 1 is as much as is let in."""
+        with self._changed:
+            bound = self._patience.bound(self._forecast.seconds(kind), time.monotonic())
+            return self._queue.cost / bound if bound else 0.0
+
+    async def drain(self, most_s: float) -> None:
+        """New work is refused from now on, and what was accepted is answered, or `most_s` seconds have passed."""
+        self.draining = True
+        self.drains.set()
+        if not self._inside:
+            return
+        try:
+            await asyncio.wait_for(self._empty.wait(), most_s)
+        except TimeoutError:
+            log.warning("%d accepted requests were not answered within %.1f s", self._inside, most_s)
 
     def close(self) -> None:
         """The thread ends after the work at hand; what still waits is cancelled."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _entered(self, job: Job) -> asyncio.Future[Any]:
+        self._inside += 1
+        self._empty.clear()
+        job.future.add_done_callback(self._left)
+        return job.future
+
+    def _left(self, future: asyncio.Future[Any]) -> None:
+        self._inside -= 1
+        if not self._inside:
+            self._empty.set()
+        if not future.cancelled():
+            future.exception()  # an abandoned request's error was logged where it was raised
+
+    def _forget(self, job: Job) -> None:
+        with self._changed:
+            self._queue.remove(job)
+
+    def _refuse_if_draining(self) -> None:
+        if self.draining:
+            raise Draining("the server is going down; ask another one, or again in a moment")
+
+    def _refuse_if_full(self, caller: str, now: float) -> None:
+        if not self._queue.has_room(caller):
+            words = f"{len(self._queue)} requests are waiting already, no other caller's more than yours"
+            raise self._patience.refuse(caller, self._queue.cost, words, now)
+
+    def _wait(self, caller: str, now: float) -> float:
+        return max(self._until - now, 0.0) + self._queue.wait(caller)
+
+    # What follows runs in the thread.
+
+    def _serve(self) -> None:
+        while jobs := self._next():
+            jobs = self._in_time(jobs)
+            if not jobs:
+                continue
+            began = time.monotonic()
+            results = _run(jobs)
+            seconds = time.monotonic() - began
+            with self._changed:
+                self._learn(jobs, results, seconds)
+            _deliver(jobs, results)
+
+    def _next(self) -> list[Job]:
+        """What is run next, together if it is more than one; empty once the worker is closed."""
+        with self._changed:
+            while not self._closed:
+                if self._first:
+                    return [self._first.popleft()]
+                job = self._queue.take()
+                if job is not None:
+                    jobs = [job] if job.together is None else self._gather(job)
+                    self._at_hand = sum(one.cost for one in jobs)
+                    self._until = time.monotonic() + self._at_hand
+                    return jobs
+                self._at_hand = self._until = 0.0
+                self._changed.wait()
+            left = [*self._first, *iter(self._queue.take, None)]
+        for job in left:
+            _call(job, job.future.cancel)
+        return []
+
+    def _gather(self, first: Job) -> list[Job]:
+        """The job and what waits of its kind, as much as the bounds and the tightest deadline of them allow."""
+        jobs, tokens, seconds, tightest = [first], first.tokens, first.cost, first.deadline
+        now = time.monotonic()
+
+        def fits(job: Job) -> bool:
+            ends = now + seconds + job.cost
+            alike = job.together == first.together
+            return alike and tokens + job.tokens <= MOST_TOKENS and ends <= min(tightest, job.deadline, now + MOST_SECONDS)
+
+        while len(jobs) < self._most_together and (job := self._queue.take(fits)) is not None:
+            jobs.append(job)
+            tokens, seconds, tightest = tokens + job.tokens, seconds + job.cost, min(tightest, job.deadline)
+        return jobs
+
+    def _in_time(self, jobs: Sequence[Job]) -> list[Job]:
+        """Those that somebody still waits for and that can be answered in time; the others are told that they cannot."""
+        now, kept = time.monotonic(), []
+        for job in jobs:
+            left = job.deadline - now
+            if left <= 0 or (job.queued and left < job.least):
+                words = "the deadline passed, or would have passed during the work, while the request waited"
+                _deliver([job], [Failed(Late(f"{words}; give more time, or ask again when it is quieter"))])
+            elif not job.future.done():
+                kept.append(job)
+        return kept
+
+    def _learn(self, jobs: Sequence[Job], results: Sequence[object], seconds: float) -> None:
+        forecast = sum(job.cost for job in jobs)
+        for job, result in zip(jobs, results, strict=True):
+            share = seconds * (job.cost / forecast if forecast else 1 / len(jobs))
+            self._queue.settle(job.caller, share - job.cost)
+            if job.kind.name and not isinstance(result, Failed):
+                for kind, seconds_of_it in [(job.kind, share), *job.parts]:
+                    self._forecast.record(kind, seconds_of_it)
+
+
+def _run(jobs: Sequence[Job]) -> Sequence[object]:
+    """What came of each job: its answer, or Failed."""
+    try:
+        if len(jobs) > 1 and jobs[0].together is not None:
+            return jobs[0].together(jobs)
+        return [jobs[0].work()]
+    except Exception as error:
+        return [Failed(error)] * len(jobs)
+
+
+def _deliver(jobs: Sequence[Job], results: Sequence[object]) -> None:
+    """The event loop hears of the results, all of them by one call."""
+
+    def tell() -> None:
+        for job, result in zip(jobs, results, strict=True):
+            if job.future.done():
+                continue
+            if isinstance(result, Failed):
+                job.future.set_exception(result.error)
+            else:
+                job.future.set_result(result)
+
+    _call(jobs[0], tell)
+
+
+def _call(job: Job, told: Callable[[], object]) -> None:
+    try:
+        job.future.get_loop().call_soon_threadsafe(cast(Callable[[], None], told))
+    except RuntimeError:
+        log.warning("an answer came after its event loop was closed")

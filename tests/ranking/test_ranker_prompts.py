@@ -13,11 +13,14 @@ from ranking.prompts import (
     SPARE_NEGATIVES,
     WINDOW_STEP,
     LabelWordError,
+    LayoutError,
     RankBudgets,
+    RankLayout,
     RankPrompts,
     admitted,
     first_shown,
     label_id,
+    most_relevant,
     relations_of,
 )
 from ranking.tasks import Task
@@ -151,6 +154,62 @@ def test_yesterdays_prefix_is_mostly_a_prefix_of_todays(tiny_tokens: Tokens, tin
     rows = [prompts.prefix(MemberView(Member("m"), history[:n]), TASK) for n in range(60)]
     kept = sum(after[: len(before)] == before for before, after in itertools.pairwise(rows))
     assert kept >= 59 * (1 - 1.2 / WINDOW_STEP)
+
+
+def test_a_grouped_history_says_each_thing_once(tiny_tokens: Tokens, tiny_quantizer: Quantizer) -> None:
+    history = (engaged(1), engaged(2, "hide", 0), engaged(3), engaged(4, "share"))
+    view = MemberView(Member("m"), history)
+    grouped = RankPrompts(tiny_tokens, tiny_quantizer, RankBudgets(), RankLayout(grouped=True))
+    assert words(grouped, grouped.prefix(view, TASK)).endswith(
+        "<|history|><|did|> like<|entry|> roses no 1<|category|> gardens<|entry|> roses no 3<|category|> gardens"
+        "<|did|> hide<|entry|> roses no 2<|category|> gardens<|did|> share<|entry|> roses no 4<|category|> gardens"
+    )
+    plain = RankPrompts(tiny_tokens, tiny_quantizer, RankBudgets())
+    assert len(grouped.prefix(view, TASK)) < len(plain.prefix(view, TASK))
+
+
+@settings(max_examples=100, deadline=None)
+@given(entries, st.integers(0, 40), st.integers(1, 3))
+def test_a_balanced_history_is_balanced_both_ways_and_never_revised(
+    rows: list[tuple[int, int | None]], cut: int, spare: int
+) -> None:
+    history = [engaged(item, "rate", label) for item, label in rows]
+    layout = RankLayout(spare_negatives=spare, spare_positives=spare)
+    shown = layout.admitted(history)
+    assert [row for row in shown if row < cut] == layout.admitted(history[:cut])
+    negatives = sum(history[row].label == 0 for row in shown)
+    assert abs(len(shown) - 2 * negatives) <= spare
+    assert RankLayout().admitted(history) == admitted(history)
+
+
+@pytest.mark.parametrize("wrong", [{"relevant": -1}, {"spare_negatives": -1}, {"cold": -1}, {"spare_positives": 0}])
+def test_a_layout_that_shows_nothing_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(LayoutError, match="expected numbers"):
+        RankLayout(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_most_relevant_are_of_the_categories_that_were_liked() -> None:
+    past = [
+        Engagement(Item(str(row), "x", category=category), row, "like", label)
+        for row, (category, label) in enumerate([("a", 1), ("b", 1), ("a", 1), ("b", 0), ("a", 0), ("c", None), ("a", 1)])
+    ]
+    assert most_relevant(past, 2) == [2, 6] and most_relevant(past, 3) == [0, 2, 6]
+    assert most_relevant(past, 4) == [0, 2, 5, 6] and most_relevant(past, 9) == [0, 1, 2, 5, 6] and most_relevant([], 2) == []
+
+
+def test_relevant_older_entries_stand_before_the_window_and_move_with_it_alone(
+    tiny_tokens: Tokens, tiny_quantizer: Quantizer
+) -> None:
+    prompts = RankPrompts(tiny_tokens, tiny_quantizer, RankBudgets(entry=14, prefix=160), RankLayout(relevant=3))
+    plain = RankPrompts(tiny_tokens, tiny_quantizer, RankBudgets(entry=14, prefix=160))
+    tea = tuple(Engagement(Item(f"t{n}", f"hedge {n}", category="chess"), n, "like", 1) for n in range(5))
+    history = (*tea, *(engaged(n + 10, "rate", n % 2) for n in range(50)))
+    rows = [prompts.prefix(MemberView(Member("m"), history[:n]), TASK) for n in range(len(history) + 1)]
+    short = [n for n in range(len(history)) if rows[n] == plain.prefix(MemberView(Member("m"), history[:n]), TASK)]
+    assert short == list(range(len(short))) and 5 < len(short) < 20, "a history that fits is shown whole, as ever"
+    assert all(len(row) <= 160 for row in rows) and words(prompts, rows[-1]).count("chess") == 3
+    kept = sum(after[: len(before)] == before for before, after in itertools.pairwise(rows))
+    assert kept >= len(history) * (1 - 1.3 / WINDOW_STEP)
 
 
 def test_relations_are_words_about_the_creator() -> None:

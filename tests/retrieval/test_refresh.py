@@ -21,6 +21,7 @@ from retrieval.members import VECTOR, MemberStore
 from retrieval.moments import NightError, end_of, read_as_of
 from retrieval.records import view_of
 from retrieval.refresh import nightly
+from retrieval.writer import Writer
 
 
 class WordCounter:
@@ -112,6 +113,27 @@ def test_only_what_reads_differently_is_encoded_again(tmp_path: Path, tiny_datas
     assert fresh.embedded == 60
     np.testing.assert_allclose(snapshot.vectors, served(tmp_path / "fresh")[0].vectors, atol=1e-6)
     assert catalog.item(0).title == "a new title"
+
+
+def test_a_night_writes_what_it_encodes_once(
+    tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    write = Writer.items
+
+    def watched(writer: Writer, items: Sequence[Item], numbers: Mapping[str, np.ndarray]) -> list[list[int]]:
+        written.extend(item.item_id for item in items)
+        return write(writer, items, numbers)
+
+    monkeypatch.setattr(Writer, "items", watched)
+    moment = end_of(tiny_dataset)
+    nightly(tiny_dataset, encoder, None, tmp_path, moment)
+    assert sorted(written) == sorted(tiny_dataset.items.item_id)
+    written.clear()
+    title = [*tiny_dataset.items.title[:7], "a new title", *tiny_dataset.items.title[8:]]
+    changed = replace(tiny_dataset, items=replace(tiny_dataset.items, title=title))
+    assert nightly(changed, encoder, None, tmp_path, moment + 3600).embedded == 1
+    assert written == [tiny_dataset.items.item_id[7]]
 
 
 def test_another_encoder_starts_from_nothing(

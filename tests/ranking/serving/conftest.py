@@ -18,6 +18,7 @@ from ranking.prompts import RankBudgets, RankPrompts
 from ranking.ranker import Ranker, RankerFacts, labels_of, save_ranker
 from ranking.serving import recommender_pb2_grpc
 from ranking.serving.client import Client
+from ranking.serving.current import Current
 from ranking.serving.server import ServeSettings, run_server
 from ranking.serving.stack import Stack, open_stack
 from ranking.tasks import tasks_of
@@ -91,17 +92,18 @@ def copied(night: Path, tmp_path: Path) -> Path:
 class Running:
     """A server in a thread of its own."""
 
-    def __init__(self, stack: Stack, **settings: Any) -> None:
+    def __init__(self, stack: Stack | Current, **settings: Any) -> None:
         self._ready = threading.Event()
         self.port = 0
-        self._stack, self._settings = stack, ServeSettings(port=0, drain_s=5.0, **settings)
+        self._current = stack if isinstance(stack, Current) else Current(stack)
+        self._settings = ServeSettings(port=0, drain_s=5.0, **settings)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
         self._thread.start()
         assert self._ready.wait(20)
 
     async def _main(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        await run_server(self._stack, self._settings, self._bound, self._stop)
+        await run_server(self._current, self._settings, self._bound, self._stop)
 
     def _bound(self, port: int) -> None:
         self.port = port
@@ -128,7 +130,7 @@ def start() -> Iterator[Start]:
     """Starts a server over a stack: (port, stop). Those that the test leaves running are stopped."""
     started: list[Running] = []
 
-    def begin(stack: Stack, **settings: Any) -> tuple[int, Callable[[], None]]:
+    def begin(stack: Stack | Current, **settings: Any) -> tuple[int, Callable[[], None]]:
         started.append(Running(stack, **settings))
         return started[-1].port, started[-1].stop
 

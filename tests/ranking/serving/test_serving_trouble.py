@@ -62,7 +62,7 @@ def test_overload_is_shed_and_a_stop_lets_running_work_finish(stack: Stack, star
     answers: list[object] = []
 
     def ask() -> None:
-        with Client(f"127.0.0.1:{port}") as client:
+        with Client(f"127.0.0.1:{port}", attempts=1) as client:
             try:
                 answers.append(len(client.recommend("m1", 5)))
             except ServiceError as error:

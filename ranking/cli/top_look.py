@@ -1,0 +1,155 @@
+"""Two looks at the meters of a running server, and what happened between them."""
+
+from __future__ import annotations
+
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from index.errors import BrewlineError
+from ranking.serving.exposition import parse
+from ranking.serving.meters import Family
+
+TIMEOUT_S, MOST_BYTES = 10.0, 16 << 20
+STAGES = ("queue", "member", "encode", "search", "rank", "order")
+
+K = TypeVar("K", str, float)
+Bounds = list[tuple[float, float]]
+
+
+class TopError(BrewlineError):
+    """The address does not answer, or with something else than meters."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """The meters of a server at a time (seconds, monotonic)."""
+
+    at: float
+    families: Mapping[str, Family]
+
+    def samples(self, name: str, part: str = "", only: Mapping[str, str] | None = None) -> Iterator[tuple[dict[str, str], float]]:
+        """Labels and value of each sample of a meter (of a histogram a part: "_bucket", "_count") that has the labels `only`."""
+        wanted = (only or {}).items()
+        for sample in self.families[name].samples if name in self.families else ():
+            labels = dict(sample.labels)
+            if sample.name == name + part and wanted <= labels.items():
+                yield labels, sample.value
+
+    def sums(self, name: str, by: str) -> dict[str, float]:
+        """The samples of a meter summed by one label."""
+        found: dict[str, float] = {}
+        for labels, value in self.samples(name):
+            found[labels.get(by, "")] = found.get(labels.get(by, ""), 0.0) + value
+        return found
+
+    def one(self, name: str) -> float | None:
+        """The first sample of a meter; None if the server does not tell it."""
+        return next((value for _, value in self.samples(name)), None)
+
+    def buckets(self, name: str, only: Mapping[str, str]) -> dict[float, float]:
+        """The cumulative counts of a histogram by upper bound, summed over the labels that are not in `only`."""
+        found: dict[float, float] = {}
+        for labels, value in self.samples(name, "_bucket", only):
+            bound = float(labels.get("le", "NaN"))
+            found[bound] = found.get(bound, 0.0) + value
+        return found
+
+
+def look(address: str) -> Look:
+    """The meters that a server tells now. Raises TopError, ExpositionError."""
+    if not address.startswith(("http://", "https://")):
+        raise TopError(f"--address {address!r} is no web address; expected http://HOST:PORT")
+    # A proxy of the environment is for the web, not for a port of this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{address.rstrip('/')}/metrics", timeout=TIMEOUT_S) as reply:
+            content = reply.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise TopError(f"{address} does not tell its meters ({reason}); start the server with --metrics-port") from error
+    if len(content) > MOST_BYTES:
+        raise TopError(f"{address} sent more than {MOST_BYTES:,} bytes; is it a server of Brewline?")
+    return Look(time.monotonic(), parse(content.decode(errors="replace")))
+
+
+def compared(before: Look, now: Look) -> dict[str, object]:
+    """What happened between two looks, and how it stands."""
+    seconds = max(now.at - before.at, 1e-9)
+    calls = _grown(before.sums("brewline_requests_total", "method"), now.sums("brewline_requests_total", "method"))
+    info = next((labels for labels, _ in now.samples("brewline_serving_info")), {})
+    return {
+        "seconds": seconds,
+        "qps": sum(calls.values()) / seconds,
+        "methods": {method: _method(before, now, method, count / seconds) for method, count in calls.items()},
+        "stages": {stage: _latency(before, now, "brewline_stage_seconds", {"stage": stage}) for stage in _stages(now)},
+        "codes": _rates(before, now, "brewline_requests_total", "code", seconds),
+        "rejected": _rates(before, now, "brewline_rejected_total", "reason", seconds),
+        "degraded": _rates(before, now, "brewline_degraded_total", "reason", seconds),
+        "queue": {"length": now.one("brewline_queue_length"), "oldest_seconds": now.one("brewline_queue_oldest_seconds")},
+        "cache": _cache(before, now),
+        "snapshot": {**info, "age_seconds": now.sums("brewline_snapshot_age_seconds", "since")},
+        "items": now.sums("brewline_items", "which"),
+        "swaps": now.sums("brewline_swaps_total", "result"),
+        "recall": now.one("brewline_recall"),
+        "drift": {" ".join(labels.values()): value for labels, value in now.samples("brewline_score_drift")},
+        "memory_bytes": now.one("process_resident_memory_bytes"),
+        "cpu": _cpu(before, now, seconds),
+    }
+
+
+def quantile(bounds: Bounds, share: float) -> float | None:
+    """The value below which a share of a histogram lies: `bounds` are (upper bound, cumulative count), rising.
+
+    Within a bucket values are taken to lie evenly; beyond the last finite bound that bound is returned. None without any.
+    """
+    if not bounds or bounds[-1][1] <= 0:
+        return None
+    wanted, low, below = share * bounds[-1][1], 0.0, 0.0
+    for bound, count in bounds:
+        if count >= wanted:
+            inside = count - below
+            return low if bound == float("inf") else low + (bound - low) * ((wanted - below) / inside if inside else 1.0)
+        low, below = bound, count
+    return low
+
+
+def _method(before: Look, now: Look, method: str, qps: float) -> dict[str, object]:
+    return {"qps": qps, **_latency(before, now, "brewline_request_seconds", {"method": method, "outcome": "answered"})}
+
+
+def _latency(before: Look, now: Look, name: str, only: Mapping[str, str]) -> dict[str, object]:
+    grown = sorted(_grown(before.buckets(name, only), now.buckets(name, only)).items())
+    p50, p99 = (quantile(grown, share) for share in (0.5, 0.99))
+    return {"p50_ms": None if p50 is None else p50 * 1e3, "p99_ms": None if p99 is None else p99 * 1e3}
+
+
+def _grown(before: Mapping[K, float], now: Mapping[K, float]) -> dict[K, float]:
+    """By how much each counter grew; one that is smaller than before began again with its server."""
+    fell = any(value < before.get(name, 0.0) for name, value in now.items())
+    return {name: value - (0.0 if fell else before.get(name, 0.0)) for name, value in now.items()}
+
+
+def _rates(before: Look, now: Look, name: str, by: str, seconds: float) -> dict[str, float]:
+    grown = _grown(before.sums(name, by), now.sums(name, by))
+    return {label: count / seconds for label, count in grown.items() if count}
+
+
+def _cache(before: Look, now: Look) -> dict[str, object]:
+    name = "brewline_prefix_cache_tokens_total"
+    grown = _grown(before.sums(name, "source"), now.sums(name, "source"))
+    tokens = sum(grown.values())
+    return {"reused": grown.get("cache", 0.0) / tokens if tokens else None, "bytes": now.one("brewline_prefix_cache_bytes")}
+
+
+def _cpu(before: Look, now: Look, seconds: float) -> float | None:
+    first, last = before.one("process_cpu_seconds_total"), now.one("process_cpu_seconds_total")
+    return None if first is None or last is None or last < first else (last - first) / seconds
+
+
+def _stages(now: Look) -> list[str]:
+    there = {labels["stage"] for labels, _ in now.samples("brewline_stage_seconds", "_count")}
+    return [*(stage for stage in STAGES if stage in there), *sorted(there.difference(STAGES))]

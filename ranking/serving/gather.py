@@ -1,0 +1,73 @@
+"""Several members' Retrieve at once: read one by one, encoded together, searched together, answered each as if alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from index.keyvalue import StoreError
+from ranking.pipeline import in_retrieval_order
+from ranking.serving import answers
+from ranking.serving import recommender_pb2 as pb
+from ranking.serving.answers import Call, mark_stale, provenance
+from ranking.serving.batch import Question, question_of, search, vectors_of
+from ranking.serving.messages import results_message
+from ranking.serving.stack import Stack
+from ranking.serving.wide import Wide
+
+Asked = tuple[pb.RetrieveRequest, Call]
+Answered = pb.RetrieveResponse | Exception
+
+log = logging.getLogger(__name__)
+
+
+def retrieve_together(stack: Stack, asked: Sequence[Asked]) -> list[Answered]:
+    """What `answers.retrieve` answers to each request (scores to the last digits of a float32), or the error that it raises.
+
+    If the part that is done together fails, each is answered alone, so that it fails for nobody but who made it fail.
+    """
+    wide = Wide.over(stack.recommender.retriever)
+    found: dict[int, Answered] = {}
+    questions: list[Question] = []
+    for place, (request, call) in enumerate(asked):
+        try:
+            with call.watch("member"):
+                questions.append(question_of(stack, wide, place, request, stale=True))
+        except StoreError:
+            found[place] = _alone(stack, request, call)  # from what is remembered of the member, and marked so
+        except Exception as error:
+            found[place] = error
+    try:
+        found |= _joint(stack, wide, questions, [asked[one.place][1] for one in questions])
+    except Exception as error:
+        log.warning("%d requests are answered one by one: %s together", len(questions), type(error).__name__, exc_info=error)
+        found |= {one.place: _alone(stack, *asked[one.place]) for one in questions}
+    return [found[place] for place in range(len(asked))]
+
+
+def _joint(stack: Stack, wide: Wide, questions: Sequence[Question], calls: Sequence[Call]) -> dict[int, Answered]:
+    """The answer to each question by its place; every call's own times hold those of the encoding and search that it was in."""
+    if not questions:
+        return {}
+    batch = Call("", calls[0].started)
+    vectors = vectors_of(stack, questions, batch)
+    with batch.watch("search"):
+        found = search(wide, questions, vectors)
+    answered: dict[int, Answered] = {}
+    for one, call, candidates in zip(questions, calls, found, strict=True):
+        call.watch.micros |= batch.watch.micros
+        with call.watch("order"):
+            table = results_message(in_retrieval_order(candidates, one.k), stack.catalog, readable=one.readable)
+        response = answered[one.place] = pb.RetrieveResponse(
+            results=table, provenance=provenance(stack, ranked=False), times=call.times(), request_id=call.request_id
+        )
+        mark_stale(one.asker, response)
+    return answered
+
+
+def _alone(stack: Stack, request: pb.RetrieveRequest, call: Call) -> Answered:
+    call.watch.micros.clear()
+    try:
+        return answers.retrieve(stack, request, call)
+    except Exception as error:
+        return error

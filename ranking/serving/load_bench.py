@@ -1,0 +1,126 @@
+"""One measurement of the service from beginning to end: server, requests, warming, the load, and the figures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ranking.serving.load import LoadError, Measured, Progress, Target, arrivals, closed_load, figures, open_load
+from ranking.serving.load_capacity import Capacity, batching, find_capacity, overload_figures, prober, unloaded
+from ranking.serving.load_requests import METHODS, RequestWish, requests_of
+from ranking.serving.load_server import ServerWish, served
+from ranking.serving.load_swap import Move, Swap, pair_of, seen_swaps, swap_figures, swapping
+
+USUAL_SHARE = 0.3
+"""Of capacity: what a service is run at that has room for a machine that fails."""
+WARM_S, WARM_CALLERS = 2.0, 4
+NO_SWAPS = {"pointer_moves": 0, "swaps": 0, "p99_ms_during_swap": None}
+
+StageProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BenchWish:
+    """What to measure. `address` names a running server of the same store, else `server` is started.
+
+    `rate` 0 is `USUAL_SHARE` of capacity. `overload`: so many times capacity instead. `capacity_only`: nothing after the search.
+    `batching_budget_ms`: only the comparison of batches within this percentile. `swap_every` 0 leaves the pointer alone.
+    """
+
+    server: ServerWish
+    requests: RequestWish
+    address: str | None = None
+    rate: float = 0.0
+    seconds: float = 30.0
+    deadline_s: float = 2.0
+    even: bool = False
+    swap_every: float = 0.0
+    capacity_only: bool = False
+    probe_seconds: float = 5.0
+    overload: float = 0.0
+    batching_budget_ms: float = 0.0
+
+    @property
+    def searches(self) -> bool:
+        """Whether the capacity must be known."""
+        return self.capacity_only or self.overload > 0 or self.rate == 0
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """The figures of `brewline bench serve`, the run that they are of, and its swaps."""
+
+    figures: dict[str, Any]
+    run: Measured
+    swaps: list[Swap]
+
+
+def bench_serve(wish: BenchWish, told: StageProgress) -> BenchResult:
+    """A server was measured, and the store is as it was. Raises LoadError, NoSecondSnapshot, PointerMoved."""
+    if wish.swap_every:
+        pair_of(wish.server.store)  # said at once, not after the search for the capacity
+    requests = requests_of(wish.server.store, wish.server.members, wish.requests)
+    with _address(wish) as address:
+        target = Target(address, METHODS[wish.requests.method], requests, wish.deadline_s)
+        _warm(target, partial(told, "warm"))
+        facts, run, moves = _measure(target, wish, told)
+    swaps = swap_figures(run, moves) if wish.swap_every else NO_SWAPS
+    about = {
+        "method": wish.requests.method,
+        "k": wish.requests.k,
+        "fanout": wish.requests.fanout,
+        "filtered": wish.requests.filtered,
+        "deadline_ms": wish.deadline_s * 1e3,
+        "arrivals": "even" if wish.even else "poisson",
+        "distinct_requests": len(requests),
+        "cores": len(os.sched_getaffinity(0)),
+        "server_options": list(wish.server.options),
+    }
+    return BenchResult({**figures(run), **swaps, **about, **facts}, run, seen_swaps(run, moves))
+
+
+@contextmanager
+def _address(wish: BenchWish) -> Iterator[str]:
+    if wish.address is not None:
+        yield wish.address
+        return
+    with served(wish.server) as server:
+        yield server.address
+        server.check()
+
+
+def _warm(target: Target, progress: Progress) -> None:
+    """Caches are filled and first-use work is done. Raises LoadError if nothing is answered."""
+    found = closed_load(target, WARM_CALLERS, WARM_S, progress)
+    if not found.answered.any():
+        raise LoadError(
+            f"{target.address} answers nothing to {target.method}: {figures(found)['codes']}; try it with `brewline ask`"
+        )
+
+
+def _measure(target: Target, wish: BenchWish, told: StageProgress) -> tuple[dict[str, Any], Measured, list[Move]]:
+    if wish.batching_budget_ms:
+        compared, run = batching(target, wish.probe_seconds, wish.batching_budget_ms, partial(told, "callers"))
+        return {"batching": compared}, run, []
+    capacity = _capacity(target, wish, partial(told, "probes")) if wish.searches else None
+    facts = {} if capacity is None else capacity.figures()
+    if capacity is not None and wish.capacity_only and not wish.overload:
+        return facts, capacity.best, []
+    rate = wish.rate
+    if capacity is not None and (wish.overload or not rate):
+        rate = capacity.rate * (wish.overload or USUAL_SHARE)
+    at = arrivals(rate, wish.seconds, wish.requests.seed, even=wish.even)
+    with swapping(wish.server.store, wish.swap_every) as moves:
+        run = open_load(target, at, wish.seconds, partial(told, "load"))
+    if capacity is not None and wish.overload:
+        facts["overload"] = overload_figures(run, capacity)
+    return facts, run, moves
+
+
+def _capacity(target: Target, wish: BenchWish, progress: Progress) -> Capacity:
+    idle = unloaded(target, wish.probe_seconds, progress)
+    return find_capacity(prober(target, wish.probe_seconds, wish.requests.seed, even=wish.even, progress=progress), idle)

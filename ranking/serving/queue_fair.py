@@ -1,0 +1,144 @@
+"""Who is next: callers take turns by the seconds they cost, so one who asks a thousand times waits behind himself. No gRPC here.
+
+Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996) over the forecast cost of each request: a caller's next request
+starts at the virtual time where his last one ends, and the earliest start is served first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ranking.serving.queue_forecast import Kind
+
+LEAST_COST = 1e-4
+"""Seconds that work costs at least, so that turns are taken before anything was measured."""
+REMEMBERED = 1_024
+"""Callers without a waiting request whose last turn is remembered; beyond that those are forgotten who owe nothing."""
+
+
+NOTHING = Kind("")
+
+
+@dataclass(eq=False)
+class Job:
+    """One request in the queue: what to run, for whom, of which kind, and when (`time.monotonic()`) it is too late.
+
+    `first` is the part of the work after which there is an answer, if that is not its end. Jobs of one `together` may be run by
+    it at once: it reads what they have `asked`, and each adds `tokens` to the batch. The rest is filled in on the way: `cost` and
+    `least` are forecast seconds (of all, of the first part), `queued` says that something was before it, `parts` what else was
+    measured.
+    """
+
+    work: Callable[[], Any]
+    caller: str = ""
+    kind: Kind = NOTHING
+    deadline: float = math.inf
+    first: Kind | None = None
+    together: Callable[[Sequence[Job]], Sequence[Any]] | None = None
+    asked: Any = None
+    tokens: int = 0
+    cost: float = 0.0
+    least: float = 0.0
+    queued: bool = False
+    parts: list[tuple[Kind, float]] = field(default_factory=list)
+    future: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+@dataclass(eq=False)
+class Line:
+    """The waiting requests of one caller, the virtual time at which the next starts, and what all of them cost."""
+
+    start: float = 0.0
+    jobs: deque[Job] = field(default_factory=deque)
+    cost: float = 0.0
+
+
+class FairQueue:
+    """At most `most` waiting jobs, taken in turns by caller. When full, the longest line gives its end to a shorter one."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lines: dict[str, Line] = {}
+        self._waiting: dict[str, Line] = {}
+        self._now = 0.0
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def cost(self) -> float:
+        """Forecast seconds of all that waits."""
+        return sum(line.cost for line in self._waiting.values())
+
+    def wait(self, caller: str) -> float:
+        """Seconds until a new job of a caller would begin: what of each line comes before it, his own included."""
+        own = self._lines.get(caller, Line())
+        start = max(own.start, self._now) + sum(max(job.cost, LEAST_COST) for job in own.jobs)
+        before = own.cost
+        for line in self._waiting.values():
+            place = max(line.start, self._now)
+            for job in line.jobs if line is not own else ():
+                if place > start or (place == start and len(line.jobs) > len(own.jobs) + 1):
+                    break
+                before += job.cost
+                place += max(job.cost, LEAST_COST)
+        return before
+
+    def has_room(self, caller: str) -> bool:
+        """Whether a job of this caller would be taken in: there is room, or another's line is longer than his would be."""
+        if self._count < self._most:
+            return True
+        own = len(self._waiting[caller].jobs) if caller in self._waiting else 0
+        return max((len(line.jobs) for line in self._waiting.values()), default=0) > own + 1
+
+    def put(self, job: Job) -> Job | None:
+        """The job waits, for which there must be room; returns the one that had to give way, if any."""
+        gone = None
+        if self._count >= self._most:
+            longest = max(self._waiting.values(), key=lambda line: len(line.jobs))
+            gone = longest.jobs[-1]
+            self.remove(gone)
+        line = self._lines.setdefault(job.caller, Line())
+        line.jobs.append(job)
+        line.cost += job.cost
+        self._waiting[job.caller] = line
+        self._count += 1
+        return gone
+
+    def take(self, fits: Callable[[Job], bool] | None = None) -> Job | None:
+        """The next job that fits, which waits no longer; None if there is none."""
+        for line in sorted(self._waiting.values(), key=lambda line: (max(line.start, self._now), len(line.jobs))):
+            job = next((job for job in line.jobs if fits is None or fits(job)), None)
+            if job is not None:
+                self._now = max(line.start, self._now)
+                line.start = self._now + max(job.cost, LEAST_COST)
+                self.remove(job)
+                return job
+        return None
+
+    def settle(self, caller: str, seconds: float) -> None:
+        """A caller's work took so many seconds more than forecast (less if negative): his next turn comes later (earlier)."""
+        if caller in self._lines:
+            self._lines[caller].start += seconds
+
+    def remove(self, job: Job) -> None:
+        """The job does not wait, whether or not it did."""
+        line = self._waiting.get(job.caller)
+        if line is None or job not in line.jobs:
+            return
+        line.jobs.remove(job)
+        self._count -= 1
+        line.cost = sum(other.cost for other in line.jobs)
+        if not line.jobs:
+            del self._waiting[job.caller]
+            if len(self._lines) > REMEMBERED:
+                self._lines = dict(self._owing())
+
+    def _owing(self) -> Iterator[tuple[str, Line]]:
+        return ((name, line) for name, line in self._lines.items() if line.jobs or line.start > self._now)

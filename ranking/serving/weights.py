@@ -1,0 +1,22 @@
+"""Weights of several tasks on the wire: read from a request, published in its answer."""
+
+from __future__ import annotations
+
+from ranking.pipeline import Ranked
+from ranking.serving import recommender_pb2 as pb
+from ranking.serving.stack import Stack
+from ranking.tasks_weighted import Weights, weights_of
+
+
+def read_weights(stack: Stack, request: pb.RecommendRequest | pb.RankRequest) -> dict[str, float]:
+    """What each of several tasks counts; empty where one task is asked for. Raises NoRanker, TaskError, WeightsError."""
+    pairs = [(one.task, one.weight) for one in request.weights]
+    return weights_of(pairs, stack.recommender.known_ranker.tasks, request.task) if pairs else {}
+
+
+def publish_weights(response: pb.RecommendResponse | pb.RankResponse, weights: Weights, ranked: Ranked) -> None:
+    """The answer holds the final score's formula and each task's own probabilities, if several were asked for."""
+    response.weights.extend(pb.Weight(task=name, weight=weight) for name, weight in weights.items())
+    if weights:
+        columns = {name: column.astype("<f4").tobytes() for name, column in ranked.columns.items()}
+        response.results.tasks.extend(pb.TaskColumn(task=name, probabilities=column) for name, column in columns.items())

@@ -1,0 +1,288 @@
+"""More is asked than can be answered: turns are fair, refusals early, cheap and with a hint, and what was let in is answered."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from ranking.pipeline import Recommender
+from ranking.ranker import Ranker
+from ranking.serving import recommender_pb2 as pb
+from ranking.serving import recommender_pb2_grpc
+from ranking.serving.load_shed import GATHERED_S, STRICT_S, Patience
+from ranking.serving.load_shed_depth import lowered
+from ranking.serving.load_shed_door import caller_of
+from ranking.serving.queue_fair import FairQueue, Job
+from ranking.serving.queue_forecast import Forecast, Kind
+from ranking.serving.stack import Stack
+from ranking.serving.status import Late, Overloaded
+
+Start = Callable[..., tuple[int, Callable[[], None]]]
+Stub = recommender_pb2_grpc.RecommenderStub
+ASK = pb.RecommendRequest(member=pb.Member(id="m1"), k=5, fanout=40)
+
+
+class Slow(Ranker):
+    """A ranker that takes its time once it is told to, and counts what it is asked."""
+
+    def __init__(self, like: Ranker, seconds: float) -> None:
+        self.facts, self.fingerprint, self.engine, self.head, self._like = like.facts, like.fingerprint, like.engine, None, like
+        self.seconds, self.ranked, self.here = seconds, list[int](), threading.Event()
+
+    def score(self, view: Any, tokens: Any, *rest: Any) -> np.ndarray:
+        self.ranked.append(len(tokens))
+        self.here.set()
+        time.sleep(self.seconds)
+        return self._like.score(view, tokens, *rest)
+
+
+def slowed(stack: Stack, seconds: float) -> tuple[Stack, Slow]:
+    """The stack with such a ranker."""
+    assert stack.ranker is not None
+    ranker = Slow(stack.ranker, seconds)
+    return replace(stack, ranker=ranker, recommender=Recommender(stack.recommender.retriever, ranker)), ranker
+
+
+@pytest.fixture
+def stub_of() -> Iterator[Callable[[int], Stub]]:
+    """A stub for a port; its connection is closed after the test."""
+    channels: list[grpc.Channel] = []
+
+    def connect(port: int) -> Stub:
+        channels.append(grpc.insecure_channel(f"127.0.0.1:{port}"))
+        return recommender_pb2_grpc.RecommenderStub(channels[-1])
+
+    yield connect
+    for channel in channels:
+        channel.close()
+
+
+def code_of(stub: Stub, caller: str = "", **how: Any) -> str:
+    """How a Recommend ends."""
+    try:
+        stub.Recommend(ASK, metadata=[("x-caller", caller)] if caller else None, **how)
+    except grpc.RpcError as error:
+        return str(error.code().name)
+    return "OK"
+
+
+def job(caller: str, cost: float = 1.0, deadline: float = 1e9, *, queued: bool = True) -> Job:
+    """A job that is not on any event loop."""
+    return Job(int, caller, deadline=deadline, cost=cost, least=cost, queued=queued, future=None)  # type: ignore[arg-type]
+
+
+def taken(queue: FairQueue, count: int) -> str:
+    """The callers of the next jobs."""
+    found = [queue.take() for _ in range(count)]
+    return "".join(one.caller for one in found if one is not None)
+
+
+def test_callers_take_turns_by_what_they_cost() -> None:
+    queue = FairQueue(100)
+    for caller, cost, count in (("a", 1.0, 20), ("b", 1.0, 3), ("c", 4.0, 5)):
+        for _ in range(count):
+            queue.put(job(caller, cost))
+    assert Counter(taken(queue, 7)) == {"a": 3, "b": 3, "c": 1}, "the many wait behind themselves, and so do the costly"
+    waits = {caller: queue.wait(caller) for caller in ("a", "b", "new")}
+    assert waits["new"] == 0 and waits["b"] <= 2 and waits["a"] == 17 + 4 * 4, waits
+    assert Counter(taken(queue, 5)) == {"a": 4, "c": 1}
+    assert Counter(taken(queue, 30)) == {"a": 13, "c": 3}
+    assert queue.take() is None and queue.cost == 0
+
+
+def test_asking_one_at_a_time_gives_no_more_than_a_share() -> None:
+    queue = FairQueue(100)
+    for caller in "ab" * 30:
+        queue.put(job(caller))
+    served = ""
+    for _ in range(30):
+        if "c" not in queue._waiting:
+            queue.put(job("c"))
+        served += taken(queue, 1)
+    assert Counter(served)["c"] in (9, 10, 11)
+
+
+def test_work_that_cost_more_than_forecast_is_paid_for_later() -> None:
+    queue = FairQueue(100)
+    for caller in "abababab":
+        queue.put(job(caller))
+    assert taken(queue, 1) == "a"
+    queue.settle("a", 1.5)
+    assert taken(queue, 4) == "bbba"
+
+
+def test_a_full_queue_takes_from_the_longest_line() -> None:
+    queue = FairQueue(4)
+    greedy = [job("greedy") for _ in range(4)]
+    assert [queue.put(one) for one in greedy] == [None] * 4
+    assert not queue.has_room("greedy") and queue.has_room("modest")
+    assert queue.put(job("modest")) is greedy[-1]
+    assert queue.put(job("modest")) is greedy[-2]
+    assert not queue.has_room("modest") and len(queue) == 4
+    queue.remove(greedy[0])
+    queue.remove(greedy[0])
+    assert len(queue) == 3 and queue.has_room("greedy")
+
+
+def test_the_forecast_is_of_the_nearest_size_and_errs_upwards() -> None:
+    forecast = Forecast()
+    assert forecast.seconds(Kind("Rank", 100)) == forecast.most("Rank") == 0.0
+    forecast.record(Kind("Rank", 100), 0.1)
+    assert forecast.seconds(Kind("Rank", 90)) == forecast.seconds(Kind("Rank", 3)) == 0.1
+    assert forecast.seconds(Kind("Rank", 400)) == pytest.approx(0.4)
+    forecast.record(Kind("Rank", 1000), 0.5)
+    for _ in range(40):
+        forecast.record(Kind("Rank", 100), 0.2)
+    assert forecast.seconds(Kind("Rank", 100)) == pytest.approx(0.2, rel=0.01)
+    assert forecast.most("Rank") == 0.5 and forecast.seconds(Kind("Recommend", 100)) == 0.0
+
+
+def test_a_burst_may_wait_and_overload_may_not() -> None:
+    patience = Patience(0.25)
+    patience.check(job("a", 0.05), 0.2, 100.0)
+    patience.check(job("a", 2.0), 1.9, 100.0)
+    with pytest.raises(Overloaded, match="may be 250 ms") as caught:
+        patience.check(job("a", 0.05), 0.3, 100.0)
+    assert caught.value.retry_s == 0.3
+    with pytest.raises(Overloaded, match="may be 38 ms"):
+        patience.check(job("a", 0.05), 0.04, 100.5)
+    patience.check(job("a", 0.05), 0.03, 100.6)
+    assert patience.bound(0.001, 100.6, gathered=True) == GATHERED_S
+    patience.check(job("b", 0.05), 0.12, 100.6)
+    with pytest.raises(Overloaded, match="may be 125 ms"):
+        patience.check(job("b", 0.05), 0.13, 100.6)
+    patience.check(job("a", 0.001), 0.03, 100.6, at_hand=0.05)
+    told = job("a", 0.001)
+    told.kind = Kind("RecordEngagements")
+    patience.check(told, 0.2, 100.6)
+    patience.check(job("a", 0.05), 0.2, 100.6 + STRICT_S)
+
+
+def test_no_queue_is_blamed_for_a_deadline_that_nothing_could_meet() -> None:
+    patience = Patience(1.0)
+    with pytest.raises(Late, match="takes 300 ms"):
+        patience.check(job("a", 0.3, 10.2), 0.0, 10.0)
+    with pytest.raises(Overloaded, match="the wait would be 150 ms"):
+        patience.check(job("a", 0.1, 10.2), 0.15, 10.0)
+    patience.check(job("a", 0.3, 10.2, queued=False), 0.0, 10.0)  # an idle server tries, or it would never learn better
+
+
+def test_callers_are_told_apart_by_token_name_or_host() -> None:
+    bearer = ("authorization", "Bearer feed.abcDEF")
+    assert caller_of([bearer, ("x-caller", "me")], "ipv4:10.0.0.7:5000", tokens=True) == "feed"
+    assert caller_of([bearer, ("x-caller", "me")], "ipv4:10.0.0.7:5000", tokens=False) == "me"
+    assert caller_of([("x-caller", "a b\n")], "ipv4:10.0.0.7:5000", tokens=False) == "ipv4:10.0.0.7"
+    assert caller_of([], "ipv6:%5B::1%5D:5000", tokens=False) == "ipv6:%5B::1%5D"
+
+
+def test_the_depth_falls_by_steps_to_a_floor() -> None:
+    assert [lowered(2000, 250, pressure) for pressure in (0.0, 0.49, 0.5, 0.9, 7.0)] == [2000, 2000, 1000, 500, 500]
+    assert lowered(2000, 800, 1.0) == 800 and lowered(100, 250, 1.0) == 100
+
+
+def test_a_flood_is_refused_with_a_hint_and_another_caller_is_served(
+    stack: Stack, start: Start, stub_of: Callable[[int], Stub]
+) -> None:
+    slow, ranker = slowed(stack, 0.1)
+    port, _ = start(slow, most_wait_s=0.25, least_depth=20_000)
+    stub = stub_of(port)
+    assert code_of(stub) == "OK"  # now it is known how long one takes
+    over = threading.Event()
+    codes: Counter[str] = Counter()
+
+    def flood() -> None:
+        while not over.is_set():
+            codes[code_of(stub, "greedy")] += 1
+            time.sleep(0.01)
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(8):
+            pool.submit(flood)
+        time.sleep(0.5)
+        modest = [code_of(stub, "modest") for _ in range(6)]
+        health = health_pb2_grpc.HealthStub(grpc.insecure_channel(f"127.0.0.1:{port}"))
+        alive = health.Check(health_pb2.HealthCheckRequest(), timeout=10).status
+        with pytest.raises(grpc.RpcError) as caught:
+            for _ in range(50):
+                stub.Recommend(ASK, metadata=[("x-caller", "greedy")])
+        over.set()
+    assert modest.count("OK") >= 5
+    assert alive == health_pb2.HealthCheckResponse.SERVING
+    assert set(codes) == {"OK", "RESOURCE_EXHAUSTED"}
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    hint = dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"]
+    assert int(hint) >= 50 and "ask again in" in caught.value.details()
+    assert len(ranker.ranked) - 8 <= codes["OK"] + 50, "only what was answered was worked on"
+
+
+def test_no_work_is_begun_for_what_would_be_late(stack: Stack, start: Start, stub_of: Callable[[int], Stub]) -> None:
+    slow, ranker = slowed(stack, 0.6)
+    port, _ = start(slow, most_wait_s=60.0)
+    stub = stub_of(port)
+    assert code_of(stub) == "OK"
+    with ThreadPoolExecutor(1) as pool:
+        ranker.here.clear()
+        running = pool.submit(code_of, stub)
+        assert ranker.here.wait(10)
+        begun = len(ranker.ranked)
+        assert code_of(stub, timeout=0.3) == "RESOURCE_EXHAUSTED", "told at once; at the deadline it would have been another code"
+        assert running.result() == "OK"
+    assert len(ranker.ranked) == begun
+
+
+def test_under_load_fewer_candidates_are_ranked_openly(stack: Stack, start: Start, stub_of: Callable[[int], Stub]) -> None:
+    slow, ranker = slowed(stack, 0.15)
+    port, _ = start(slow, most_wait_s=1.0, least_depth=12)
+    stub = stub_of(port)
+    quiet = stub.Recommend(ASK)
+    assert (quiet.degraded, quiet.candidates) == (pb.NONE, 40)
+
+    def ask(_: int) -> list[pb.RecommendResponse]:
+        try:
+            return [stub.Recommend(ASK)]
+        except grpc.RpcError as error:
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # on a slow machine six are too many
+            return []
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = [answer for found in pool.map(ask, range(6)) for answer in found]
+    fewer = [answer for answer in answers if answer.degraded == pb.FEWER_CANDIDATES]
+    assert fewer and {answer.candidates for answer in fewer} <= {20, 12}
+    assert all(f"{answer.candidates} candidates were ranked" in answer.degraded_detail for answer in fewer)
+    assert all("40 asked for" in answer.degraded_detail for answer in fewer)
+    assert {answer.candidates for answer in answers if answer.degraded == pb.NONE} == {40}
+    assert min(ranker.ranked) >= 12 and all(answer.results.count == 5 for answer in answers)
+    after = stub.Recommend(ASK)
+    assert (after.degraded, after.candidates) == (pb.NONE, 40)
+
+
+def test_a_stop_says_so_first_and_answers_what_it_took(stack: Stack, start: Start, stub_of: Callable[[int], Stub]) -> None:
+    slow, ranker = slowed(stack, 0.5)
+    port, stop = start(slow, most_wait_s=60.0)
+    stub = stub_of(port)
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, ThreadPoolExecutor(4) as pool:
+        watched = iter(health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=20))
+        assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
+        ranker.here.clear()
+        accepted = [pool.submit(code_of, stub) for _ in range(3)]
+        assert ranker.here.wait(10)
+        time.sleep(0.2)
+        stopping = threading.Thread(target=stop)
+        stopping.start()
+        assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert code_of(stub) == "UNAVAILABLE"
+        assert not any(future.done() for future in accepted[1:]), "what waits is still to be answered"
+        assert [future.result() for future in accepted] == ["OK"] * 3
+        assert list(watched) == []
+        stopping.join(10)
+    assert not stopping.is_alive()
