@@ -46,8 +46,8 @@ WINDOW_STEP = 4
 """The oldest shown entry is always a multiple of this: fewer first entries means fewer lost prefixes."""
 SPARE_NEGATIVES = 2
 """How many more negative than positive entries a history may show."""
-KEPT_PARTS = 200_000
-"""Fields whose ids are kept in memory, about 100 MB at most for titles of ordinary length."""
+KEPT, KEPT_EACH = 12_000_000, 16
+"""Characters and ids of the fields kept in memory, and what each field counts more: 400 MB at most, whatever callers invent."""
 
 
 class LabelWordError(BrewlineError):
@@ -122,7 +122,7 @@ class RankPrompts:
         shots: Shots | None = None,
     ) -> None:
         self.tokens, self.quantizer, self.budgets, self.layout, self.shots = tokens, quantizer, budgets, layout, shots or {}
-        self._answer, self._did = tokens.id(ANSWER), tokens.id(DID)
+        self._answer, self._did, self._size = tokens.id(ANSWER), tokens.id(DID), 0
         self._known: dict[Part, list[int]] = {}
 
     def items(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray]) -> list[list[int]]:
@@ -222,12 +222,14 @@ class RankPrompts:
 
     def _ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Ids of each prompt. Parts are kept by content: titles, actions and profile fields come again and again."""
-        missing = list({part: None for prompt in prompts for part in prompt if part not in self._known})
-        if len(self._known) + len(missing) > KEPT_PARTS:
-            self._known.clear()
-            missing = list({part: None for prompt in prompts for part in prompt})
-        self._known |= dict(zip(missing, self.tokens.many([(part,) for part in missing])))
-        return [[token for part in prompt for token in self._known[part]] for prompt in prompts]
+        if self._size > KEPT:
+            self._known, self._size = {}, 0
+        known = self._known
+        missing = list({part: None for prompt in prompts for part in prompt if part not in known})
+        ids = self.tokens.many([(part,) for part in missing])
+        self._size += sum(KEPT_EACH + len(part.text) + len(row) for part, row in zip(missing, ids))
+        known.update(zip(missing, ids))
+        return [[token for part in prompt for token in known[part]] for prompt in prompts]
 
 
 def admitted(

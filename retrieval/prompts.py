@@ -47,6 +47,11 @@ def neutralise(text: str) -> str:
     """The text without anything that could be read as a field token, on one line, at most MAX_FIELD_CHARS long."""
     plain = _BLANKS.sub(" ", text[: 2 * MAX_FIELD_CHARS]).strip()[:MAX_FIELD_CHARS]
     plain = plain.encode("utf-8", "replace").decode("utf-8")
+    return apart(plain)
+
+
+def apart(plain: str) -> str:
+    """The text with each delimiter of field tokens broken in two."""
     return plain.replace("<|", "< |").replace("|>", "| >")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from index.errors import BrewlineError
-from retrieval.prompts import PAD, Prompt
+from retrieval.prompts import PAD, Prompt, apart
 
 
 class TokenizerError(BrewlineError):
@@ -90,6 +91,18 @@ class Tokens:
     def text_ids(self, text: str) -> list[int]:
         """Ids of plain text, never a special token."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids) if text else []
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The ids as a person reads them: nothing but the id of a special token shows as one.
+
+        Plain ids may spell one, as a tokenizer folds look-alikes ("\uff1c" into "<") after `neutralise` saw the text.
+        """
+        added = self.tokenizer.get_added_tokens_decoder()
+        shown = []
+        for special, run in itertools.groupby(ids, added.__contains__):
+            words = self.tokenizer.decode(list(run), skip_special_tokens=False)
+            shown.append(words if special else apart(words))
+        return "".join(shown)
 
     def ids(self, prompt: Prompt) -> list[int]:
         """Ids of one prompt."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from index.errors import BrewlineError
+from ranking.cli.bench_capacity import capacity
 from ranking.cli.bench_embed import embed
 from ranking.cli.bench_night import night
 from ranking.cli.bench_report import Row, check_drawing, draw, grid_table, shape_table
@@ -75,6 +76,7 @@ app.command()(search)
 app.command()(embed)
 app.command()(night)
 app.command("serve")(bench_serve)
+app.command()(capacity)
 
 
 @app.command()

@@ -75,7 +75,7 @@ def train(
     calibration: Calibrated = Calibration.platt,
     tasks: TasksFile = None,
     shots: Shots = 0,
-    wishes: Wishes = 0.05,
+    wishes: Wishes = 0.0,
     more: More = None,
     seed: Annotated[int, typer.Option(help="Decides every random choice.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,

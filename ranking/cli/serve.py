@@ -73,6 +73,17 @@ MetricsPort = Annotated[
 ]
 MetricsHost = Annotated[str, typer.Option(help="The address for HTTP, which asks for no credentials.")]
 TracesTo = Annotated[str, typer.Option(help="Send OpenTelemetry spans to this collector, as http://HOST:4317.", metavar="URL")]
+ShadowShare = Annotated[
+    float,
+    typer.Option(
+        help="Of this share of the searches the recall is measured against the exact search, beside the answers; one reads "
+        "every vector once. 0: none.",
+        min=0,
+        max=1,
+    ),
+]
+Ui = Annotated[bool, typer.Option("--ui", help="Open a page that looks at this server, for browsers on this machine only.")]
+UiPort = Annotated[int, typer.Option(help="The port of the page; 0 takes a free one.", min=0, max=65535)]
 
 
 def serve(
@@ -98,6 +109,9 @@ def serve(
     metrics_port: MetricsPort = None,
     metrics_host: MetricsHost = "127.0.0.1",
     traces: TracesTo = "",
+    ui: Ui = False,
+    ui_port: UiPort = 50080,
+    shadow_share: ShadowShare = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout as soon as it answers.")] = False,
 ) -> None:
     """Serve recommendations over gRPC until SIGTERM or Ctrl-C. Models that did not make the snapshot are refused.
@@ -115,33 +129,35 @@ def serve(
     from ranking.serving.web import Web
     from retrieval.data.exported_journal import JOURNAL_DIR
 
-    tls = _tls(tls_cert, tls_key, client_ca)
-    journal = None if no_journal else store / JOURNAL_DIR
     settings = ServeSettings(
         *(host, port, insecure_public, most_waiting, drain_seconds),
-        tls=tls,
+        tls=_tls(tls_cert, tls_key, client_ca),
         tokens=tokens,
-        journal=journal,
+        journal=None if no_journal else store / JOURNAL_DIR,
         most_wait_s=most_wait_ms / 1e3,
         most_together=most_together,
         least_depth=least_fanout,
         swap_poll_s=swap_poll_seconds,
         web=None if metrics_port is None else Web(metrics_host, metrics_port),
         traces=_traces(traces),
+        page=Web("127.0.0.1", ui_port) if ui else None,
     )
     check_address(settings)  # a taken port or a wrong key is said at once, not after the models are loaded
-    current = Current(open_stack(store, encoder, ranker, members, hybrid=hybrid))
+    current = Current(open_stack(store, encoder, ranker, members, hybrid=hybrid, shadow_share=shadow_share))
     serve_until_signal(current, settings, lambda bound: _ready(current.stack, settings, bound, as_json=as_json))
 
 
 def _ready(stack: Stack, settings: ServeSettings, bound: int, *, as_json: bool) -> None:
     metrics = "" if settings.web is None else settings.web.address
+    page = "" if settings.page is None else settings.page.address
     sys.stderr.write(_ready_line(stack, settings.host, bound) + "\n")
     if metrics:
         sys.stderr.write(f"meters: {metrics}/metrics\n")
+    if page:
+        sys.stderr.write(f"page: {page}/\n")
     sys.stderr.flush()
     if as_json:
-        emit({**_ready_facts(stack, settings.host, bound), "metrics": metrics}, as_json=True, table=lambda: None)
+        emit({**_ready_facts(stack, settings.host, bound), "metrics": metrics, "page": page}, as_json=True, table=lambda: None)
 
 
 def _traces(address: str) -> Traces | None:

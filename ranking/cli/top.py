@@ -115,4 +115,4 @@ def _pairs(values: Mapping[str, float]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
+    return "-" if value is None else f"{value:,.0f}" if value % 1 == 0 else f"{value:,.2f}"

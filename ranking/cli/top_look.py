@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
 from index.errors import BrewlineError
-from ranking.serving.exposition import parse
-from ranking.serving.meters import Family
 
 TIMEOUT_S, MOST_BYTES = 10.0, 16 << 20
 STAGES = ("queue", "member", "encode", "search", "rank", "order")
@@ -26,18 +27,17 @@ class TopError(BrewlineError):
 
 @dataclass(frozen=True)
 class Look:
-    """The meters of a server at a time (seconds, monotonic)."""
+    """The meters of a server at a time (seconds, monotonic): its samples by their names."""
 
     at: float
-    families: Mapping[str, Family]
+    told: Mapping[str, Sequence[Sample]]
 
-    def samples(self, name: str, part: str = "", only: Mapping[str, str] | None = None) -> Iterator[tuple[dict[str, str], float]]:
-        """Labels and value of each sample of a meter (of a histogram a part: "_bucket", "_count") that has the labels `only`."""
+    def samples(self, name: str, only: Mapping[str, str] | None = None) -> Iterator[tuple[dict[str, str], float]]:
+        """Labels and value of each sample of a name (of a histogram "..._bucket" or "..._count") that has the labels `only`."""
         wanted = (only or {}).items()
-        for sample in self.families[name].samples if name in self.families else ():
-            labels = dict(sample.labels)
-            if sample.name == name + part and wanted <= labels.items():
-                yield labels, sample.value
+        for sample in self.told.get(name, ()):
+            if wanted <= sample.labels.items():
+                yield sample.labels, sample.value
 
     def sums(self, name: str, by: str) -> dict[str, float]:
         """The samples of a meter summed by one label."""
@@ -53,14 +53,14 @@ class Look:
     def buckets(self, name: str, only: Mapping[str, str]) -> dict[float, float]:
         """The cumulative counts of a histogram by upper bound, summed over the labels that are not in `only`."""
         found: dict[float, float] = {}
-        for labels, value in self.samples(name, "_bucket", only):
+        for labels, value in self.samples(f"{name}_bucket", only):
             bound = float(labels.get("le", "NaN"))
             found[bound] = found.get(bound, 0.0) + value
         return found
 
 
 def look(address: str) -> Look:
-    """The meters that a server tells now. Raises TopError, ExpositionError."""
+    """The meters that a server tells now. Raises TopError."""
     if not address.startswith(("http://", "https://")):
         raise TopError(f"--address {address!r} is no web address; expected http://HOST:PORT")
     # A proxy of the environment is for the web, not for a port of this machine.
@@ -73,7 +73,22 @@ def look(address: str) -> Look:
         raise TopError(f"{address} does not tell its meters ({reason}); start the server with --metrics-port") from error
     if len(content) > MOST_BYTES:
         raise TopError(f"{address} sent more than {MOST_BYTES:,} bytes; is it a server of Brewline?")
-    return Look(time.monotonic(), parse(content.decode(errors="replace")))
+    try:
+        return Look(time.monotonic(), _samples(content.decode()))
+    except (ValueError, IndexError) as error:  # the parser's errors quote what it read, which is no text for a terminal
+        raise TopError(f"{address} answers with something else than meters of Brewline; is it the --metrics-port?") from error
+
+
+def _samples(text: str) -> dict[str, list[Sample]]:
+    """The samples of a scrape by their names. Raises what the parser raises, and ValueError for a text that was cut short."""
+    told: dict[str, list[Sample]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            float(sample.labels.get("le", 0))
+            told.setdefault(sample.name, []).append(sample)
+    if not text.endswith("\n") or "brewline_serving_info" not in told:
+        raise ValueError("no scrape of ours, or not all of it")
+    return told
 
 
 def compared(before: Look, now: Look) -> dict[str, object]:
@@ -151,5 +166,5 @@ def _cpu(before: Look, now: Look, seconds: float) -> float | None:
 
 
 def _stages(now: Look) -> list[str]:
-    there = {labels["stage"] for labels, _ in now.samples("brewline_stage_seconds", "_count")}
+    there = {labels.get("stage", "") for labels, _ in now.samples("brewline_stage_seconds_count")}
     return [*(stage for stage in STAGES if stage in there), *sorted(there.difference(STAGES))]

@@ -62,7 +62,7 @@ class RankerPlan:
     loop: LoopSettings = field(default_factory=LoopSettings)
     layout: RankLayout = field(default_factory=RankLayout)
     tasks: tuple[Task, ...] = ()
-    wishes: float = 0.05
+    wishes: float = 0.0
     shots: int = 0
 
     @property

@@ -55,7 +55,6 @@ class Call:
     arrived: float
     deadline: float = math.inf
     started: float = 0.0
-    abandoned: bool = False
     early: pb.RecommendResponse | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
 

@@ -33,6 +33,7 @@ from ranking.serving.service import RecommenderService, code_version
 from ranking.serving.swap import Watcher
 from ranking.serving.tokens import TokenBook, read_tokens
 from ranking.serving.traces import Traces
+from ranking.serving.ui import Page
 from ranking.serving.watching import Watching
 from ranking.serving.web import Web
 from ranking.serving.worker import MOST_TOGETHER, Worker
@@ -52,7 +53,7 @@ class ServeSettings:
     """Where to listen, whom to believe and how much to bear. Port 0 takes a free one; `tokens` is a file of hashes.
 
     `journal` is the folder in which what was served is noted; None notes nothing. A new night is looked for every `swap_poll_s`
-    seconds, 0: only when asked. `web` is where meters are told, `traces` who makes spans.
+    seconds, 0: only when asked. `web` is where meters are told, `traces` who makes spans, `page` where people may look.
     """
 
     host: str = "127.0.0.1"
@@ -70,6 +71,7 @@ class ServeSettings:
     swap_poll_s: float = 1.0
     web: Web | None = None
     traces: Traces | None = None
+    page: Web | None = None
 
 
 async def run_server(
@@ -87,13 +89,15 @@ async def run_server(
     worker = Worker(settings.most_waiting, settings.most_wait_s, settings.most_together)
     journal = None if settings.journal is None else Journal(settings.journal)
     watching = Watching(current, code_version(), settings.web, settings.traces)
-    server, health = make_server(current, worker, settings, watching, journal)
+    server, health, page = make_server(current, worker, settings, watching, journal)
     port = listen(server, settings)
     watcher = Watcher(current, worker, settings.swap_poll_s, asked or asyncio.Event())
     try:
         await worker.submit(current.stack.warm)
         await server.start()
         watching.start(health.state)
+        if page is not None:
+            await page.start()
         ready(port)
         watcher.start()
         await stop.wait()
@@ -101,10 +105,14 @@ async def run_server(
         await watcher.stop()
         log.info("draining", extra={"seconds": settings.drain_s})
         until = time.monotonic() + settings.drain_s
+        if page is not None:
+            await page.stop()
         await worker.drain(settings.drain_s)  # still listening: probes hear NOT_SERVING, and new requests UNAVAILABLE
         await server.stop(max(until - time.monotonic(), LAST_WORDS_S))
         await asyncio.to_thread(worker.close)
         current.stack.today.close()
+        if current.stack.origin.shadow is not None:
+            await asyncio.to_thread(current.stack.origin.shadow.close)
         if journal is not None:
             await asyncio.to_thread(journal.close)
         await asyncio.to_thread(watching.close)
@@ -113,22 +121,23 @@ async def run_server(
 
 def make_server(
     current: Current, worker: Worker, settings: ServeSettings, watching: Watching, journal: Journal | None = None
-) -> tuple[grpc.aio.Server, HealthService]:
-    """A server with the recommender, health and reflection, not yet listening, and its health. Raises TokenError."""
+) -> tuple[grpc.aio.Server, HealthService, Page | None]:
+    """A server with the recommender, health and reflection, not yet listening, its health, and its page. Raises TokenError."""
     book = None if settings.tokens is None else TokenBook(settings.tokens)
     if book is not None or settings.tls is not None or not is_loopback(settings.host):
         audit.always_heard()
     service = RecommenderService(current, worker, tokens=book is not None, least_depth=settings.least_depth)
+    inside = [watching.observe, Gate(book), Door(service), Intake()]
     server = grpc.aio.server(
         options=[
             ("grpc.so_reuseport", 0),  # else a second server would share the port silently instead of failing
             ("grpc.max_receive_message_length", settings.most_request_bytes),
             ("grpc.max_send_message_length", -1),
         ],
-        interceptors=[watching.observe, Gate(book), Door(service), Intake(), *([] if journal is None else [Served(journal)])],
+        interceptors=[*inside, *([] if journal is None else [Served(journal)])],
     )
     recommender_pb2_grpc.add_RecommenderServicer_to_server(service, server)
-    watching.telemetry.registry.add(service.gathered)
+    watching.telemetry.registry.register(service.gathered)
     health = HealthService(service, worker)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     names = [
@@ -137,7 +146,8 @@ def make_server(
         reflection.SERVICE_NAME,
     ]
     reflection.enable_server_reflection(names, server)
-    return server, health
+    page = None if settings.page is None else Page(settings.page, current, service, inside, book)
+    return server, health, page
 
 
 def check_address(settings: ServeSettings) -> None:
@@ -150,6 +160,11 @@ def check_address(settings: ServeSettings) -> None:
         raise CannotListen(
             f"--host {settings.host} can be reached from other machines, and this server has no {' and no '.join(missing)}; give "
             "--tls-cert, --tls-key and --tokens, use 127.0.0.1, or say --insecure-public if the network around it protects it"
+        )
+    if settings.page is not None and settings.tls is not None and settings.tls.client_ca is not None and settings.tokens is None:
+        raise CannotListen(
+            "--ui asks for a token, not for a certificate, and with --client-ca and no --tokens it would let in everybody on "
+            "this machine; give --tokens, or leave --ui out"
         )
     if settings.tls is not None:
         check_tls(settings.tls)

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn, Protocol, TypeVar, cast
 
 import grpc
+from prometheus_client import Histogram
 
 from ranking.serving import answers, changes, recommender_pb2_grpc
 from ranking.serving import recommender_pb2 as pb
@@ -24,7 +25,6 @@ from ranking.serving.gather import Asked, retrieve_together
 from ranking.serving.load_shed import first_stage, kind_of
 from ranking.serving.load_shed_depth import LEAST_DEPTH, Depth
 from ranking.serving.load_shed_door import caller_of
-from ranking.serving.meters import SIZES, Histogram
 from ranking.serving.queue_fair import Job
 from ranking.serving.queue_forecast import Kind
 from ranking.serving.stack import Stack
@@ -33,6 +33,8 @@ from ranking.serving.visit import visit
 from ranking.serving.worker import Failed, Worker
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Upper bounds for how many were taken together."""
 REPLY_S = 0.005
 """Seconds before the deadline at which an answer without ranking is sent if ranking still runs."""
 
@@ -62,7 +64,8 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
         self._depth = Depth(worker.pressure, least_depth)
         self._since = time.monotonic()
         self._requests = 0
-        self.gathered = Histogram("brewline_batch_size", "Calls that were answered together.", ("method",), SIZES)
+        told = "Calls that were answered together."
+        self.gathered = Histogram("brewline_batch_size", told, ("method",), registry=None, buckets=SIZES)
 
     @property
     def stack(self) -> Stack:
@@ -168,7 +171,7 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
         def run() -> Response:
             call.started = time.monotonic()
             if method == "Retrieve":
-                self.gathered.observe(1, method)
+                self.gathered.labels(method).observe(1)
             response = work(self.stack.now(), request, call)
             if isinstance(response, pb.RecommendResponse):
                 measure(job, response, call, self._depth.share)
@@ -185,7 +188,7 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
         now = time.monotonic()
         for _, call in asked:
             call.started = now
-        self.gathered.observe(len(asked), "Retrieve")
+        self.gathered.labels("Retrieve").observe(len(asked))
         answered = retrieve_together(self.stack.now(), asked)
         return [Failed(one) if isinstance(one, Exception) else one for one in answered]
 

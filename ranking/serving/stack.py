@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from index.errors import BrewlineError
 from index.publish import current
+from index.shadow import Shadow
 from index.snapshot import Snapshot, read_manifest
 from index.steady_store import SteadyStore
 from index.store import KeyValueStore, open_store
@@ -43,12 +44,13 @@ class NotServable(BrewlineError):
 @dataclass(frozen=True)
 class Origin:
     """Where a stack was opened, what a look showed before, and what the next one may use again: the encoder with all the dims
-    that its folder has, and the connection to the members."""
+    that its folder has, the connection to the members, and what compares answers with the exact ones (None: nothing does)."""
 
     source: Source
     seen: Seen
     encoder: Encoder
     connection: KeyValueStore
+    shadow: Shadow | None
 
 
 @dataclass(frozen=True)
@@ -97,18 +99,22 @@ def open_members(url: str) -> SteadyStore:
     return SteadyStore(open_store(url, patience_s=PATIENCE_S))
 
 
-def open_stack(store: Path, encoder: Path, ranker: Path | None, members: str | None, *, hybrid: bool = False) -> Stack:
+def open_stack(
+    store: Path, encoder: Path, ranker: Path | None, members: str | None, *, hybrid: bool = False, shadow_share: float = 0.0
+) -> Stack:
     """The current night of a store with the models that made it; the encoder's vectors are cut to the night's length.
 
     `members` is a store URL (None: the snapshot store's own). `hybrid`: candidates come from the hybrid first stage that the
-    night wrote. Raises HybridError if it wrote none, FingerprintMismatch or SnapshotMismatch with both values if the models are
-    not the ones that the snapshot was made with, NotServable or the models' own errors if something is missing.
+    night wrote. `shadow_share` of the searches are compared with the exact one's answer. Raises HybridError if the night wrote
+    none, FingerprintMismatch or SnapshotMismatch with both values if the models are not the ones that the snapshot was made
+    with, ShadowError, NotServable or the models' own errors if something is missing.
     """
-    return load_stack(Source(store, encoder, ranker, members or default_members(store), hybrid))
+    shadow = Shadow(shadow_share) if shadow_share else None
+    return load_stack(Source(store, encoder, ranker, members or default_members(store), hybrid), shadow=shadow)
 
 
-def load_stack(source: Source, before: Stack | None = None) -> Stack:
-    """The night that a source holds now; of `before` the models that are still there are shared, and the members' connection.
+def load_stack(source: Source, before: Stack | None = None, shadow: Shadow | None = None) -> Stack:
+    """The night that a source holds now; of `before` the models that are still there are shared, the connection, the shadow.
 
     Beside `before` it follows the day, until `Today.take_over`, and asks shared models nothing: another thread does. Raises as
     `open_stack` does, and NotServable if a model's files changed while they were read.
@@ -126,14 +132,15 @@ def load_stack(source: Source, before: Stack | None = None) -> Stack:
     snapshot = Snapshot.open(published, fingerprint=reader.fingerprint)
     if judge is not None:
         Catalog.open(snapshot).require_ranker(judge.fingerprint)
-    today = Today(snapshot, source.store, reader, judge)
+    shadow = shadow if before is None else before.origin.shadow
+    today = Today(snapshot, source.store, reader, judge, shadow)
     if before is None:
         today.read_anew()
     connection = open_members(source.members) if before is None else before.origin.connection
     moment, catalog = today.now()
     retriever = Retriever(reader, moment, catalog, Hybrid.open(snapshot) if source.hybrid else None)
     pace = before.recommender.pace if before is not None and before.ranker is judge else Pace()
-    members, origin = MemberStore(connection, reader.fingerprint), Origin(source, seen, whole, connection)
+    members, origin = MemberStore(connection, reader.fingerprint), Origin(source, seen, whole, connection, shadow)
     return Stack(snapshot, catalog, reader, judge, members, Recommender(retriever, judge, pace), today, origin)
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from index.durable import StoreBusy
 from index.live import LiveIndex
 from index.live_view import LiveView
+from index.shadow import Shadow
 from index.snapshot import Snapshot
 from index.wal import LogBroken
 from retrieval.catalog import Catalog
@@ -34,9 +35,14 @@ class Today:
     Of all servers of a store one writes: the first that is sent a change, until it ends. `shown` is the moment last looked at.
     """
 
-    def __init__(self, snapshot: Snapshot, store: Path, encoder: Encoder, ranker: ItemTokens | None) -> None:
-        """Follows; `read_anew` or `take_over` is to come. Raises LogDamaged, LogTrimmed, CatalogError."""
-        self._snapshot, self._store, self._encoder, self._ranker = snapshot, store, encoder, ranker
+    def __init__(
+        self, snapshot: Snapshot, store: Path, encoder: Encoder, ranker: ItemTokens | None, shadow: Shadow | None = None
+    ) -> None:
+        """Follows; `read_anew` or `take_over` is to come. `shadow` compares some answers with the exact ones.
+
+        Raises LogDamaged, LogTrimmed, CatalogError.
+        """
+        self._snapshot, self._store, self._encoder, self._ranker, self._shadow = snapshot, store, encoder, ranker, shadow
         self._night = Catalog.open(snapshot)
         self._writes = False
         self._made: dict[bytes, tuple[PutItem, npt.NDArray[np.float32]]] = {}
@@ -105,7 +111,7 @@ class Today:
         self._writes = False
 
     def _open(self, *, write: bool) -> None:
-        self._live = LiveIndex(self._snapshot, self._store, write=write)
+        self._live = LiveIndex(self._snapshot, self._store, write=write, shadow=self._shadow)
         self._writes, self._items = write, LiveItems(self._ranker)
         view = self._live.view()
         self.shown = view, LiveCatalog(self._night, view, self._items)

@@ -8,6 +8,8 @@ other in the order in which they first ended.
 from __future__ import annotations
 
 import importlib
+import logging
+import threading
 from typing import Any
 
 from index.errors import BrewlineError
@@ -16,7 +18,11 @@ from ranking.serving import recommender_pb2 as pb
 from ranking.serving.visit import Visit
 
 SERVICE = "brewline.v1.Recommender"
+CLOSE_S = 3.0
+"""Seconds that the collector has for the last spans; the SDK alone would try for 30, longer than a server may take to end."""
 DEGRADABLE = (pb.RecommendResponse, pb.RetrieveResponse, pb.RankResponse)
+
+log = logging.getLogger(__name__)
 
 
 class TracesError(BrewlineError):
@@ -58,8 +64,12 @@ class Traces:
         span.end(end)
 
     def close(self) -> None:
-        """What is still here was sent, or the collector did not take it in time."""
-        self._provider.shutdown()
+        """What is still here was sent, or the collector did not take it in time, and the log says so."""
+        ending = threading.Thread(target=self._provider.shutdown, name="brewline-traces", daemon=True)
+        ending.start()
+        ending.join(CLOSE_S)
+        if ending.is_alive():
+            log.warning("the collector did not take the last spans in %g s; they are lost", CLOSE_S)
 
     def _stages(self, visit: Visit, inside: Any, end: int) -> None:
         begun = visit.at

@@ -8,13 +8,13 @@ from collections.abc import Awaitable, Callable
 from grpc_health.v1 import health_pb2
 
 from ranking.serving.current import Current
-from ranking.serving.exposition import CONTENT_TYPE, render
 from ranking.serving.observe import Listener, Observe
 from ranking.serving.telemetry import Telemetry
 from ranking.serving.traces import Traces
 from ranking.serving.visit import Visit
 from ranking.serving.web import Asked, Reply, Route, Web, plain_reply
 
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 HEALTH_S = 5.0
 """Seconds that /healthz waits for an answer, which is a probe that runs where requests run."""
 
@@ -64,4 +64,4 @@ class Watching:
 
     def _metrics(self, asked: Asked) -> Reply:
         del asked
-        return Reply(render(self.telemetry.registry.collect()).encode(), CONTENT_TYPE)
+        return Reply(self.telemetry.text(), CONTENT_TYPE)

@@ -1,6 +1,7 @@
-"""A small HTTP/1.1 server that only reads: one thread, exact paths, GET and HEAD, a few kilobytes and seconds for a caller.
+"""A small HTTP/1.1 server: one thread, exact paths, GET, HEAD and POST, a few kilobytes and seconds for a caller.
 
-It has no credentials, so it listens on this machine unless told otherwise, and what it serves must say nothing about members.
+It looks at no credentials, so it listens on this machine unless told otherwise. A route that says anything about members has to
+ask for them itself.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 import logging
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -18,8 +19,9 @@ from urllib.parse import parse_qsl, urlsplit
 from index.errors import BrewlineError
 from ranking.serving.security_tls import is_loopback
 
-MOST_HEAD, MOST_CLIENTS, CLIENT_S = 8 << 10, 32, 10.0
-"""Bytes of a request, connections at a time (the next is hung up on), seconds from a connection to the end of its answer."""
+MOST_HEAD, MOST_BODY, MOST_CLIENTS, CLIENT_S = 8 << 10, 1 << 20, 32, 10.0
+"""Bytes of a request's head and of its body, connections at a time (the next is hung up on), seconds from a connection to the end
+of its answer."""
 TEXT = "text/plain; charset=utf-8"
 
 log = logging.getLogger(__name__)
@@ -31,10 +33,15 @@ class WebError(BrewlineError):
 
 @dataclass(frozen=True)
 class Asked:
-    """A request: its path, and its query by name (the last value of each)."""
+    """A request: its path, its query by name (the last value of each), its headers by lower-case name, and what was posted.
+
+    A header that came more than once has all its values, joined by ", ".
+    """
 
     path: str
     query: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    body: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class Web:
         self.host, self.port = host, int(self._socket.getsockname()[1])
         self._thread: threading.Thread | None = None
         self._routes: Mapping[str, Route] = {}
+        self._posts: Mapping[str, Route] = {}
         self._clients = 0
 
     @property
@@ -73,11 +81,11 @@ class Web:
         """The address to ask, as a URL without a path."""
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
-    def start(self, routes: Mapping[str, Route]) -> None:
-        """The paths are answered by their routes, from a daemon thread."""
+    def start(self, routes: Mapping[str, Route], posts: Mapping[str, Route] | None = None) -> None:
+        """The paths are answered by their routes, those of `posts` to POST only, from a daemon thread."""
         if not is_loopback(self.host):
             log.warning("HTTP on %s can be read from other machines and asks for no credentials", self.address)
-        self._routes = dict(routes)
+        self._routes, self._posts = dict(routes), dict(posts or {})
         ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main(ready)), name="brewline-web", daemon=True)
         self._thread.start()
@@ -129,27 +137,50 @@ class Web:
         words = first.split(" ")
         if len(words) != 3 or not words[1].startswith("/") or words[2] not in ("HTTP/1.1", "HTTP/1.0"):
             return plain_reply(HTTPStatus.BAD_REQUEST, "this is no request of HTTP/1.1"), False
-        if words[0] not in ("GET", "HEAD"):
-            return plain_reply(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD are answered", {"Allow": "GET, HEAD"}), False
-        hosts = [value.strip() for name, _, value in (line.partition(":") for line in lines) if name.lower() == "host"]
-        if is_loopback(self.host) and not all(_is_here(host) for host in hosts):
+        headers = _headers(lines)
+        if is_loopback(self.host) and "host" in headers and not _is_here(headers["host"]):
             return plain_reply(HTTPStatus.MISDIRECTED_REQUEST, "this server answers to localhost only"), False
-        return await self._routed(words[1]), words[0] == "HEAD"
+        return await self._routed(words[0], words[1], headers, reader), words[0] == "HEAD"
 
-    async def _routed(self, target: str) -> Reply:
+    async def _routed(self, method: str, target: str, headers: Mapping[str, str], reader: asyncio.StreamReader) -> Reply:
         try:
             parts = urlsplit(target)
-            asked = Asked(parts.path, dict(parse_qsl(parts.query, keep_blank_values=True, max_num_fields=64)))
+            query = dict(parse_qsl(parts.query, keep_blank_values=True, max_num_fields=64))
         except ValueError:
             return plain_reply(HTTPStatus.BAD_REQUEST, "the path cannot be read")
-        route = self._routes.get(asked.path)
-        if route is None:
-            return plain_reply(HTTPStatus.NOT_FOUND, f"here are {', '.join(sorted(self._routes))}")
+        if parts.path not in self._routes and parts.path not in self._posts:
+            return plain_reply(HTTPStatus.NOT_FOUND, f"here are {', '.join(sorted({*self._routes, *self._posts}))}")
+        allowed = [*(("GET", "HEAD") if parts.path in self._routes else ()), *(("POST",) if parts.path in self._posts else ())]
+        if method not in allowed:
+            words = f"only {' and '.join(allowed)} {'is' if len(allowed) == 1 else 'are'} answered"
+            return plain_reply(HTTPStatus.METHOD_NOT_ALLOWED, words, {"Allow": ", ".join(allowed)})
+        body = await _body(headers, reader) if method == "POST" else b""
+        if isinstance(body, Reply):
+            return body
+        route = (self._posts if method == "POST" else self._routes)[parts.path]
         try:
-            return await self._loop.run_in_executor(self._pool, route, asked)
+            return await self._loop.run_in_executor(self._pool, route, Asked(parts.path, query, headers, body))
         except Exception as error:
-            log.error("%s failed", asked.path, exc_info=error)
+            log.error("%s failed", parts.path, exc_info=error)
             return plain_reply(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error; the server's log has it")
+
+
+def _headers(lines: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, _, value in (line.partition(":") for line in lines if line):
+        key = name.lower()
+        found[key] = f"{found[key]}, {value.strip()}" if key in found else value.strip()
+    return found
+
+
+async def _body(headers: Mapping[str, str], reader: asyncio.StreamReader) -> bytes | Reply:
+    """What was posted, or why it is not read."""
+    length = headers.get("content-length", "")
+    if "transfer-encoding" in headers or not (length.isascii() and length.isdigit()):
+        return plain_reply(HTTPStatus.LENGTH_REQUIRED, "say with Content-Length how many bytes follow")
+    if len(length) > 9 or int(length) > MOST_BODY:
+        return plain_reply(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {MOST_BODY:,} bytes")
+    return await reader.readexactly(int(length))
 
 
 def _is_here(host: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from typer.testing import CliRunner
 
 from ranking.instructions import CONDITIONS, List, NoCategories, _moved, follow
+from ranking.learn import variety
+from ranking.learn.loop import LoopSettings
 from ranking.learn.start import RankerPlan, start
 from ranking.learn.train import train_ranker
 from ranking.learn.wishes import HELD_OUT, KINDS, TAUGHT, Wish, answers_with, drawn, words_of
@@ -135,6 +138,27 @@ def test_an_untrained_ranker_follows_nobody_and_a_folder_without_categories_says
     bare = replace(tiny_dataset, items=replace(tiny_dataset.items, category=[""] * len(tiny_dataset.items)))
     with pytest.raises(NoCategories, match="fewer than two"):
         follow(bare, ranker)
+
+
+def only_topics(rng: np.random.Generator, category: Sequence[str], creator: Sequence[str]) -> tuple[Wish, ...]:
+    """The easiest wish: nothing but one topic of the group."""
+    named = sorted(set(category))
+    return (Wish("only", named[rng.integers(len(named))]),) if len(named) > 1 and creator else ()
+
+
+def test_what_is_taught_is_followed_and_measured(tiny_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variety, "drawn", only_topics)
+    size = Size(hidden=64, layers=2, heads=4, kv_heads=2, mlp=128, vocabulary=400)
+    loop = LoopSettings(learning_rate=3e-3, candidates=48)
+    plan = RankerPlan(steps=300, size=size, budgets=RankBudgets(item=48, prefix=160), loop=loop, wishes=1.0)
+    trainer = start(tiny_dataset, tiny_dataset.meta.cut_test, plan, 300)
+    facts = RankerFacts(trainer.writer.tasks, trainer.labels, plan.budgets, {}, None, {})
+    rises = []
+    for until in (1, 300):
+        trainer.run(until)
+        ranker = Ranker.of(trainer.model, trainer.writer.prompts, facts, str(until))
+        rises.append({one.name: one.rise for one in follow(tiny_dataset, ranker, members=20, listed=40)}["only X"])
+    assert abs(rises[0].value) < 0.1 < rises[1].low
 
 
 def test_with_a_head_the_served_order_is_measured(tiny_dataset: Dataset, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 
 from ranking.cli.logs import set_up
 from ranking.serving import recommender_pb2 as pb
-from ranking.serving import recommender_pb2_grpc
+from ranking.serving import recommender_pb2_grpc, traces
 from ranking.serving.client import Client
 from ranking.serving.stack import Stack
 from ranking.serving.tokens import make_token
@@ -123,6 +125,46 @@ def test_a_call_is_a_span_of_its_callers_trace_with_a_span_for_each_stage(stack:
     assert edges == sorted(edges) and all(edge is not None for edge in edges)
     (refused,) = [span for span in spans if span.name.endswith("/Retrieve")]
     assert refused.parent is None and not refused.status.is_ok and refused.status.description == "UnknownMember"
+
+
+@pytest.mark.skipif(not INSTALLED, reason="the extra `traces` (OpenTelemetry) is not installed here")
+def test_spans_reach_a_collector(stack: Stack, start: Start) -> None:
+    from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+    class Collector(trace_service_pb2_grpc.TraceServiceServicer):  # type: ignore[misc]
+        def Export(self, request: Any, context: grpc.ServicerContext) -> Any:
+            del context
+            took.extend(span.name for one in request.resource_spans for part in one.scope_spans for span in part.spans)
+            return trace_service_pb2.ExportTraceServiceResponse()
+
+    took: list[str] = []
+    collector = grpc.server(ThreadPoolExecutor(1))
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Collector(), collector)
+    address = f"http://127.0.0.1:{collector.add_insecure_port('127.0.0.1:0')}"
+    collector.start()
+    port, stop = start(stack, traces=open_traces(address, "1"))
+    with Client(f"127.0.0.1:{port}") as client:
+        client.recommend("m5", k=3)
+    stop()
+    collector.stop(0)
+    assert {"brewline.v1.Recommender/Recommend", "queue", "rank", "order"} <= set(took)
+
+
+@pytest.mark.skipif(not INSTALLED, reason="the extra `traces` (OpenTelemetry) is not installed here")
+def test_a_collector_that_takes_nothing_does_not_hold_the_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from opentelemetry.sdk.trace import SpanProcessor
+
+    class Stuck(SpanProcessor):  # type: ignore[misc]
+        def shutdown(self) -> None:
+            go.wait(20)
+
+    go = threading.Event()
+    monkeypatch.setattr(traces, "CLOSE_S", 0.05)
+    Traces(Stuck(), "1").close()
+    assert not go.is_set() and "they are lost" in caplog.text
+    go.set()
 
 
 def test_the_client_still_reads_what_is_watched(port: int) -> None:
