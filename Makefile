@@ -24,7 +24,7 @@ OTHER     := $(VENV)/.installed-$(if $(GPU),cpu,gpu)
 TORCH     := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test soak proto nightly serve bench clean
+.PHONY: help setup demo check test audit soak proto nightly serve bench clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,15 @@ check: $(STAMP) ## Lint, formatting, types, import contracts, and the size of ea
 
 test: check ## Everything that a change must pass: `make check` and the tests
 	$(BIN)/python -m pytest
+
+# Known holes of the pinned versions are a question to the network, so they are asked only where pip-audit is installed.
+audit: $(STAMP) ## Pins, licences, dangerous calls; known holes where pip-audit is installed
+	$(BIN)/python -m pytest -q tests/test_audit.py
+	@if command -v pip-audit >/dev/null; then \
+	  pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; \
+	else \
+	  echo "pip-audit is not installed: known holes were not looked for (pipx install pip-audit; it asks PyPI)"; \
+	fi
 
 soak: $(STAMP) ## The long versions of the tests
 	$(BIN)/python -m pytest -m soak

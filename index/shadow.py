@@ -23,7 +23,7 @@ class ShadowError(BrewlineError):
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What a shadow has seen: the mean `recall` of its last answers (None before the first), and since its start how many were
-    `compared`, how many `dropped` because too many waited, and how many comparisons `failed` (the log says why)."""
+    `compared`, how many `dropped` because too many waited or it was closed, and how many comparisons `failed` (the log says why)."""
 
     recall: float | None
     compared: int
@@ -75,10 +75,24 @@ class Shadow:
             self._waiting.join()
 
     def close(self) -> None:
-        """What waits is compared, and the thread has ended. Nothing may be offered any more."""
+        """What waits is dropped and counted, the comparison under way is over, and the thread has ended.
+
+        Nothing may be offered any more. Nobody who stops a server waits for exact searches that nobody will read.
+        """
         if self._thread.ident:
+            self._drop_waiting()
             self._waiting.put(None)
             self._thread.join()
+
+    def _drop_waiting(self) -> None:
+        while True:
+            try:
+                recall = self._waiting.get_nowait()
+            except queue.Empty:
+                return
+            with self._lock:
+                self._dropped += recall is not None
+            self._waiting.task_done()
 
     def _work(self) -> None:
         while (recall := self._waiting.get()) is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PROMISED = ("help", "setup", "demo", "check", "test", "soak", "proto", "nightly", "serve", "bench", "clean")
+PROMISED = ("help", "setup", "demo", "check", "test", "audit", "soak", "proto", "nightly", "serve", "bench", "clean")
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 

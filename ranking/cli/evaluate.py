@@ -14,6 +14,7 @@ import typer
 from ranking.cli.evaluate_inputs import AsJson, Counts, CountsChoice, Data, NotAsked, Out, read_with_truth
 from ranking.cli.evaluate_instructions import instructions
 from ranking.cli.evaluate_ranking import ranking, ranking_baselines
+from ranking.cli.evaluate_served import served
 from ranking.cli.forms import CodesChoice, HybridWeights, hybrid_settings
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ def _judge_retrieval(
 
 
 app.command()(ranking)
+app.command()(served)
 app.command()(instructions)
 
 

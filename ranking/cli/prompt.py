@@ -142,7 +142,7 @@ def as_words(asked: Asked) -> Shown:
 
 
 def _shown(asked: Asked, tokens: Tokens, ids: list[int], budget: int, model: str, fingerprint: str) -> Shown:
-    text = tokens.tokenizer.decode(ids, skip_special_tokens=False)
+    text = tokens.text(ids)
     names = [tokens.tokenizer.decode([token], skip_special_tokens=False) for token in ids]
     return Shown(asked.kind, asked.id, asked.as_of, model, fingerprint, text, len(text), ids, names, len(ids), budget)
 

@@ -168,5 +168,4 @@ def _prompts(stack: Stack, case: Case) -> list[pb.Prompt]:
 
 
 def _prompt(model: str, row: str, tokens: Tokens, ids: Sequence[int]) -> pb.Prompt:
-    text = tokens.tokenizer.decode(list(ids), skip_special_tokens=False)
-    return pb.Prompt(model=model, row=row, text=text, tokens=len(ids))
+    return pb.Prompt(model=model, row=row, text=tokens.text(ids), tokens=len(ids))

@@ -43,6 +43,7 @@ def test_an_exact_index_has_recall_one_and_a_batch_is_one_comparison(make_snapsh
     with LiveIndex(make_snapshot(60), store, shadow=shadow) as live:
         live.view().search(unit(5, 8, 9), 20)
         live.view().search(unit(2, 8, 9), 90, [np.arange(60)] * 2)
+    shadow.drain()
     shadow.close()
     assert shadow.seen() == Seen(1.0, 2, 0, 0)
 
@@ -61,10 +62,34 @@ def test_a_request_never_waits_and_failures_are_counted(caplog: pytest.LogCaptur
     for _ in range(50):
         shadow.offer(broken)
     go.set()
+    shadow.drain()
     shadow.close()
     seen = shadow.seen()
     assert seen.recall == 0.5 and seen.compared == 1 and 1 <= seen.failed <= 3 and seen.failed + seen.dropped == 50
     assert "the disk is gone" in caplog.text
+
+
+def test_closing_drops_what_waits_and_ends_with_the_comparison_under_way() -> None:
+    shadow, begun, go = Shadow(1.0), threading.Event(), threading.Event()
+
+    def slow() -> float:
+        begun.set()
+        go.wait()
+        return 0.5
+
+    shadow.offer(slow)
+    assert begun.wait(20)
+    for _ in range(5):
+        shadow.offer(lambda: 1.0)
+    closing = threading.Thread(target=shadow.close)
+    closing.start()
+    while shadow.seen().dropped < 5:
+        closing.join(0.01)
+        assert closing.is_alive()
+    go.set()
+    closing.join(20)
+    shadow.close()
+    assert not closing.is_alive() and shadow.seen() == Seen(0.5, 1, 5, 0)
 
 
 def test_the_share_and_the_window() -> None:

@@ -110,9 +110,10 @@ def test_additions_break_nothing() -> None:
 
 
 def documented() -> list[list[str]]:
-    """The words of every grpcurl command of the page."""
-    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-    return [shlex.split(line) for line in re.findall(r"^grpcurl .*$", page, re.M)]
+    """The words of every grpcurl command of the README, the manual and the contract's own comments."""
+    pages = [ROOT / "README.md", ROOT / "proto" / "recommender.proto", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    return [shlex.split(line) for line in re.findall(r"^(?:\s|//|[$>])*(grpcurl .*)$", text, re.M)]
 
 
 def grpcurl(words: list[str], port: int) -> dict:

@@ -161,7 +161,7 @@ def test_the_explanation_shows_the_rows_that_were_read(stack: Stack, read: Rows,
         client.upsert([Item("new", CALM, CALM, CALM, "nobody known", numbers={"price": 4.0})])
         calm = [special.findall(row.text) for row in client.explain(view("", ""), "new", 61).prompts]
         assert len(calm) == 4 and all(calm)
-        for text in (*ASCII, *ODD):
+        for text in (*ASCII, *FOLDED, *ODD):
             client.upsert([Item("new", *[text] * 4, numbers={"price": 4.0})])
             read.clear()
             told = client.explain(view("instruction", text), "new", 61).prompts

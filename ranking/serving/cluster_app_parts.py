@@ -1,0 +1,269 @@
+"""The line taken apart: what each kind of replica runs, and a stack whose models and shards are asked from afar. No Ray here.
+
+A far part answers through an `Ask`, whatever carries the question; the parts that are asked are the classes of the single server
+(`Encoder`, `Searcher` or `Certified`, `Ranker`), and so is what asks them (`Stack`, `Recommender`, `Shards`). So are the answers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from index.certified import Certified
+from index.filters import Allow
+from index.hits import Hits, Rows, Vectors
+from index.publish import current
+from index.search import Searcher
+from index.serving import Serving
+from index.shards import PLACE_FACT, ROWS_PART, WHOLE_FACT, Shard, ShardError, Shards
+from index.snapshot import Snapshot, read_manifest, snapshots_dir
+from ranking.pipeline import Recommender
+from ranking.serving.stack import NotServable, Origin, Stack, load_encoder, load_ranker, open_members, require_pair
+from ranking.serving.swap_look import Source, look
+from ranking.serving.today import Today
+from ranking.tasks import Task
+from retrieval.catalog import Catalog
+from retrieval.data.schema import Item, MemberView
+from retrieval.members import MemberStore
+from retrieval.retrieve import Retriever
+
+if TYPE_CHECKING:
+    from ranking.fusion import Head
+    from ranking.fusion_features import Asked
+    from ranking.pipeline import Floats
+    from ranking.ranker import Ranker, RankerFacts
+    from retrieval.encoder import Encoder
+
+Ask = Callable[..., Any]
+"""Asks one replica of a kind: the name of a method, then its arguments. Returns what that returns, raises what it raises."""
+AT_ONCE = 8
+"""Requests of one ingress whose shards are asked at the same time."""
+
+
+@dataclass(frozen=True)
+class EncoderAbout:
+    """What an encoder's replicas are."""
+
+    fingerprint: str
+    dims: int
+    actions: tuple[str, ...]
+
+
+class EncoderReplica:
+    """One encoder, with vectors of the snapshot's length. For one request at a time."""
+
+    def __init__(self, folder: str, dims: int) -> None:
+        whole = load_encoder(Path(folder))
+        self._encoder = whole.truncated(dims) if dims < whole.dims else whole
+
+    def about(self) -> EncoderAbout:
+        """What it is."""
+        return EncoderAbout(self._encoder.fingerprint, self._encoder.dims, tuple(self._encoder.writer.actions))
+
+    def members(self, views: Sequence[MemberView]) -> Vectors:
+        """See `Encoder.members`."""
+        return self._encoder.members(views)
+
+    def items(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray]) -> Vectors:
+        """See `Encoder.items`."""
+        return self._encoder.items(items, numbers)
+
+    def item_digests(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray]) -> list[str]:
+        """See `Encoder.item_digests`."""
+        return self._encoder.item_digests(items, numbers)
+
+
+class ShardReplica:
+    """One shard of an index, searched as it was built, or exactly."""
+
+    def __init__(self, folder: str, exact: bool) -> None:
+        self._snapshot = Snapshot.open(Path(folder))
+        self._search = Certified(self._snapshot.vectors) if exact else Searcher.of(self._snapshot)
+
+    def name(self) -> str:
+        """The snapshot's name, which is made of its content."""
+        return self._snapshot.name
+
+    def search(self, queries: Vectors, k: int, exclude: Sequence[Rows] | None, allow: Allow) -> Hits:
+        """See `Searcher.search`; rows are the shard's own."""
+        return self._search.search(queries, k, exclude, allow=allow)
+
+
+class RankerReplica:
+    """One ranker with its own cache of prefixes. For one request at a time."""
+
+    def __init__(self, folder: str) -> None:
+        self._ranker = load_ranker(Path(folder))
+
+    def about(self) -> tuple[str, RankerFacts, Head | None]:
+        """Its fingerprint, its facts, and the head that joins numbers to its words."""
+        return self._ranker.fingerprint, self._ranker.facts, self._ranker.head
+
+    def score(
+        self, view: MemberView, tokens: list[list[int]], task: str, relations: list[str] | None, numbers: Asked | None
+    ) -> Floats:
+        """See `Ranker.score`."""
+        return self._ranker.score(view, tokens, task, relations, numbers)
+
+    def item_tokens(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray]) -> list[list[int]]:
+        """See `Ranker.item_tokens`."""
+        return self._ranker.item_tokens(items, numbers)
+
+
+class FarEncoder:
+    """An encoder that runs elsewhere, as the line asks it."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        about: EncoderAbout = ask("about")
+        self.fingerprint, self.dims, self.actions = about.fingerprint, about.dims, about.actions
+
+    def members(self, views: Sequence[MemberView]) -> Vectors:
+        """See `Encoder.members`."""
+        return cast(Vectors, self._ask("members", views))
+
+    def items(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray]) -> Vectors:
+        """See `Encoder.items`."""
+        return cast(Vectors, self._ask("items", items, numbers))
+
+    def item_digests(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray]) -> list[str]:
+        """See `Encoder.item_digests`."""
+        return cast("list[str]", self._ask("item_digests", items, numbers))
+
+
+class FarSearch:
+    """A shard that is searched elsewhere: a `Search`."""
+
+    def __init__(self, ask: Ask, snapshot: Snapshot) -> None:
+        """Raises ShardError if the replicas hold another shard than the folder here."""
+        self._ask, self.count, self.dims = ask, snapshot.manifest.count, snapshot.manifest.dims
+        if (name := ask("name")) != snapshot.name:
+            raise ShardError(f"the replicas search shard {name}, the folder here holds {snapshot.name}: deploy both of one night")
+
+    def search(self, queries: Vectors, k: int, exclude: Sequence[Rows] | None = None, *, allow: Allow = None) -> Hits:
+        """See `Searcher.search`."""
+        return cast(Hits, self._ask("search", queries, k, exclude, allow))
+
+
+class FarRanker:
+    """A ranker that runs elsewhere, as the line asks it."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self.fingerprint: str
+        self.facts: RankerFacts
+        self.head: Head | None
+        self.fingerprint, self.facts, self.head = ask("about")
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """The tasks by name, the main one first."""
+        return self.facts.tasks
+
+    def fuses(self, task: str = "") -> bool:
+        """See `Ranker.fuses`."""
+        from ranking.ranker import Ranker
+
+        return Ranker.fuses(cast("Ranker", self), task)
+
+    def score(
+        self,
+        view: MemberView,
+        item_tokens: list[list[int]],
+        task: str = "",
+        relations: list[str] | None = None,
+        numbers: Asked | None = None,
+    ) -> Floats:
+        """See `Ranker.score`."""
+        return cast("Floats", self._ask("score", view, item_tokens, task, relations, numbers))
+
+    def item_tokens(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray]) -> list[list[int]]:
+        """See `Ranker.item_tokens`."""
+        return cast("list[list[int]]", self._ask("item_tokens", items, numbers))
+
+
+@dataclass(frozen=True)
+class FarStack(Stack):
+    """A night whose models and shards are elsewhere; catalogue, members and today's changes are here."""
+
+    serving: Serving
+    actions: tuple[str, ...]
+    looking: threading.Lock
+
+    @property
+    def engaged(self) -> str:
+        """See Stack."""
+        return next(iter(self.actions), "")
+
+    def now(self) -> Stack:
+        """The stack of the present moment, searched by the shards. Any thread may ask. Raises LogDamaged."""
+        with self.looking:
+            moment, catalog = self.today.now()
+        retriever = replace(self.recommender.retriever, moment=replace(moment, serving=self.serving), catalog=catalog)
+        return replace(self, catalog=catalog, recommender=replace(self.recommender, retriever=retriever))
+
+
+def far_stack(source: Source, shards: Path, encoder: Ask, searches: Sequence[Ask], ranker: Ask | None) -> FarStack:
+    """The current night of a store, its encoder, ranker and shards asked from afar; `searches` stand as folders 0, 1, ... do.
+
+    Raises what `open_stack` raises where parts are of different nights, and ShardError.
+    """
+    published = current(source.store)
+    if published is None:
+        raise NotServable(f"{source.store}: nothing was published; run `brewline nightly` first")
+    seen, reader, judge = look(source), FarEncoder(encoder), None if ranker is None else FarRanker(ranker)
+    snapshot = Snapshot.open(published, fingerprint=reader.fingerprint)
+    as_encoder, as_ranker = cast("Encoder", reader), cast("Ranker | None", judge)
+    if as_ranker is not None:
+        require_pair(as_ranker, as_encoder)
+        Catalog.open(snapshot).require_ranker(as_ranker.fingerprint)
+    today = Today(snapshot, source.store, as_encoder, as_ranker)
+    today.read_anew()
+    found = _far_shards(shard_folders(shards, snapshot.name), searches)
+    serving = Serving(found, False, f"{len(searches)} shards")
+    moment, catalog = today.now()
+    retriever = Retriever(as_encoder, replace(moment, serving=serving), catalog)
+    connection = open_members(source.members)
+    members, origin = MemberStore(connection, reader.fingerprint), Origin(source, seen, as_encoder, connection, None)
+    line = Recommender(retriever, as_ranker)
+    stack = (snapshot, catalog, as_encoder, as_ranker, members, line, today, origin)
+    return FarStack(*stack, serving, reader.actions, threading.Lock())
+
+
+def shard_folders(folder: Path, whole: str) -> list[Path]:
+    """The parts of a snapshot of this name, in their order, as `write_shards` laid them into the stores 0, 1, ... of a folder.
+
+    Raises ShardError if one is missing.
+    """
+    found: list[Path] = []
+    while (store := folder / str(len(found))).is_dir():
+        parts = [path for path in sorted(snapshots_dir(store).glob("*/")) if _part_of(path) == (whole, len(found))]
+        if not parts:
+            raise ShardError(f"{store} holds no part {len(found)} of {whole}: divide the published snapshot by write_shards")
+        found.append(parts[0])
+    count = int(read_manifest(found[0]).extra[PLACE_FACT].partition("/")[2]) if found else 0
+    if not found or count != len(found):
+        raise ShardError(f"{folder} holds {len(found)} parts of {whole}, expected {count or 'the stores 0, 1, ...'}")
+    return found
+
+
+def _part_of(folder: Path) -> tuple[str, int]:
+    """The name of the snapshot that was divided, and which part of it this is. Raises what reading a manifest raises."""
+    facts = read_manifest(folder).extra
+    return facts.get(WHOLE_FACT, ""), int(facts.get(PLACE_FACT, "-1").partition("/")[0])
+
+
+def _far_shards(folders: Sequence[Path], searches: Sequence[Ask]) -> Shards:
+    """The shards of one night behind their replicas. Raises ShardError."""
+    if len(folders) != len(searches):
+        raise ShardError(f"{len(searches)} shards are deployed, {len(folders)} folders are there: deploy again")
+    made = []
+    for folder, ask in zip(folders, searches):
+        shard = Snapshot.open(folder, verify=False)  # the replica verifies what it searches; here ids and rows are mapped
+        made.append(Shard(FarSearch(ask, shard), np.fromfile(shard.part(ROWS_PART), "<i8"), shard.ids))
+    return Shards(made, threads=AT_ONCE * len(made))
