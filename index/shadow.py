@@ -23,7 +23,7 @@ class ShadowError(BrewlineError):
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What a shadow has seen: the mean `recall` of its last answers (None before the first), and since its start how many were
-    `compared`, how many `dropped` because too many waited or it was closed, and how many comparisons `failed` (the log says why)."""
+    `compared`, how many `dropped` because too many waited or it was closed, how many comparisons `failed` (the log says why)."""
 
     recall: float | None
     compared: int

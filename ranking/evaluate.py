@@ -70,6 +70,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.event)
 
+    def take(self, which: Bools) -> Rows:
+        """The rows where the mask is true, in order."""
+        return Rows(**{name: column[which] for name, column in vars(self).items()})
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -231,8 +235,24 @@ def _weighted_auc(weights: Floats, label: Floats, starts: Ints) -> Floats:
 
 def auc_difference(ours: Judged, theirs: Judged) -> Estimate:
     """Returns our AUC minus theirs with its paired interval over members; both must come from the same rows and seed."""
-    samples = ours.samples - theirs.samples
-    samples = samples[np.isfinite(samples)]
-    low, high = interval(samples) if len(samples) else (np.nan, np.nan)
-    error = float(samples.std(ddof=1)) if len(samples) > 1 else float("nan")
-    return Estimate(ours.auc.value - theirs.auc.value, error, low, high)
+    return _lead(ours.auc.value - theirs.auc.value, ours.samples - theirs.samples)
+
+
+def slice_leads(rows: Rows, ours: Floats, theirs: Floats, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Estimate]:
+    """Returns AUC of our scores [E] minus that of theirs in each slice (`masks_of`) with its paired interval over the slice's
+    members; slices without both labels are left out."""
+    found = {}
+    for name, mask in masks_of(rows).items():
+        part, one, other = rows.take(mask), ours[mask], theirs[mask]
+        if len(part) and 0 < part.label.mean() < 1:
+            samples = auc_samples(part, one, seed, resamples) - auc_samples(part, other, seed, resamples)
+            found[name] = _lead(auc(part.label, one) - auc(part.label, other), samples)
+    return found
+
+
+def _lead(value: float, samples: Floats) -> Estimate:
+    """A difference with the uncertainty of its paired samples [R]; NaN samples had one label only."""
+    seen = samples[np.isfinite(samples)]
+    low, high = interval(seen) if len(seen) else (np.nan, np.nan)
+    error = float(seen.std(ddof=1)) if len(seen) > 1 else float("nan")
+    return Estimate(value, error, low, high)

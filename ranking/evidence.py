@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ranking.baselines import Scored
-from ranking.evaluate import Judged, Rows, auc_difference, engaged_before, judge_scores, order_alone
+from ranking.evaluate import Judged, Rows, auc_difference, engaged_before, judge_scores, order_alone, slice_leads
 from ranking.metrics import reliability
 from ranking.page import ranking_page, reliability_plot
 from ranking.scores import OrderOnly, Scores
@@ -63,7 +63,8 @@ class RankingRun:
 class RankingReport:
     """All runs on the labelled test events. `best` is the label of the simple baseline with the highest AUC among those that
     know no more than the model; `differences` label -> model's AUC minus that run's, paired over members. Of a ranker with a
-    head, `variants` are the words alone and the numbers alone, and `fusion` what the model gains over each of them."""
+    head, `variants` are the words alone and the numbers alone, and `fusion` what the model gains over each of them. `gains` slice
+    -> model's AUC minus that of `best` in it, paired."""
 
     dataset: str
     counts: Knowledge
@@ -74,6 +75,7 @@ class RankingReport:
     differences: Mapping[str, Estimate]
     variants: Sequence[RankingRun] = ()
     fusion: Mapping[str, Estimate] = field(default_factory=dict)
+    gains: Mapping[str, Estimate] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """The report ready for JSON."""
@@ -86,6 +88,7 @@ class RankingReport:
             "baselines": [run.as_dict() for run in self.baselines],
             "best_baseline": self.best,
             "auc_model_minus_baseline": {name: lead.as_dict() for name, lead in self.differences.items()},
+            "auc_model_minus_best_by_slice": {name: lead.as_dict() for name, lead in self.gains.items()},
             "auc_model_minus_variant": {name: lead.as_dict() for name, lead in self.fusion.items()},
             "fusion_verdict": self.verdict,
         }
@@ -133,6 +136,7 @@ def evaluate_ranking(
     fused = scores.without_text is not None
     model = RankingRun("Ranker, fused" if fused else "Ranker", counts, judge_scores(rows, scores.final))
     held = {TEXT_ONLY: scores.text, WITHOUT_TEXT: scores.without_text} if fused else {}
+    rival = next((one.probability for one, run in zip(baselines, runs) if run.label == best), None)
     variants = {name: judge_scores(rows, found) for name, found in held.items() if found is not None}
     return RankingReport(
         dataset.meta.name,
@@ -144,6 +148,7 @@ def evaluate_ranking(
         {run.label: auc_difference(model.judged, run.judged) for run in runs},
         [RankingRun(f"Ranker, {name}", counts, judged) for name, judged in variants.items()],
         {name: auc_difference(model.judged, judged) for name, judged in variants.items()},
+        {} if rival is None else slice_leads(rows, scores.final, rival),
     )
 
 
@@ -167,6 +172,7 @@ def write_ranking_report(report: RankingReport, rows: Rows, scores: Scores | Non
     if picture is not None:
         (folder / RELIABILITY_FILE).write_bytes(picture)
     tables = {"All systems": systems_table(report), "Model minus baseline": _lead_table(report), "Slices": slices_table(report)}
+    tables |= {"Gain over the best simple baseline by slice": gains_table(report)} if report.gains else {}
     tables |= {"Further tasks": tasks_table(report)} if report.facts["tasks"] else {}
     page = ranking_page(report.dataset, [report.verdict], tables, picture, command)
     (folder / PAGE_FILE).write_text(page, encoding="utf-8")
@@ -194,6 +200,7 @@ def _reliable(report: RankingReport, rows: Rows, scores: Scores | None) -> dict[
 def ranking_table(report: RankingReport) -> Group:
     """Returns one row per system, ± the bootstrap error over members, the model's lead with its paired interval, and slices."""
     leads = [] if report.model is None else [_lead_table(report), slices_table(report)]
+    leads += [gains_table(report)] if report.gains else []
     leads += [tasks_table(report)] if report.facts["tasks"] else []
     return Group(systems_table(report), *leads, *([Text(report.verdict)] if report.verdict else []))
 
@@ -229,16 +236,32 @@ def slices_table(report: RankingReport) -> Table:
     return table
 
 
+def gains_table(report: RankingReport) -> Table:
+    """Returns by slice what the model gains over the best simple baseline: do members with short histories gain most?"""
+    table = Table(title=f"Model's AUC minus that of {report.best}, by slice (paired bootstrap over its members, 95 %)", **PLAIN)
+    for column in ("slice", "n", "gain", "interval", "verdict"):
+        table.add_column(column, justify="left" if column in ("slice", "verdict") else "right")
+    sizes = {} if report.model is None else report.model.judged.slices
+    for name, lead in report.gains.items():
+        table.add_row(name, f"{sizes[name]['n']:,}", *_cells(lead))
+    return table
+
+
+def _cells(lead: Estimate) -> tuple[str, str, str]:
+    return f"{lead.value:+.4f}", f"{lead.low:+.4f} .. {lead.high:+.4f}", verdict(lead)
+
+
 def tasks_table(report: RankingReport) -> Table:
-    """Returns one row per further task of the ranker: the text model alone, no head joins there."""
+    """Returns one row per further task of the ranker: the text model alone, no head joins there. A held-out task is zero-shot."""
     found = report.facts["tasks"]
     table = Table(title="Further tasks, text alone", **PLAIN)
     shown = {"auc": "AUC", **SHOWN}
-    for column in ("task", "candidates", "positive", *shown.values()):
+    for column in ("task", "taught", "candidates", "positive", *shown.values()):
         table.add_column(column)
     for name, values in found.items() if isinstance(found, Mapping) else ():
+        taught = "never (held out)" if values["held_out"] else "yes"
         cells = [short(values[metric]) if metric in values else "-" for metric in shown]
-        table.add_row(name, f"{values['candidates']:,.0f}", short(values["positive_share"]), *cells)
+        table.add_row(name, taught, f"{values['candidates']:,.0f}", short(values["positive_share"]), *cells)
     return table
 
 
@@ -248,5 +271,5 @@ def _lead_table(report: RankingReport) -> Table:
         table.add_column(column)
     for label, lead in {**report.fusion, **report.differences}.items():
         mark = "*" if label == report.best else ""
-        table.add_row(f"{mark}{label}", f"{lead.value:+.4f}", f"{lead.low:+.4f} .. {lead.high:+.4f}", verdict(lead))
+        table.add_row(f"{mark}{label}", *_cells(lead))
     return table

@@ -86,7 +86,8 @@ def text_logits(
 def other_tasks(dataset: Dataset, ranker: Ranker, counts: Knowledge) -> dict[str, dict[str, float]]:
     """Returns AUC, per-member AUC, log loss, NE and ECE of every task but labels on a fixed sample of its test groups.
 
-    A group is one member's day. Tasks that the test window does not ask about are left out.
+    A group is one member's day. Tasks that the test window does not ask about are left out. `held_out` says that a task was never
+    trained on, so that its numbers are zero-shot.
     """
     found = {}
     writer = GroupWriter(dataset, ranker.prompts, ranker.tasks, known_until(dataset, counts))
@@ -101,7 +102,7 @@ def other_tasks(dataset: Dataset, ranker: Ranker, counts: Knowledge) -> dict[str
         label = np.concatenate([pool.label[part] for part in kept]).astype(np.float64)
         member = np.concatenate([np.full(part.stop - part.start, pool.member[group]) for (_, group), part in zip(chosen, kept)])
         said = ranker.text_probabilities(text_logits(ranker, writer, pool, chosen), name).astype(np.float64)
-        found[name] = task_metrics(label, said, member)
+        found[name] = {"held_out": asked[name].held_out, **task_metrics(label, said, member)}
     return found
 
 

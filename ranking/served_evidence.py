@@ -42,6 +42,7 @@ from retrieval.retrieve import Candidates
 FOUND, RANKED = "Retrieval order", "Ranked"
 HYBRID_FOUND, HYBRID_RANKED = "Hybrid, retrieval order", "Hybrid, ranked"
 COLD_SLICE = "cold targets"
+QUESTION = "both stages end to end: the same candidates as they were found, and as the ranker orders them"
 
 
 @dataclass(frozen=True)
@@ -154,12 +155,13 @@ def evaluate_served(
     names = [FOUND, RANKED, HYBRID_FOUND, HYBRID_RANKED]
     settings = ["the encoder's cosine", *(form.setting for form in forms)]
     runs = [Run(name, counts, told, judge(one, queries, items)) for name, told, one in zip(names, settings, lists)]
-    facts = {**window_facts(queries, items), "members_in_window": len(every), "sampled": len(queries) < len(every)}
+    facts = {"question": QUESTION, **window_facts(queries, items)}
+    facts |= {"members_in_window": len(every), "sampled": len(queries) < len(every)}
     nothing = ServedReport(dataset.meta.name, queries, facts, counts, None, (), {}, {}, None)
     report = _beside(nothing, runs[1], runs[:1], lists[1], lists[0])
-    return (
-        report if hybrid is None else replace(report, apart=[_beside(nothing, runs[3], [runs[2], runs[1]], lists[3], lists[2])])
-    )
+    if hybrid is None:
+        return report
+    return replace(report, apart=[_beside(nothing, runs[3], [runs[2], runs[1]], lists[3], lists[2])])
 
 
 def _counted(progress: Progress | None, total: int) -> Callable[[], None]:

@@ -50,13 +50,13 @@ def slices_table(report: ServedReport) -> Table:
     """Returns by slice recall of both orders and their paired difference; the last slice weighs members alike, not targets."""
     ours, rival = report.own.quality, report.baselines[0]
     table = Table(title=f"Slices: {rival.name.lower()}, ranked, and the difference (paired, 95 %)", **PLAIN)
-    for column in ("slice", "n", "metric", "found", "ranked", "difference", "interval", "verdict"):
-        table.add_column(column, justify="left" if column in ("slice", "metric", "verdict") else "right")
+    for column in ("slice", "n", "metric", "found", "ranked", "difference", "interval"):
+        table.add_column(column, justify="left" if column in ("slice", "metric") else "right", no_wrap=True)
     for name, leads in report.leads_by_slice.items():
         one, other = rival.quality.slices[name], ours.slices[name]
         for metric in (metric for metric in BY_SLICE if metric in leads):
             cells = (f"{int(one['n']):,}", metric.replace("recall", "R"), short(one[metric]), short(other[metric]))
-            table.add_row(name, *cells, *_cells(leads[metric]))
+            table.add_row(name, *cells, *_cells(leads[metric])[:2])
     return table
 
 

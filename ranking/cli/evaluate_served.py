@@ -32,7 +32,7 @@ def served(
     Recall, NDCG and MRR of the ranked order beside the order of retrieval, on the same candidates and members, with paired
     intervals, by length of history, for cold items and new members. The nights of the test window are replayed from the event
     log, so it takes no store. A model that was trained past this folder's test cut is refused.
-    With --out it writes report.html, metrics.json, per_query.parquet and ranked.parquet (both orders); --hybrid has a folder in it.
+    With --out it writes report.html, metrics.json, per_query.parquet and ranked.parquet (both orders), the hybrid's in a folder.
 
     Example: `brewline evaluate served WORLD --encoder models/encoder --ranker models/ranker --sample 200 --out results/served`
     """

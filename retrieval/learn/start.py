@@ -66,7 +66,6 @@ def start(dataset: Dataset, before: int, plan: EncoderPlan, steps: int, identity
     if plan.base is None:
         tokens = fit_tokens(dataset, before, quantizer, plan.size.vocabulary)
         model: PreTrainedModel = new_llama(plan.size, len(tokens), causal_lm=False)
-        smooth_buckets(model, tokens, quantizer)
         if plan.warm_words:
             start_as_words(model, tokens, dataset, before, plan.seed)
     else:
@@ -75,7 +74,7 @@ def start(dataset: Dataset, before: int, plan: EncoderPlan, steps: int, identity
         fit_vocabulary(model, tokens)
         if plan.lora_rank:
             add_lora(model, plan.lora_rank)
-        smooth_buckets(model, tokens, quantizer)
+    smooth_buckets(model, tokens, quantizer)
     budgets = fit_entries(dataset, before, plan.budgets) if plan.fit_entries else plan.budgets
     writer = Writer(tokens, quantizer, budgets, dataset.meta.retrieval_actions, plan.history == "full")
     sampler = Sampler(dataset, writer, before, plan.batch, plan.seed)

@@ -4,8 +4,8 @@ Latent semantic analysis (Deerwester et al. 1990) of two kinds of documents, all
 member's words together with the words of what they engaged with. The second kind is what ties a profile's vocabulary
 to the items'. It costs seconds; learning the same from contrastive batches costs most of a short training.
 
-An encoder starts further on (`start_as_words`): its layers add nothing yet, so that the pooled vector of a row is the sum of its
-words' vectors, each as long as its word is rare. That is latent semantic retrieval, and training begins where it ends.
+An encoder starts further on where members meet what nobody met before (`start_as_words`): there no count can tell items
+apart, words must, and its first vectors are those of latent semantic retrieval, each word as loud as it is rare.
 """
 
 from __future__ import annotations
@@ -30,47 +30,43 @@ DOCUMENTS = 60_000
 SCALE = 0.5
 """Root mean square of a word's start. Far above the usual 0.02, so that at first the sum over words decides and not noise."""
 MIN_DOCUMENTS = 50
-OTHER_SHARE = 0.3
-"""Length of a special token's vector beside that of the rarest words."""
 LONGEST = 0.99
 """Quantile of the lengths of word vectors that is the longest length kept; the few above it are cut to that."""
 
 
 def start_as_words(model: PreTrainedModel, tokens: Tokens, dataset: Dataset, before: int, seed: int) -> int:
-    """The trunk's vectors are sums of word vectors weighted by rarity; returns how many words it knows from before a time.
+    """Word vectors are the trunk's start, each as long as its word is rare to the power of `newness`; returns how many words.
 
-    The final norm would make all words equally loud. So the last coordinate of every embedding row takes up what its length
-    lacks to the common one, and the final norm starts with weight 0 there: what it lets through is the weighted sum exactly.
-    Special tokens keep their directions, at a share of the length. Nothing is done (0) where too few documents are known.
+    The final norm would make all words equally loud. So the last coordinate of a word's row takes up what its length lacks to
+    the common one, and the final norm starts with weight 0 there. Special tokens keep their rows. Nothing is done (0) where
+    too few documents are known.
     """
-    documents = list(_documents(dataset, tokens, before, seed))
+    documents = list(documents_of(dataset, tokens, before, seed))
     if len(documents) < MIN_DOCUMENTS:
         return 0
-    weight = model.get_input_embeddings().weight
-    width = weight.shape[1]
-    vectors, idf = word_vectors(documents, len(tokens), width - 1, seed)
+    weight, newness = model.get_input_embeddings().weight, newness_of(dataset, before)
+    vectors, idf = word_vectors(documents, len(tokens), weight.shape[1] - 1, seed)
     seen = np.flatnonzero(np.abs(vectors).sum(1) > 0)
-    rows = np.zeros((len(weight), width), np.float32)
-    rows[seen, :-1] = vectors[seen] * idf[seen, None]
-    longest = float(np.quantile(np.linalg.norm(rows[seen], axis=1), LONGEST))
-    rest = np.setdiff1d(np.arange(len(weight)), seen)
-    others = weight.detach().float().cpu().numpy()[rest, :-1]
-    rows[rest, :-1] = others / np.maximum(np.linalg.norm(others, axis=1, keepdims=True), 1e-9) * OTHER_SHARE * longest
-    lengths = np.linalg.norm(rows, axis=1)
-    rows *= np.minimum(1.0, longest / np.maximum(lengths, 1e-9))[:, None]
-    rows[:, -1] = np.sqrt(np.maximum(longest**2 - np.square(rows).sum(1), 0.0))
+    words = np.pad(vectors[seen] * idf[seen, None] ** newness, ((0, 0), (0, 1)))
+    lengths = np.linalg.norm(words, axis=1, keepdims=True)
+    longest = float(np.quantile(lengths, LONGEST))
+    words *= np.minimum(1.0, longest / lengths)
+    words[:, -1] = np.sqrt(np.maximum(longest**2 - np.square(words).sum(1), 0.0))
     with torch.no_grad():
-        weight.copy_(torch.from_numpy(rows * (SCALE * width**0.5 / longest)))
+        weight[torch.from_numpy(seen)] = torch.from_numpy(words * (SCALE * weight.shape[1] ** 0.5 / longest)).to(weight.dtype)
         model.norm.weight[-1] = 0.0
-        for name, part in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                part.zero_()
     return len(seen)
+
+
+def newness_of(dataset: Dataset, before: int) -> float:
+    """The share of engagements before a time with an item that nobody had engaged with earlier, 0 to 1."""
+    item = Timeline.of(dataset, before).item
+    return len(np.unique(item)) / max(len(item), 1)
 
 
 def start_from_words(model: PreTrainedModel, tokens: Tokens, dataset: Dataset, before: int, seed: int) -> int:
     """Sets the embedding rows of all words seen before a time; returns how many. Special tokens keep their rows."""
-    documents = list(_documents(dataset, tokens, before, seed))
+    documents = list(documents_of(dataset, tokens, before, seed))
     weight = model.get_input_embeddings().weight
     if len(documents) < MIN_DOCUMENTS:
         return 0
@@ -108,7 +104,8 @@ def word_vectors(
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9) * (frequency > 0)[:, None], idf
 
 
-def _documents(dataset: Dataset, tokens: Tokens, before: int, seed: int) -> Iterator[list[int]]:
+def documents_of(dataset: Dataset, tokens: Tokens, before: int, seed: int) -> Iterator[list[int]]:
+    """The ids of the words of items and of members with what they engaged with, known before a time."""
     special = {tokens.id(token) for token in tokens.special}
     rng = np.random.default_rng([seed, 4])
     items = rng.permutation(known_items(dataset, before))[:DOCUMENTS]

@@ -21,8 +21,9 @@ from ranking.evaluate import (
     masks_of,
     member_ndcg,
     request_ndcg,
+    slice_leads,
 )
-from ranking.evidence import WITHOUT_TEXT, evaluate_ranking, write_ranking_report
+from ranking.evidence import WITHOUT_TEXT, evaluate_ranking, gains_table, write_ranking_report
 from ranking.features import FeatureTable
 from ranking.metrics import (
     auc,
@@ -164,6 +165,29 @@ def test_a_paired_difference_sees_a_small_steady_lead(tiny_dataset: Dataset) -> 
     lead = auc_difference(better, worse)
     assert lead.low > 0
     assert auc_difference(better, better).high == 0
+
+
+def test_the_gain_of_a_slice_is_that_of_its_rows_alone_and_stands_in_every_output(
+    tiny_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ranking.evaluate.HISTORIES", (0, 14))
+    rows, rng = labelled_test_rows(tiny_dataset), np.random.default_rng(5)
+    short, noise = rows.history < 14, rng.random(len(rows))
+    ours, theirs = np.where(short, 0.3 * rows.label + 0.6 * noise, noise), rng.permutation(noise)
+    found = slice_leads(rows, ours, theirs, resamples=200)
+    name = "history 0-13"
+    value = sklearn_metrics.roc_auc_score(rows.label[short], ours[short])
+    value -= sklearn_metrics.roc_auc_score(rows.label[short], theirs[short])
+    assert found[name].value == pytest.approx(value) and 0 < found[name].low < value < found[name].high
+    assert found["history 14+"].low < 0 and "cold members" not in found
+    baselines = [Scored("Guess", "frozen", theirs), Scored("Base rate", "frozen", np.full(len(rows), 0.5))]
+    report = evaluate_ranking(tiny_dataset, rows, baselines, "live", Scores(ours, ours))
+    assert report.best == "Guess, frozen" and report.gains[name].value == pytest.approx(value)
+    told = report.as_dict()["auc_model_minus_best_by_slice"]
+    assert isinstance(told, dict) and told[name]["value"] == pytest.approx(value)
+    assert name in list(gains_table(report).columns[0].cells)
+    write_ranking_report(report, rows, Scores(ours, ours), tmp_path)
+    assert f"{found[name].value:+.4f}" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_request_ndcg_by_hand_and_ties_do_not_leak_the_position(tiny_dataset: Dataset) -> None:

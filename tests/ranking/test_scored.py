@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 
 from ranking.calibrate import Calibrator
 from ranking.evaluate import RankingEvidenceError, Rows, labelled_test_rows
+from ranking.evidence import evaluate_ranking, tasks_table
 from ranking.prompts import RankBudgets, RankPrompts, relations_of
 from ranking.ranker import Ranker, RankerFacts, labels_of, save_ranker
-from ranking.scored import check_encoder, moments, score_rows
+from ranking.scored import check_encoder, moments, other_tasks, score_rows
 from ranking.tasks import tasks_of
 from retrieval.counts import Counts
 from retrieval.data.schema import DAY, Dataset, MemberView
@@ -83,3 +85,13 @@ def test_a_ranker_of_another_encoder_is_refused(ranker: Ranker, tmp_path: Path, 
     monkeypatch.setattr("ranking.scored.stored_fingerprint", lambda folder: f"that of {folder.name}")
     with pytest.raises(RankingEvidenceError, match=r"trained beside encoder an encoder, .* is that of other"):
         check_encoder(ranker, tmp_path / "other")
+
+
+@pytest.mark.parametrize(("held_out", "told"), [(True, "never (held out)"), (False, "yes")])
+def test_a_task_that_was_held_out_of_training_says_so(ranker: Ranker, tiny_dataset: Dataset, held_out: bool, told: str) -> None:
+    tasks = {name: replace(task, held_out=held_out) for name, task in ranker.tasks.items()}
+    asked = Ranker(ranker.prompts, replace(ranker.facts, tasks=tasks), ranker.fingerprint, ranker.engine)
+    found = other_tasks(tiny_dataset, asked, "live")
+    assert {name: one["held_out"] for name, one in found.items()} == {"like": held_out}
+    report = evaluate_ranking(tiny_dataset, labelled_test_rows(tiny_dataset), [], "live", None, found)
+    assert [list(column.cells) for column in tasks_table(report).columns[:2]] == [["like"], [told]]

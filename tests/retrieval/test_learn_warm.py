@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from retrieval.data.schema import Dataset, Engagement
-from retrieval.encoder import encode
 from retrieval.learn.batches import BatchSettings
 from retrieval.learn.prepare import MOST_ENTRY, fit_entries
 from retrieval.learn.settings import plan_of
 from retrieval.learn.start import EncoderPlan, start
 from retrieval.learn.timeline import Timeline
 from retrieval.learn.train import Trainer
-from retrieval.learn.warm import word_vectors
-from retrieval.llama import Size, pad_rows
+from retrieval.learn.warm import documents_of, newness_of, word_vectors
+from retrieval.llama import Size
 from retrieval.writer import Budgets
 
 PLAN = EncoderPlan(
@@ -32,35 +31,27 @@ def begun(tiny_dataset: Dataset) -> Trainer:
     return start(tiny_dataset, tiny_dataset.meta.cut_test, PLAN, 1)
 
 
-def rows_of(begun: Trainer, dataset: Dataset) -> list[list[int]]:
-    """Some items as the encoder reads them."""
-    return begun.sampler.writer.items([dataset.items[row] for row in range(12)], {})
-
-
-def test_an_untrained_encoder_sums_its_word_vectors(begun: Trainer, tiny_dataset: Dataset) -> None:
-    rows = rows_of(begun, tiny_dataset)
-    table = begun.model.get_input_embeddings().weight.detach().numpy()[:, :-1]
-    sums = np.stack([table[row].sum(0) for row in rows])
-    expected = sums / np.linalg.norm(sums, axis=1, keepdims=True)
+def test_the_final_norm_lets_words_through_as_loud_as_they_are_rare(begun: Trainer, tiny_dataset: Dataset) -> None:
+    before, tokens = tiny_dataset.meta.cut_test, begun.sampler.writer.tokens
+    vectors, idf = word_vectors(list(documents_of(tiny_dataset, tokens, before, PLAN.seed)), len(tokens), 31, PLAN.seed)
+    seen = np.flatnonzero(np.abs(vectors).sum(1) > 0)
+    expected = idf[seen] ** newness_of(tiny_dataset, before)
+    table = begun.model.get_input_embeddings().weight
     with torch.no_grad():
-        found = encode(begun.model, *pad_rows(rows, begun.sampler.writer.tokens.pad)).numpy()
-    np.testing.assert_allclose(found[:, :-1], expected, atol=1e-5)
-    assert not found[:, -1].any()
+        heard = begun.model.norm(table[torch.from_numpy(seen)]).numpy()
+    loud = np.linalg.norm(heard, axis=1)
+    assert not heard[:, -1].any() and np.ptp(np.linalg.norm(table.detach().numpy()[seen], axis=1)) < 1e-3
+    below = expected < np.quantile(expected, 0.95)
+    ratio = loud[below] / expected[below]
+    assert np.ptp(ratio) < 1e-3 * ratio.mean()
+    np.testing.assert_allclose(heard[:, :-1] / loud[:, None], vectors[seen], atol=1e-4)
 
 
-def test_every_embedding_has_one_length_and_rare_words_the_loudest_part(begun: Trainer) -> None:
-    table = begun.model.get_input_embeddings().weight.detach().numpy()
-    assert np.ptp(np.linalg.norm(table, axis=1)) < 1e-3
-    loud = np.linalg.norm(table[:, :-1], axis=1)
-    assert loud.max() > 1.5 * loud.min() > 0
-
-
-def test_training_moves_what_began_as_nothing(tiny_dataset: Dataset) -> None:
-    trainer = start(tiny_dataset, tiny_dataset.meta.cut_test, PLAN, 3)
-    layers = {name: part for name, part in trainer.model.named_parameters() if name.endswith(("o_proj.weight", "down_proj.weight"))}
-    assert len(layers) == 4 and not any(part.any() for part in layers.values())
-    trainer.run(3)
-    assert all(part.any() for part in layers.values())
+def test_newness_is_the_share_of_first_meetings(tiny_dataset: Dataset) -> None:
+    before = tiny_dataset.meta.cut_test
+    item = Timeline.of(tiny_dataset, before).item.tolist()
+    assert newness_of(tiny_dataset, before) == len(set(item)) / len(item)
+    assert newness_of(tiny_dataset, 0) == 0
 
 
 def test_word_vectors_bring_words_of_the_same_documents_together() -> None:
