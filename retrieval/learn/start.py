@@ -15,7 +15,7 @@ from retrieval.learn.batches import BatchSettings, Sampler
 from retrieval.learn.checkpoint import DATA, TrainingError, dataset_digest
 from retrieval.learn.prepare import NothingToLearn, base_tokens, fit_entries, fit_quantizer, fit_tokens
 from retrieval.learn.train import LoopSettings, Trainer
-from retrieval.learn.warm import start_as_words
+from retrieval.learn.warm import warm_start
 from retrieval.llama import Size, add_lora, fit_vocabulary, load_llama, new_llama, smooth_buckets
 from retrieval.writer import Budgets, Writer
 
@@ -67,7 +67,7 @@ def start(dataset: Dataset, before: int, plan: EncoderPlan, steps: int, identity
         tokens = fit_tokens(dataset, before, quantizer, plan.size.vocabulary)
         model: PreTrainedModel = new_llama(plan.size, len(tokens), causal_lm=False)
         if plan.warm_words:
-            start_as_words(model, tokens, dataset, before, plan.seed)
+            warm_start(model, tokens, dataset, before, plan.seed)
     else:
         tokens = base_tokens(plan.base, quantizer)
         model = load_llama(plan.base, causal_lm=False)

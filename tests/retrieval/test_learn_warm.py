@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from retrieval.data.schema import Dataset, Engagement
+from retrieval.learn import warm
 from retrieval.learn.batches import BatchSettings
 from retrieval.learn.prepare import MOST_ENTRY, fit_entries
 from retrieval.learn.settings import plan_of
@@ -27,8 +28,10 @@ PLAN = EncoderPlan(
 
 @pytest.fixture(scope="module")
 def begun(tiny_dataset: Dataset) -> Trainer:
-    """A trainer at step 0."""
-    return start(tiny_dataset, tiny_dataset.meta.cut_test, PLAN, 1)
+    """A trainer at step 0 whose words are as loud as they are rare."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warm, "MOSTLY_NEW", 0.0)
+        return start(tiny_dataset, tiny_dataset.meta.cut_test, PLAN, 1)
 
 
 def test_the_final_norm_lets_words_through_as_loud_as_they_are_rare(begun: Trainer, tiny_dataset: Dataset) -> None:
@@ -45,6 +48,14 @@ def test_the_final_norm_lets_words_through_as_loud_as_they_are_rare(begun: Train
     ratio = loud[below] / expected[below]
     assert np.ptp(ratio) < 1e-3 * ratio.mean()
     np.testing.assert_allclose(heard[:, :-1] / loud[:, None], vectors[seen], atol=1e-4)
+
+
+def test_rarity_decides_where_most_meetings_are_new(tiny_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = []
+    for least in (0.0, 1.1):
+        monkeypatch.setattr(warm, "MOSTLY_NEW", least)
+        norms.append(start(tiny_dataset, tiny_dataset.meta.cut_test, PLAN, 1).model.norm.weight.detach())
+    assert norms[0][-1] == 0 and bool((norms[1] == 1).all())
 
 
 def test_newness_is_the_share_of_first_meetings(tiny_dataset: Dataset) -> None:
