@@ -46,10 +46,10 @@ class Proof:
 class Certified:
     """Exact search over vectors [N, D] that stay where they are (a mapped file will do), with N * D more bytes of codes.
 
-    Threads may share it. `threads` are its own (default: as many as torch uses).
+    Threads may share it. `threads` are its own (default: as many as torch uses), unless it is lent a `crew`.
     """
 
-    def __init__(self, vectors: Vectors, *, threads: int | None = None, seed: int = 0) -> None:
+    def __init__(self, vectors: Vectors, *, threads: int | None = None, seed: int = 0, crew: Crew | None = None) -> None:
         """Reads all vectors twice. Raises SearchError for NaN, infinity or too many dims."""
         self.vectors = vectors
         self.count, self.dims = vectors.shape
@@ -60,7 +60,7 @@ class Certified:
         self._step = scale_of(sample)
         self._sample = encode(sample, self._step)
         self._way: Way = fastest_way(self.dims)
-        self._crew = Crew(threads)
+        self._crew = crew or Crew(threads)
 
     @property
     def bytes(self) -> int:

@@ -119,6 +119,13 @@ def _try(way: Way, dims: int) -> float | None:
     return min(taken) if (out == left.astype(np.int64) @ right.T.astype(np.int64)).all() else None
 
 
+def _compute_alone() -> None:
+    import torch
+
+    torch.get_num_threads()  # else the first computation of this thread would take what was last set for all over what it has
+    torch.set_num_threads(1)
+
+
 class Crew:
     """Threads that each compute with one: a small product is not worth the waking of a second thread."""
 
@@ -129,7 +136,7 @@ class Crew:
         self._pool: ThreadPoolExecutor | None = None
         if self.threads > 1:
             before = torch.get_num_threads()
-            self._pool = ThreadPoolExecutor(self.threads, "scan", initializer=torch.set_num_threads, initargs=(1,))
+            self._pool = ThreadPoolExecutor(self.threads, "scan", initializer=_compute_alone)
             list(self._pool.map(time.sleep, [0.01] * self.threads))
             torch.set_num_threads(before)
 

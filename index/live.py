@@ -45,19 +45,22 @@ class LiveIndex:
     Any number of threads may read and write. `write=True` takes the log for this process alone until `close`.
     """
 
-    def __init__(self, snapshot: Snapshot, store_dir: Path, *, write: bool = False, shadow: Shadow | None = None) -> None:
+    def __init__(
+        self, snapshot: Snapshot, store_dir: Path, *, write: bool = False, shadow: Shadow | None = None, wait_s: float = 10.0
+    ) -> None:
         """`shadow` compares some answers of the views with the exact ones.
 
-        Raises StoreBusy while another process writes, LogDamaged, LogTrimmed (open the newer snapshot), LogBroken.
+        Raises StoreBusy while another process writes, or keeps the store's LOCK for longer than `wait_s` seconds, LogDamaged,
+        LogTrimmed (open the newer snapshot), LogBroken.
         """
         self._folder = store_dir / LIVE_DIR
         self._queue: list[tuple[bytes, Changes]] = []
         self._queued = self._done = 0
         self._queue_lock, self._lock = threading.RLock(), threading.Lock()
         self._reader: LogReader | None = None
-        self._shadow = shadow
+        self._shadow, self.closed = shadow, False
         position = folded_position(snapshot.manifest, snapshot.name)
-        self._writer = self._begin(snapshot.manifest, position, store_dir) if write else None
+        self._writer = self._begin(snapshot.manifest, position, store_dir, wait_s) if write else None
         try:
             self._open(snapshot, position)
         except BaseException:
@@ -74,7 +77,9 @@ class LiveIndex:
         """The present moment is returned: all that this process acknowledged, and what others did up to FOLLOW_S ago.
 
         A follower raises LogDamaged when it cannot tell what changed: an answer without the changes may show what was withdrawn.
+        One that was closed raises RuntimeError.
         """
+        self._require_open()
         if self._writer is None and time.monotonic() - self._looked >= FOLLOW_S:
             with self._lock:
                 self._catch_up()
@@ -130,14 +135,19 @@ class LiveIndex:
             other._reader = LogReader(other._folder, other._table.view.position)
 
     def close(self) -> None:
-        """The log may be written by another process. Views stay usable. Closing twice is harmless."""
-        if self._writer is not None:
-            self._writer.close()
+        """The log may be written by another process. Earlier views stay usable, there are no later ones. Twice is harmless."""
+        self.closed, writer, self._writer = True, self._writer, None
+        if writer is not None:
+            writer.close()
         if self._reader is not None:
             self._reader.close()
 
-    def _begin(self, manifest: Manifest, position: int, store_dir: Path) -> LogWriter:
-        with disk(store_dir), exclusive(store_dir):  # no snapshot is collected meanwhile
+    def _require_open(self) -> None:
+        if self.closed:
+            raise RuntimeError("this LiveIndex was closed, and nobody tells it what changes: open another one")
+
+    def _begin(self, manifest: Manifest, position: int, store_dir: Path, wait_s: float) -> LogWriter:
+        with disk(store_dir), exclusive(store_dir, wait_s):  # no snapshot is collected meanwhile
             newest = max([position, *_folded_positions(store_dir)])
         return LogWriter(self._folder, _facts(manifest), position, newest=newest)
 
@@ -162,6 +172,7 @@ class LiveIndex:
 
     def _write(self, changes: Changes, fingerprint: str | None) -> int:
         """Group commit: whoever gets the lock writes for all who wait for it, with one fsync."""
+        self._require_open()
         if self._writer is None:
             raise RuntimeError("this LiveIndex follows a log that another process writes: open it with write=True")
         payload = changes.to_bytes()
@@ -173,7 +184,7 @@ class LiveIndex:
             self._queued += 1
             ticket = self._queued
         with self._lock:
-            if self._done < ticket:
+            if self._done < ticket and self._writer is not None:
                 self._commit(self._writer)
             if self._done < ticket:
                 raise LogBroken(f"{self._folder}: a change was not written with those that waited with it; send it again")

@@ -7,6 +7,7 @@ kept in it: a snapshot's files do not depend on how they are searched, and none 
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from index.codes import Codes
 from index.exact import exact_search
 from index.filters import Allow, check_filters
 from index.hits import Hits, Rows, Vectors
-from index.int8 import MAX_DIMS, fastest_way
+from index.int8 import MAX_DIMS, Crew, fastest_way
 from index.search import Searcher
 from index.snapshot import Snapshot
 
@@ -85,6 +86,9 @@ class Serving:
 
         Raises SearchError for vectors that hold NaN or infinity.
         """
+        opened = _OPENED.get(snapshot)
+        if opened is not None:  # without the lock: another snapshot may be being opened, and take its time
+            return opened
         with _OPENING:
             if snapshot not in _OPENED:
                 _OPENED[snapshot] = cls._open(snapshot)
@@ -97,10 +101,19 @@ class Serving:
         if reason:
             found = cls(Searcher.of(snapshot), False, f"FAISS {facts.recipe}: {reason}")
         else:
-            certified = Certified(snapshot.vectors)
+            certified = Certified(snapshot.vectors, crew=scan_crew())
             found = cls(certified, True, f"certified scan of int8 codes, {certified.bytes / 2**20:.0f} MiB")
         log.info("snapshot %s is searched by: %s", snapshot.name, found.why)
         return found
+
+
+@functools.cache
+def scan_crew() -> Crew:
+    """The threads that scan for all snapshots of this process: as many as torch has where they are asked for first.
+
+    They have that thread's priority too, so whoever opens snapshots in a thread that steps back asks before it begins.
+    """
+    return Crew()
 
 
 def faiss_reason(recipe: str, dtype: Codes, count: int, dims: int) -> str:

@@ -116,14 +116,23 @@ class SteadyStore:
                 return
             self._gone = why
         log.warning("the key-value store does not answer: %s", why)
-        threading.Thread(target=self._watch, name="brewline-store-watch", daemon=True).start()
+        try:
+            threading.Thread(target=self._watch, name="brewline-store-watch", daemon=True).start()
+        except RuntimeError as error:  # nobody would ever look again: requests ask the store themselves
+            self._gone = ""
+            log.warning("no thread can be started that asks the key-value store for a sign of life: %s", error)
 
     def _watch(self) -> None:
-        since = time.monotonic()
+        since, said = time.monotonic(), ""
         while not self._closed.wait(self._rest_s):
             try:
                 self._store.ping()
             except StoreError:
+                continue
+            except Exception as error:  # a fault of ours must not keep a store refused that is back
+                if said != repr(error):
+                    said = repr(error)
+                    log.exception("the key-value store cannot be asked for a sign of life")
                 continue
             self._gone = ""
             log.warning("the key-value store answers again, after %.1f s", time.monotonic() - since)

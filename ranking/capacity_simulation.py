@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ranking.capacity import Plan, Stage
-from ranking.capacity_queues import Batches
+from ranking.capacity_queues import Batches, Times
 from ranking.serving.load_shed import MOST_WAIT_S, Patience
 
 MOST_WAITING = 64
@@ -99,7 +99,7 @@ def _through(stage: Stage, came: np.ndarray, callers: Sequence[str], rng: np.ran
         chosen = rng.integers(stage.replicas, size=len(alive))
         for replica in range(stage.replicas):
             rows = alive[chosen == replica]
-            services = np.ones(len(rows)) if line.together else work.at(rng.random(len(rows)))
+            services = work.at(rng.random(len(rows))) if isinstance(work, Times) else np.ones(len(rows))
             done, seconds = serve(came[rows], services, line, [callers[row] for row in rows])
             left[rows] = np.maximum(left[rows], done)
             working += seconds

@@ -63,8 +63,8 @@ class RankingRun:
 class RankingReport:
     """All runs on the labelled test events. `best` is the label of the simple baseline with the highest AUC among those that
     know no more than the model; `differences` label -> model's AUC minus that run's, paired over members. Of a ranker with a
-    head, `variants` are the words alone and the numbers alone, and `fusion` what the model gains over each of them. `gains` slice
-    -> model's AUC minus that of `best` in it, paired."""
+    head, `variants` are the words alone and the numbers alone, `fusion` what the model gains over each of them. `gains`: system
+    (the model, its words alone) -> slice -> AUC minus that of `best`, paired."""
 
     dataset: str
     counts: Knowledge
@@ -75,7 +75,7 @@ class RankingReport:
     differences: Mapping[str, Estimate]
     variants: Sequence[RankingRun] = ()
     fusion: Mapping[str, Estimate] = field(default_factory=dict)
-    gains: Mapping[str, Estimate] = field(default_factory=dict)
+    gains: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """The report ready for JSON."""
@@ -88,7 +88,9 @@ class RankingReport:
             "baselines": [run.as_dict() for run in self.baselines],
             "best_baseline": self.best,
             "auc_model_minus_baseline": {name: lead.as_dict() for name, lead in self.differences.items()},
-            "auc_model_minus_best_by_slice": {name: lead.as_dict() for name, lead in self.gains.items()},
+            "auc_minus_best_by_slice": {
+                system: {name: lead.as_dict() for name, lead in found.items()} for system, found in self.gains.items()
+            },
             "auc_model_minus_variant": {name: lead.as_dict() for name, lead in self.fusion.items()},
             "fusion_verdict": self.verdict,
         }
@@ -136,6 +138,7 @@ def evaluate_ranking(
     fused = scores.without_text is not None
     model = RankingRun("Ranker, fused" if fused else "Ranker", counts, judge_scores(rows, scores.final))
     held = {TEXT_ONLY: scores.text, WITHOUT_TEXT: scores.without_text} if fused else {}
+    judged_apart = {model.name: scores.final} | ({f"Ranker, {TEXT_ONLY}": scores.text} if fused else {})
     rival = next((one.probability for one, run in zip(baselines, runs) if run.label == best), None)
     variants = {name: judge_scores(rows, found) for name, found in held.items() if found is not None}
     return RankingReport(
@@ -148,7 +151,7 @@ def evaluate_ranking(
         {run.label: auc_difference(model.judged, run.judged) for run in runs},
         [RankingRun(f"Ranker, {name}", counts, judged) for name, judged in variants.items()],
         {name: auc_difference(model.judged, judged) for name, judged in variants.items()},
-        {} if rival is None else slice_leads(rows, scores.final, rival),
+        {} if rival is None else {name: slice_leads(rows, found, rival) for name, found in judged_apart.items()},
     )
 
 
@@ -237,13 +240,14 @@ def slices_table(report: RankingReport) -> Table:
 
 
 def gains_table(report: RankingReport) -> Table:
-    """Returns by slice what the model gains over the best simple baseline: do members with short histories gain most?"""
-    table = Table(title=f"Model's AUC minus that of {report.best}, by slice (paired bootstrap over its members, 95 %)", **PLAIN)
-    for column in ("slice", "n", "gain", "interval", "verdict"):
-        table.add_column(column, justify="left" if column in ("slice", "verdict") else "right")
-    sizes = {} if report.model is None else report.model.judged.slices
-    for name, lead in report.gains.items():
-        table.add_row(name, f"{sizes[name]['n']:,}", *_cells(lead))
+    """Returns by slice what the model, and its words alone, gain over the best simple baseline: do cold members gain most?"""
+    table = Table(title=f"AUC minus that of {report.best}, by slice (paired bootstrap over its members, 95 %)", **PLAIN)
+    for column in ("slice", "n", "system", "gain", "interval", "verdict"):
+        table.add_column(column, justify="right" if column in ("n", "gain", "interval") else "left")
+    for name, size in ({} if report.model is None else report.model.judged.slices).items():
+        for system, leads in report.gains.items():
+            if name in leads:
+                table.add_row(name, f"{size['n']:,}", system, *_cells(leads[name]))
     return table
 
 

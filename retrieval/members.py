@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,7 +106,8 @@ class MemberStore:
         StoreUnavailable.
         """
         (stored,) = self._store.get_many(RECORD, [member_id])
-        return append(self._store, stranger(member_id) if stored is None else decode_record(stored, member_id), told)
+        before = stranger(member_id) if stored is None else decode_record(stored, member_id)
+        return append(self._store, before, told, int(time.time()))
 
     def vectors(self, records: Sequence[MemberRecord], views: Sequence[bytes]) -> list[Vector | None]:
         """float32 [D] for each record that was last encoded from a view of the same digest, else None.

@@ -55,7 +55,11 @@ Exclude = Annotated[
     list[str] | None, typer.Option("--exclude", help="An item that must not come back; may be repeated.", metavar="ITEM_ID")
 ]
 Surface = Annotated[
-    str, typer.Option(help="Where the answer will be shown (feed, mail): noted in the server's journal.", metavar="NAME")
+    str,
+    typer.Option(
+        help="Where the answer will be shown (feed, mail): the server's journal notes it as shown. Default: nothing is noted.",
+        metavar="NAME",
+    ),
 ]
 Task = Annotated[str, typer.Option(help="Which question the ranker answers; see `brewline ask info`.")]
 
@@ -92,6 +96,8 @@ def recommend(
     as_json: AsJson = False,
 ) -> None:
     """Both stages: retrieve candidates, rank them, show the best.
+
+    Without --surface no impression is written: looking at answers teaches no model.
 
     brewline ask recommend --member m42
     brewline ask recommend --member m42 --instruction "more about databases" -k 5

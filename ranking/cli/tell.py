@@ -48,9 +48,10 @@ def upsert(
     deadline_ms: Deadline = DEFAULT_DEADLINE_MS,
     as_json: AsJson = False,
 ) -> None:
-    """Put an item in, or in place of what has its id: on the disk and searchable when this returns. Sending it twice is harmless.
+    """Put an item in, or in place of what has its id: on the disk and searchable when this returns.
 
-    What is not said of the item is unknown from then on, whatever was known before.
+    What is not said of the item is unknown from then on, whatever was known before. If the answer is lost the item may be in
+    or not: sending it again is harmless, unless somebody withdrew it in between.
 
         brewline ask upsert p17 --title "A used espresso machine" --category coffee --number price=120
         brewline ask upsert --from new-items.jsonl
@@ -83,7 +84,10 @@ def withdraw(
 
     with Client(address, deadline_ms) as client:
         done = client.withdraw(items)
-    told = f"{done.were_here:,} of {len(items):,} items were there and are gone, position {done.position} of the log"
+    were = f"{done.were_here:,} of {len(items):,} items were there and are gone"
+    if done.were_here < 0:
+        were = f"{len(items):,} items are gone; how many were there is not known, as the answer to an earlier attempt was lost"
+    told = f"{were}, position {done.position} of the log"
     emit(asdict(done), as_json=as_json, table=lambda: words(told))
 
 

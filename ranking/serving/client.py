@@ -13,7 +13,7 @@ from index.errors import BrewlineError
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving import recommender_pb2_grpc
 from ranking.serving.change_messages import event_message, item_message, wanted_message
-from ranking.serving.client_retry import ask
+from ranking.serving.client_retry import Reply, never_reached, reply_to
 from ranking.serving.messages import member_message, pack_ids
 from ranking.serving.replies import Answer, Changed, Explanation, Recorded, Row, ServerInfo, answer_of, explanation_of, info_of
 from ranking.serving.security_client import Credentials, open_channel
@@ -42,8 +42,9 @@ class Client:
     """A connection to one server. `deadline_ms` holds for every call that does not name its own.
 
     A call that finds the server busy or away is made again, up to `attempts` times within its deadline: after as long as the
-    server asks for, else after waits that double. A `request_id` (letters, digits and `._:-`, at most 64) names a call in the
-    server's logs, the same for every attempt; without one the client makes one, and the answer carries it.
+    server asks for, else after waits that double. `upsert` is not, once it may have been carried out. A `request_id` (letters,
+    digits and `._:-`, at most 64) names a call in the server's logs, the same for every attempt; without one the client makes
+    one, and the answer carries it.
 
     Without `credentials` those of the environment are shown (BREWLINE_CA, _CERT, _KEY, _TOKEN_FILE or _TOKEN), if there are any.
     Raises CertificateError or TokenError for files that cannot be used.
@@ -87,9 +88,10 @@ class Client:
         deadline_ms: float | None = None,
         request_id: str = "",
     ) -> Answer:
-        """The `k` best items for a member (an id, or a view in full) out of `fanout` (0 = 2,000), to be shown on a surface.
+        """The `k` best items for a member (an id, or a view in full) out of `fanout` (0 = 2,000).
 
-        `weights` of several tasks make one final score, in the place of `task`. Raises ServiceError.
+        The server notes them as shown if a `surface` is named, and only then: without one they teach no model. `weights` of
+        several tasks make one final score, in the place of `task`. Raises ServiceError.
         """
         request = _recommend_request(member, k, fanout, task, weights, instruction, exclude, wanted)
         request.readable, request.surface = readable, surface
@@ -109,7 +111,7 @@ class Client:
         deadline_ms: float | None = None,
         request_id: str = "",
     ) -> Answer:
-        """The `k` (0 = 2,000) nearest items for a member, to be shown on a surface if one is named. Raises ServiceError."""
+        """The `k` (0 = 2,000) nearest items for a member; noted as shown if a surface is named. Raises ServiceError."""
         request = _retrieve_request(member, k, instruction, exclude, wanted, readable)
         request.surface = surface
         reply: pb.RetrieveResponse = self._call(self._stub.Retrieve, request, deadline_ms, request_id)
@@ -180,16 +182,25 @@ class Client:
         return explanation_of(reply)
 
     def upsert(self, items: Sequence[Item], *, deadline_ms: float | None = None) -> Changed:
-        """The items are kept and can be answered; sending them again changes nothing. Raises ServiceError."""
+        """The items are kept and can be answered. Raises ServiceError.
+
+        After UNAVAILABLE they may be kept or not. Sending them again puts them in again, also those withdrawn in between: that is
+        for the caller to decide, so this call does not, unless the server surely did nothing.
+        """
         request = pb.UpsertItemsRequest(items=[item_message(item) for item in items])
-        reply: pb.UpsertItemsResponse = self._call(self._stub.UpsertItems, request, deadline_ms)
+        reply: pb.UpsertItemsResponse = self._ask(self._stub.UpsertItems, request, deadline_ms, twice=False).message
         return Changed(reply.position, reply.provenance.snapshot, reply.request_id)
 
     def withdraw(self, items: Sequence[str], *, deadline_ms: float | None = None) -> Changed:
-        """The items are in no later answer. Raises ServiceError."""
+        """The items are in no later answer. Raises ServiceError.
+
+        `were_here` is -1 if it is not known: an attempt whose answer was lost may have taken some of them away.
+        """
         request = pb.WithdrawItemsRequest(items=pack_ids(items))
-        reply: pb.WithdrawItemsResponse = self._call(self._stub.WithdrawItems, request, deadline_ms)
-        return Changed(reply.position, reply.provenance.snapshot, reply.request_id, reply.were_here)
+        asked = self._ask(self._stub.WithdrawItems, request, deadline_ms)
+        reply: pb.WithdrawItemsResponse = asked.message
+        were_here = -1 if asked.doubtful and reply.were_here < len(items) else reply.were_here
+        return Changed(reply.position, reply.provenance.snapshot, reply.request_id, were_here)
 
     def record(self, member: str, told: Sequence[Told], *, deadline_ms: float | None = None) -> Recorded:
         """The engagements belong to the member, each event id once; sending them again changes nothing. Raises ServiceError."""
@@ -211,16 +222,21 @@ class Client:
         return answer_of(alone, candidates=row.results.count)
 
     def _call(self, method: Callable[..., Any], request: object, deadline_ms: float | None, request_id: str = "") -> Any:
+        return self._ask(method, request, deadline_ms, request_id).message
+
+    def _ask(
+        self, method: Callable[..., Any], request: object, deadline_ms: float | None, request_id: str = "", *, twice: bool = True
+    ) -> Reply:
         seconds = (self.deadline_ms if deadline_ms is None else deadline_ms) / 1e3
         try:
-            return ask(method, request, seconds, self.attempts, request_id or uuid.uuid4().hex)
+            return reply_to(method, request, seconds, self.attempts, request_id or uuid.uuid4().hex, twice=twice)
         except grpc.RpcError as error:
             raise ServiceError(self.address, error.code().name, _reason(error)) from error
 
 
 def _reason(error: grpc.RpcError) -> str:
     details = error.details() or "no details"
-    if error.code() is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
+    if never_reached(error):
         return f"nobody answers ({details.rpartition(': ')[2]}); is `brewline serve` running there?"
     return details
 

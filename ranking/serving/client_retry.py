@@ -1,8 +1,9 @@
 """Asking again: which failures deserve it, and how long to wait.
 
-Every call of the contract may be sent twice. Questions change nothing; UpsertItems puts the same items in the place of
-themselves; an id that is withdrawn again stays withdrawn; of RecordEngagements an event id counts once. What is never sent again
-is a call that failed for what it says, for its deadline, or for a bug: the answer would be the same.
+Questions change nothing; an id that is withdrawn again stays withdrawn; of RecordEngagements an event id counts once: these may
+be sent twice. UpsertItems puts in again what somebody may have withdrawn in between, and is sent again only if the attempt before
+was surely not carried out. What is never sent again is a call that failed for what it says, for its deadline, or for a bug: the
+answer would be the same.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -20,22 +22,54 @@ FIRST_S, MOST_S = 0.05, 2.0
 LEAST_S = 0.001
 
 
+@dataclass(frozen=True)
+class Reply:
+    """The reply to a call. `doubtful`: an attempt before it, whose answer was lost, may have been carried out."""
+
+    message: Any
+    doubtful: bool
+
+
 def ask(method: Callable[..., Any], request: object, seconds: float, attempts: int, request_id: str) -> Any:
+    """The message that answers a call which may be sent twice; the rest as `reply_to`."""
+    return reply_to(method, request, seconds, attempts, request_id).message
+
+
+def reply_to(
+    method: Callable[..., Any], request: object, seconds: float, attempts: int, request_id: str, *, twice: bool = True
+) -> Reply:
     """The reply to a call, within `seconds` in all and asked at most `attempts` times, each time under the same request id.
 
-    Raises the last grpc.RpcError; at once if the wait before the next attempt would outlast the time.
+    Without `twice` an attempt that may have been carried out is the last. Raises the last grpc.RpcError; at once if the wait
+    before the next attempt would outlast the time.
     """
     until = time.monotonic() + seconds
-    attempt = 1
+    attempt, doubtful = 1, False
     while True:
         try:
-            return method(request, timeout=max(until - time.monotonic(), LEAST_S), metadata=(("x-request-id", request_id),))
+            left = max(until - time.monotonic(), LEAST_S)
+            return Reply(method(request, timeout=left, metadata=(("x-request-id", request_id),)), doubtful)
         except grpc.RpcError as error:
             wait = wait_before(error, attempt)
-            if wait is None or attempt >= attempts or time.monotonic() + wait >= until:
+            doubtful |= maybe_done(error)
+            if wait is None or attempt >= attempts or time.monotonic() + wait >= until or (doubtful and not twice):
                 raise
         time.sleep(wait)
         attempt += 1
+
+
+def never_reached(error: grpc.RpcError) -> bool:
+    """Whether there was no connection over which the call could have been sent."""
+    return error.code() is grpc.StatusCode.UNAVAILABLE and "failed to connect" in (error.details() or "")
+
+
+def maybe_done(error: grpc.RpcError) -> bool:
+    """Whether the call may have been carried out although it failed so: the answer may be what was lost.
+
+    A server that refuses says when to come back, or that there is no room; everything else leaves it open.
+    """
+    refused = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED or PUSHBACK in dict(error.trailing_metadata() or ())
+    return not (refused or never_reached(error))
 
 
 def wait_before(error: grpc.RpcError, attempt: int) -> float | None:

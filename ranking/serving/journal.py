@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from index.durable import fsync_path
 from retrieval.data.exported_journal import SUFFIX, Record, encode_line
 
 MOST_BYTES = 16 << 20
@@ -49,11 +50,23 @@ class Journal:
                 self._lose(count, "more comes than the disk takes")
                 return
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="brewline-journal", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="brewline-journal", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # no room for one more; the next record tries again
+                    self._lose(count, str(error))
+                    self._tell(at_once=False)
+                    return
+                self._thread = thread
             self._waiting.append((make, count))
             self._bytes += size
             self._changed.notify()
+
+    def miss(self, why: str) -> None:
+        """A record that could not even be put is counted as lost."""
+        with self._changed:
+            self._lose(1, why)
+        self._tell(at_once=False)
 
     def close(self) -> None:
         """What waits is on the disk, or counted as lost; later records are lost."""
@@ -91,6 +104,7 @@ class Journal:
         except OSError as error:
             with self._changed:
                 self._lose(len(lines), error.strerror or str(error))
+        self._file.sync_if_due()
 
     def _lose(self, count: int, why: str) -> None:
         self.lost += count
@@ -116,42 +130,57 @@ class _DayFile:
     def __init__(self, folder: Path) -> None:
         self.folder, self.unsynced = folder, False
         self._day, self._descriptor, self._size = "", -1, 0
-        self._synced_at = 0.0
+        self._synced_at, self._told_at = 0.0, -TELL_S
+        self._listed = False
 
     def append(self, day: str, lines: bytes) -> None:
-        """The lines are the system's, and every `SYNC_S` seconds the disk's. Raises OSError; then none of them is in the file."""
-        if lines:
-            if day != self._day:
-                self._open(day)
-            try:
-                left = memoryview(lines)
-                while left:
-                    left = left[os.write(self._descriptor, left) :]
-            except OSError:
-                self._undo()
-                raise
-            self._size += len(lines)
-            self.unsynced = True
+        """The lines are the system's. Raises OSError; then none of them is in the file."""
+        if not lines:
+            return
+        if day != self._day:
+            self._open(day)
+        try:
+            left = memoryview(lines)
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        except OSError:
+            self._undo()
+            raise
+        self._size += len(lines)
+        self.unsynced = True
+
+    def sync_if_due(self) -> None:
+        """What was appended is the disk's too, every `SYNC_S` seconds."""
         if self.unsynced and time.monotonic() - self._synced_at >= SYNC_S:
-            self._synced_at, self.unsynced = time.monotonic(), False
-            os.fsync(self._descriptor)
+            self._synced_at = time.monotonic()
+            self._sync()
 
     def close(self) -> None:
         """The file is on the disk, as far as the disk allows, and closed."""
         if self._day:
-            try:
-                os.fsync(self._descriptor)
-            except OSError as error:
-                log.warning("the end of the journal %s may not be on the disk: %s", self.folder, error.strerror)
+            self._sync()
             os.close(self._descriptor)
-            self._day, self.unsynced = "", False
+            self._day = ""
+
+    def _sync(self) -> None:
+        """The file and its name are on the disk, or a warning says that they may not be: the lines are written all the same."""
+        self.unsynced = False
+        try:
+            os.fsync(self._descriptor)
+            if not self._listed:
+                fsync_path(self.folder)
+                self._listed = True
+        except OSError as error:
+            if time.monotonic() - self._told_at >= TELL_S:
+                self._told_at = time.monotonic()
+                log.warning("a power cut may cost the last lines of the journal %s: %s", self.folder, error.strerror)
 
     def _open(self, day: str) -> None:
         self.close()
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self.folder / f"{day}-{uuid.uuid4().hex[:12]}{SUFFIX}"
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._day, self._size = day, 0
+        self._day, self._size, self._listed = day, 0, False
 
     def _undo(self) -> None:
         try:

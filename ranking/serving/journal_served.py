@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -18,10 +20,12 @@ SERVICE = "/brewline.v1.Recommender/"
 RECORD_BYTES = 512
 """About what a record takes beside its items."""
 
+log = logging.getLogger(__name__)
+
 
 class Served(grpc.aio.ServerInterceptor):
-    """Hands to the journal what was answered OK: every Recommend for a member with an id, every Retrieve (alone or in a batch)
-    that also names a surface (without one it is taken for a first stage, not for something that is shown), every engagement."""
+    """Hands to the journal what was answered OK: every Recommend and Retrieve (alone or in a batch) for a member with an id that
+    names a surface (without one it is a probe or a first stage, not something that is shown), every engagement."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
@@ -49,13 +53,17 @@ class Served(grpc.aio.ServerInterceptor):
             if isinstance(request, pb.RecordEngagementsRequest):
                 stamp(request, at)
             response = await answer(request, context)
-            keep(request, response, at)
+            try:
+                keep(request, response, at)
+            except Exception as error:  # the answer is made, the change is kept: a bug of the journal must not take them back
+                log.exception("what %s answered is not noted in the journal", handler_call_details.method)
+                self._journal.miss(type(error).__name__)
             return response
 
         return grpc.unary_unary_rpc_method_handler(behave, handler.request_deserializer, handler.response_serializer)
 
     def _recommended(self, request: pb.RecommendRequest, response: pb.RecommendResponse, at: int) -> None:
-        if request.member.id:
+        if request.member.id and request.surface:
             self._shown(request, response, response.results, at)
 
     def _retrieved(self, request: pb.RetrieveRequest, response: pb.RetrieveResponse, at: int) -> None:
@@ -74,9 +82,11 @@ class Served(grpc.aio.ServerInterceptor):
         results: pb.Results,
         at: int,
     ) -> None:
-        member, surface = request.member.id, request.surface  # the request itself, with all its words, is not held back
-        size = RECORD_BYTES + response.ByteSize()
-        self._journal.put(lambda: [shown_of(member, surface, response, results, at)], size)
+        # Neither the request with all its words is held back nor, by a row, its whole batch.
+        head = shown_of(request.member.id, request.surface, response, at)
+        packed, ends, probabilities = results.ids.packed, results.ids.ends, results.probabilities
+        size = RECORD_BYTES + len(packed) + len(ends) + len(probabilities)
+        self._journal.put(lambda: [with_items(head, packed, ends, probabilities)], size)
 
     def _recorded(self, request: pb.RecordEngagementsRequest, response: pb.RecordEngagementsResponse, at: int) -> None:
         del response, at  # known ones too: whoever reads the journal counts an event id once
@@ -90,13 +100,9 @@ def stamp(request: pb.RecordEngagementsRequest, now: int) -> None:
 
 
 def shown_of(
-    member: str,
-    surface: str,
-    response: pb.RecommendResponse | pb.RetrieveResponse | pb.RetrieveBatchResponse,
-    results: pb.Results,
-    at: int,
+    member: str, surface: str, response: pb.RecommendResponse | pb.RetrieveResponse | pb.RetrieveBatchResponse, at: int
 ) -> Shown:
-    """An answer as the journal keeps it; probabilities to six digits."""
+    """An answer as the journal keeps it, still without its items."""
     made = response.provenance
     ranked = isinstance(response, pb.RecommendResponse)
     degraded = 0 if isinstance(response, pb.RetrieveBatchResponse) else response.degraded
@@ -105,14 +111,20 @@ def shown_of(
         request=response.request_id,
         member=member,
         surface=surface,
-        items=tuple(unpack_ids(results.ids)),
-        probabilities=tuple(np.frombuffer(results.probabilities, "<f4").astype(np.float64).round(6).tolist()),
+        items=(),
+        probabilities=(),
         task=response.task if ranked else "",
         degraded=pb.Degraded.Name(degraded),
         snapshot=made.snapshot,
         encoder=made.encoder,
         ranker=made.ranker,
     )
+
+
+def with_items(shown: Shown, packed: bytes, ends: bytes, probabilities: bytes) -> Shown:
+    """The answer with its items (the packed form of ids) and their float32 probabilities, to six digits."""
+    chances = np.frombuffer(probabilities, "<f4").astype(np.float64).round(6).tolist()
+    return replace(shown, items=tuple(unpack_ids(pb.Ids(packed=packed, ends=ends))), probabilities=tuple(chances))
 
 
 def done_of(request: pb.RecordEngagementsRequest) -> Iterator[Done]:

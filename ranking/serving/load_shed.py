@@ -9,6 +9,7 @@ lately may wait one turn more: he is not the one who asks too much.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 from ranking.serving.messages import DEFAULT_FANOUT, MAX_FANOUT, MAX_IDS
 from ranking.serving.queue_fair import Job
@@ -34,6 +35,7 @@ one: a mean is what is forecast, the slowest is what is felt)."""
 GATHERED_S = 0.025
 """Seconds that may wait under overload of a kind that is answered together: less, and there would be nothing to gather."""
 REMEMBERED = 1_024
+"""Callers who were refused last; names are free, so those before them count as newcomers, whenever it was."""
 WRITES = ("RecordEngagements", "UpsertItems", "WithdrawItems")
 """Calls that overload by others does not make strict: they cost little, and what was done or withdrawn should be known."""
 RETRY_S = 0.05
@@ -46,7 +48,7 @@ class Patience:
     def __init__(self, most_wait_s: float = MOST_WAIT_S) -> None:
         self._most_wait_s = most_wait_s
         self._strict_until = 0.0
-        self._refused: dict[str, float] = {}
+        self._refused: OrderedDict[str, float] = OrderedDict()
 
     def bound(self, turn: float, now: float, caller: str = "", *, gathered: bool = False) -> float:
         """Seconds that a caller's work may wait where a turn takes so many: its own, or the one at hand if that is longer.
@@ -61,10 +63,11 @@ class Patience:
 
     def refuse(self, caller: str, wait: float, reason: str, now: float) -> Overloaded:
         """The error of a request that is turned away for its wait; from now on bounds are strict."""
-        if len(self._refused) >= REMEMBERED:
-            self._refused = {name: when for name, when in self._refused.items() if when + STRICT_S > now}
         self._strict_until = now + STRICT_S
         self._refused[caller] = now
+        self._refused.move_to_end(caller)
+        if len(self._refused) > REMEMBERED:
+            self._refused.popitem(last=False)
         retry_s = max(wait, RETRY_S)
         return Overloaded(f"{reason}; ask again in {retry_s * 1e3:,.0f} ms", retry_s)
 
@@ -84,8 +87,8 @@ class Patience:
         if left <= 0:
             raise Late("the deadline passed before the request was read; give more time")
         if wait + job.least > left and job.queued:
-            words = f"{left * 1e3:,.0f} ms are left, the wait would be {wait * 1e3:,.0f} ms and the answer takes"
-            words = f"{words} {job.least * 1e3:,.0f} ms"
+            words = f"{left * 1e3:,.0f} ms are left, the wait would be {wait * 1e3:,.0f} ms and such answers lately took"
+            words = f"{words} {job.least * 1e3:,.0f} ms or more"
             raise Late(f"{words}; give more time") if job.least > left else self.refuse(job.caller, wait, words, now)
 
 

@@ -1,15 +1,17 @@
 """Who is next: callers take turns by the seconds they cost, so one who asks a thousand times waits behind himself. No gRPC here.
 
-Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996) over the forecast cost of each request: a caller's next request
-starts at the virtual time where his last one ends, and the earliest start is served first.
+Fair queueing over the forecast cost of each request: a caller's next request starts at the virtual time where his last one ends,
+and the earliest start is served first (Goyal, Vin and Cheng, SIGCOMM 1996). The clock goes on by the work that is done, shared
+among the callers (Bennett and Zhang, INFOCOM 1996): one that only followed whoever is served would stand still while strangers
+ask once each, and never reach a caller who asks again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +19,8 @@ from ranking.serving.queue_forecast import Kind
 
 LEAST_COST = 1e-4
 """Seconds that work costs at least, so that turns are taken before anything was measured."""
-REMEMBERED = 1_024
-"""Callers without a waiting request whose last turn is remembered; beyond that those are forgotten who owe nothing."""
+REMEMBERED = 256
+"""Callers without a waiting request whose last turn is remembered; beyond that whose is longest ago is forgotten."""
 
 
 NOTHING = Kind("")
@@ -63,8 +65,8 @@ class FairQueue:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._lines: dict[str, Line] = {}
         self._waiting: dict[str, Line] = {}
+        self._idle: OrderedDict[str, Line] = OrderedDict()
         self._now = 0.0
         self._count = 0
 
@@ -77,12 +79,15 @@ class FairQueue:
         return sum(line.cost for line in self._waiting.values())
 
     def wait(self, caller: str) -> float:
-        """Seconds until a new job of a caller would begin: what of each line comes before it, his own included."""
-        own = self._lines.get(caller, Line())
-        start = max(own.start, self._now) + sum(max(job.cost, LEAST_COST) for job in own.jobs)
+        """Seconds until a new job of a caller would begin: what of each line comes before it, his own included.
+
+        Whoever comes later and has had less may still go first: no more than the caller's debt from each who then waits.
+        """
+        own = self._line(caller)
+        start = own.start + sum(max(job.cost, LEAST_COST) for job in own.jobs)
         before = own.cost
         for line in self._waiting.values():
-            place = max(line.start, self._now)
+            place = line.start
             for job in line.jobs if line is not own else ():
                 if place > start or (place == start and len(line.jobs) > len(own.jobs) + 1):
                     break
@@ -104,28 +109,34 @@ class FairQueue:
             longest = max(self._waiting.values(), key=lambda line: len(line.jobs))
             gone = longest.jobs[-1]
             self.remove(gone)
-        line = self._lines.setdefault(job.caller, Line())
+        line = self._waiting[job.caller] = self._line(job.caller)
+        self._idle.pop(job.caller, None)
         line.jobs.append(job)
         line.cost += job.cost
-        self._waiting[job.caller] = line
         self._count += 1
         return gone
 
     def take(self, fits: Callable[[Job], bool] | None = None) -> Job | None:
-        """The next job that fits, which waits no longer; None if there is none."""
-        for line in sorted(self._waiting.values(), key=lambda line: (max(line.start, self._now), len(line.jobs))):
+        """The next job that fits, which waits no longer; None if there is none.
+
+        Who asks for any job and finds none is idle: what callers owed is forgotten, as nobody waited for it.
+        """
+        for line in sorted(self._waiting.values(), key=lambda line: (line.start, len(line.jobs))):
             job = next((job for job in line.jobs if fits is None or fits(job)), None)
             if job is not None:
-                self._now = max(line.start, self._now)
-                line.start = self._now + max(job.cost, LEAST_COST)
+                self._charge(line, max(job.cost, LEAST_COST))
                 self.remove(job)
+                self._now = max(self._now, min((other.start for other in self._waiting.values()), default=0.0))
                 return job
+        if fits is None:
+            self._idle.clear()
         return None
 
     def settle(self, caller: str, seconds: float) -> None:
         """A caller's work took so many seconds more than forecast (less if negative): his next turn comes later (earlier)."""
-        if caller in self._lines:
-            self._lines[caller].start += seconds
+        line = self._waiting.get(caller) or self._idle.get(caller)
+        if line is not None:
+            self._charge(line, seconds)
 
     def remove(self, job: Job) -> None:
         """The job does not wait, whether or not it did."""
@@ -136,9 +147,17 @@ class FairQueue:
         self._count -= 1
         line.cost = sum(other.cost for other in line.jobs)
         if not line.jobs:
-            del self._waiting[job.caller]
-            if len(self._lines) > REMEMBERED:
-                self._lines = dict(self._owing())
+            self._idle[job.caller] = self._waiting.pop(job.caller)
+            if len(self._idle) > REMEMBERED:
+                self._idle.popitem(last=False)
 
-    def _owing(self) -> Iterator[tuple[str, Line]]:
-        return ((name, line) for name, line in self._lines.items() if line.jobs or line.start > self._now)
+    def _line(self, caller: str) -> Line:
+        """A caller's line as his next job would find it: who did not wait starts now, and has saved nothing up."""
+        idle = self._idle.get(caller)
+        return self._waiting.get(caller) or Line(self._now if idle is None else max(idle.start, self._now))
+
+    def _charge(self, line: Line, seconds: float) -> None:
+        """The caller has had so much more, and the clock goes on by the share of each who waits or is ahead of it."""
+        ahead = sum(idle.start > self._now for idle in self._idle.values())
+        self._now += seconds / max(len(self._waiting) + ahead, 1)
+        line.start += seconds

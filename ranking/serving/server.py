@@ -31,6 +31,7 @@ from ranking.serving.security import Gate
 from ranking.serving.security_tls import TlsFiles, check_tls, is_loopback, server_credentials
 from ranking.serving.service import RecommenderService, code_version
 from ranking.serving.swap import Watcher
+from ranking.serving.swap_load import leave
 from ranking.serving.tokens import TokenBook, read_tokens
 from ranking.serving.traces import Traces
 from ranking.serving.ui import Page
@@ -217,3 +218,4 @@ def serve_until_signal(current: Current, settings: ServeSettings, ready: Callabl
         await run_server(current, settings, warmed, stop, asked)
 
     asyncio.run(main())
+    leave()

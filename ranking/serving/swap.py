@@ -20,10 +20,12 @@ from index.errors import BrewlineError
 from ranking.serving.current import Current
 from ranking.serving.stack import Stack
 from ranking.serving.status import Draining
-from ranking.serving.swap_load import free, load_beside, loader, same
+from ranking.serving.swap_load import Loader, free, load_beside, same
 from ranking.serving.swap_look import Seen, changed, look
 from ranking.serving.worker import Worker
 
+STOP_S = 1.0
+"""A task that was cancelled has ended long before; whatever keeps it, the server ends."""
 AGAIN_S, AGAIN_AT_MOST_S = 30.0, 600.0
 """Seconds until what was refused is tried again although nothing changed; each time twice as many, up to so many."""
 
@@ -38,26 +40,30 @@ class Watcher:
     def __init__(self, current: Current, worker: Worker, poll_s: float, asked: asyncio.Event) -> None:
         """Looks every `poll_s` seconds, and when `asked` is set; 0: only then."""
         self._current, self._worker, self._poll_s, self._asked = current, worker, poll_s, asked
-        self._loader = loader()
+        self._loader, self._stopping = Loader(), False
         self._refused: Seen | None = None
         self._pause, self._again = AGAIN_S, 0.0
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Looks and swaps until `stop`."""
+        self._loader.start()
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """Nothing is exchanged any more; what is being loaded is dropped when it is there."""
-        self._loader.shutdown(wait=False, cancel_futures=True)
+        """Nothing more is begun to be exchanged; what is being loaded is dropped when it is there, and nobody waits for it."""
+        self._stopping = True
         if self._task is not None:
             self._task.cancel()
-            await asyncio.wait([self._task])
+            await asyncio.wait([self._task], timeout=STOP_S)
+        self._loader.close()
 
     async def _run(self) -> None:
-        while True:
+        while not self._stopping:
+            # Not wait_for: that of Python 3.11 forgets that it was cancelled when `asked` was set in the same turn of the loop.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._asked.wait(), self._poll_s or None)
+                async with asyncio.timeout(self._poll_s or None):
+                    await self._asked.wait()
             forced = self._asked.is_set()
             self._asked.clear()
             try:
@@ -85,7 +91,7 @@ class Watcher:
         await self._free(held)
 
     def _beside(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(self._loader, work)
+        return asyncio.wrap_future(self._loader.submit(work))
 
     async def _swap(self) -> list[Stack]:
         """What there is now answers, and the stack before is returned; none if it is the same. Raises what stands in the way."""
@@ -101,10 +107,11 @@ class Watcher:
             await self._worker.submit(fresh.probe)
             if fresh.ranker is not None and fresh.ranker is not held[0].ranker:
                 await self._worker.submit(fresh.warm)
-            await self._worker.submit(partial(self._exchange, fresh))
+            exchanged = self._worker.submit(partial(self._exchange, fresh))
         except BaseException:
             fresh.today.close()
             raise
+        await exchanged  # whoever is cancelled here must close nothing: the new stack may be the one that writes by now
         self._told(fresh, held[0], loaded - began)
         return held
 
@@ -116,7 +123,11 @@ class Watcher:
 
     def _exchange(self, fresh: Stack) -> None:
         """Between two requests: all that was acknowledged is in the new stack before it is anybody's."""
-        fresh.today.take_over(self._current.stack.today)
+        try:
+            fresh.today.take_over(self._current.stack.today)
+        except BaseException:
+            fresh.today.close()
+            raise
         self._current.exchange(fresh)
 
     def _told(self, fresh: Stack, before: Stack, seconds: float) -> None:

@@ -7,17 +7,21 @@ alone 1.0 to 1.1 either way, up to 1.6 without the short turns. With a garbage c
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import numpy as np
 
 from index.search import one_core_here
+from index.serving import scan_crew
 from index.snapshot import Snapshot
 from ranking.pace import Pace
 from ranking.serving.stack import PROBE, WARM_CANDIDATES, Stack, load_stack
@@ -28,11 +32,64 @@ NICE = 15
 SWITCH_S = 1e-4
 """How long Python lets a thread run on while another one waits. Loading is Python too, and a request asks for its turn after each
 of some hundred operations: at the default of 5 ms it would stand still for as long as loading takes."""
+LEAVE_S = 0.5
+"""How long a process that ends waits for a loader that has nothing more to do."""
+T = TypeVar("T")
 
 
-def loader() -> ThreadPoolExecutor:
-    """One thread for loading, of low priority, in which torch and FAISS use one core. All other threads keep theirs."""
-    return ThreadPoolExecutor(1, "brewline-swap", initializer=_step_back)
+class Loader(threading.Thread):
+    """One thread for loading, of low priority, in which torch and FAISS use one core. All other threads keep theirs.
+
+    The process does not wait for it to end: see `leave`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="brewline-swap", daemon=True)
+        self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        scan_crew()  # threads that the loader begins would have its priority, and be as many as it has cores: one
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """The work is done after what was given before, once the thread was started."""
+        future: Future[T] = Future()
+        self._jobs.put((future, work))
+        return future
+
+    def close(self) -> None:
+        """The thread ends after what was given to it and not cancelled."""
+        self._jobs.put(None)
+
+    def run(self) -> None:
+        """What the thread does."""
+        _step_back()
+        while (job := self._jobs.get()) is not None:
+            _settle(*job)
+            del job  # while it waits it holds no stack
+
+
+def leave() -> None:
+    """Nothing happens, unless a loader is still at work in this process: then the process is over, with status 0.
+
+    Python would unwind a thread that is inside torch, which may abort. What is being loaded is nobody's yet.
+    """
+    for thread in threading.enumerate():
+        if not isinstance(thread, Loader):
+            continue
+        thread.join(LEAVE_S)
+        if thread.is_alive():
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
+
+def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
+        del future  # else the error's frames would hold the error
 
 
 def _step_back() -> None:

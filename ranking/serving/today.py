@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 TOGETHER = 32
 """Items that are put in again with one write; so many of the largest still fit into one."""
 
+LOCK_S = 0.2
+"""Who collects snapshots holds the store's LOCK; the thread that answers waits no longer to become the writer."""
+
 log = logging.getLogger(__name__)
 
 
@@ -82,8 +85,10 @@ class Today:
     def now(self) -> tuple[LiveView, LiveCatalog]:
         """The present moment and its catalogue: all that was acknowledged here, and elsewhere up to a fraction of a second ago.
 
-        Raises LogDamaged rather than show what may have been withdrawn.
+        Raises LogDamaged, LogTrimmed rather than show what may have been withdrawn.
         """
+        if self._live.closed:  # reading the log again after a change that failed failed too
+            self._open(write=False)
         view = self._live.view()
         if view is not self.shown[0]:
             self.shown = view, LiveCatalog(self._night, view, self._items)
@@ -97,21 +102,21 @@ class Today:
         live = self._write()
         put, vectors = put_items(self.now()[1], self._encoder, items, at)
         ids = [item.item_id for item in items]
-        return self._kept(live, lambda: live.upsert(ids, [one.to_bytes() for one in put], vectors, self._encoder.fingerprint))
+        return self._kept(lambda: live.upsert(ids, [one.to_bytes() for one in put], vectors, self._encoder.fingerprint))
 
     def withdraw(self, ids: Sequence[str]) -> tuple[int, int]:
         """The items are durably in no later moment; returns the log's position and how many were there. Raises as `upsert`."""
         live = self._write()
         here = int((self.now()[0].rows(ids) >= 0).sum())
-        return self._kept(live, lambda: live.withdraw(ids)), here
+        return self._kept(lambda: live.withdraw(ids)), here
 
     def close(self) -> None:
-        """Another server may write. What was shown stays; a change that comes all the same makes this one the writer again."""
+        """Another server may write. What was shown stays; asked or told all the same, this one follows or writes again."""
         self._live.close()
         self._writes = False
 
     def _open(self, *, write: bool) -> None:
-        self._live = LiveIndex(self._snapshot, self._store, write=write, shadow=self._shadow)
+        self._live = LiveIndex(self._snapshot, self._store, write=write, shadow=self._shadow, wait_s=LOCK_S)
         self._writes, self._items = write, LiveItems(self._ranker)
         view = self._live.view()
         self.shown = view, LiveCatalog(self._night, view, self._items)
@@ -130,13 +135,13 @@ class Today:
         put, vectors = put_items(self.now()[1], self._encoder, [one.item], one.at)
         return put[0], vectors[0]
 
-    def _kept(self, live: LiveIndex, change: Callable[[], int]) -> int:
+    def _kept(self, change: Callable[[], int]) -> int:
         try:
             position = change()
             self.now()
             return position
         except LogBroken:
             # What is on the disk only reading it again can tell; the next change may find the disk mended.
-            live.close()
+            self.close()
             self._open(write=False)
             raise

@@ -83,10 +83,16 @@ class Worker:
         now = time.monotonic()
         with self._changed:
             job.cost = self._forecast.seconds(job.kind)
-            job.least = job.cost if job.first is None else self._forecast.seconds(job.first)
             job.queued = bool(self._until or len(self._queue))
+            needed = job.first or job.kind
+            job.least = self._forecast.least(needed)
+            trial = job.queued and job.least > job.deadline - now and self._forecast.is_old(needed, now, job.cost)
+            if trial:
+                job.least = 0.0
             self._patience.check(job, self._wait(job.caller, now), now, self._at_hand)
             self._refuse_if_full(job.caller, now)
+            if trial:
+                self._forecast.tried(needed, now)
             gone = self._queue.put(job)
             self._changed.notify()
             if gone is not None and not gone.future.done():
@@ -206,21 +212,25 @@ class Worker:
         now, kept = time.monotonic(), []
         for job in jobs:
             left = job.deadline - now
-            if left <= 0 or (job.queued and left < job.least):
+            late = left <= 0 or (job.queued and left < job.least)
+            if late:
                 words = "the deadline passed, or would have passed during the work, while the request waited"
                 _deliver([job], [Failed(Late(f"{words}; give more time, or ask again when it is quieter"))])
-            elif not job.future.done():
+            if late or job.future.done():
+                with self._changed:
+                    self._queue.settle(job.caller, -job.cost)
+            else:
                 kept.append(job)
         return kept
 
     def _learn(self, jobs: Sequence[Job], results: Sequence[object], seconds: float) -> None:
-        forecast = sum(job.cost for job in jobs)
+        forecast, now = sum(job.cost for job in jobs), time.monotonic()
         for job, result in zip(jobs, results, strict=True):
             share = seconds * (job.cost / forecast if forecast else 1 / len(jobs))
             self._queue.settle(job.caller, share - job.cost)
             if job.kind.name and not isinstance(result, Failed):
                 for kind, seconds_of_it in [(job.kind, share), *job.parts]:
-                    self._forecast.record(kind, seconds_of_it)
+                    self._forecast.record(kind, seconds_of_it, now)
 
 
 def _run(jobs: Sequence[Job]) -> Sequence[object]:

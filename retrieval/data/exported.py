@@ -4,7 +4,8 @@ Impressions come from the journal, engagements from the journal and from the mem
 counts once whoever tells it. An engagement that names the request which showed its item decides that impression's label; the rule
 of the schema (`docs/data.md`) that no outcome is counted twice holds: if it says itself whether the member liked the item, the
 label stays with it, else it goes to the impression. An event's number is a hash of its names, so exporting twice makes the same
-folder, and one that a base folder holds already is replaced by what is known now.
+folder, and one that a base folder holds already is replaced by what is known now, where that is more: a base folder chained of
+exports outlives journals and the member store's memory.
 
 The folder knows the world up to a moment. What was shown later may still be answered, and waits for the next export.
 """
@@ -12,7 +13,7 @@ The folder knows the world up to a moment. What was shown later may still be ans
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,14 +22,13 @@ import numpy.typing as npt
 
 from retrieval.data.exported_events import Columns, events_of, grown_members, identity
 from retrieval.data.exported_journal import Done, Record, Shown
+from retrieval.data.exported_labels import Judge, Shows, carried
 from retrieval.data.meta import split_by_cuts
 from retrieval.data.refusals import Refusals
-from retrieval.data.schema import DAY, EVENT_COLUMNS, IMPRESSION, DataError, Dataset, Events, action_kind
+from retrieval.data.schema import DAY, EVENT_COLUMNS, IMPRESSION, DataError, Dataset, Events
 from retrieval.data.sources.assemble import TEST_FROM, VALID_FROM
 
 Cuts = tuple[int, int]
-Shows = tuple[str, str, str]
-"""Request, member, item: what names an impression."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,10 @@ def export(
         )
     shown, done, repeated = _sorted_out(records, kept)
     columns = Columns()
-    joined, waiting = _add(columns, shown, done, _Judge.of(done.values(), meta.retrieval_actions), until)
+    told = Judge.of(done.values(), meta.retrieval_actions)
+    judge = told.knowing(base, {request for request, _, _ in (*shown, *told.named)})
+    base = judge.over(base, told.named)
+    joined, waiting = _add(columns, shown, done, judge, meta.retrieval_actions[0], until)
     members, rows = grown_members(base.members, columns.members)
     fresh, item = events_of(columns, base, rows)
     known = _fits(columns, item, refusals)
@@ -111,33 +114,12 @@ def _sorted_out(
     return shown, done, repeated
 
 
-@dataclass(frozen=True)
-class _Judge:
-    """What became of impressions: `good` were engaged with, of `own` the engagement carries the label itself."""
-
-    good: Collection[Shows]
-    own: Collection[Shows]
-    first: str
-
-    @classmethod
-    def of(cls, done: Iterable[Done], actions: tuple[str, ...]) -> _Judge:
-        good: set[Shows] = set()
-        own: set[Shows] = set()
-        for one in done:
-            if one.request and action_kind(one.action or actions[0]) in actions:
-                name = one.request, one.member, one.item
-                (good if one.label is None else own).add(name)
-        return cls(good, own, actions[0])
-
-    def label(self, name: Shows) -> int:
-        return -1 if name in self.own else int(name in self.good)
-
-
 def _add(
     columns: Columns,
     shown: Mapping[Shows, tuple[Shown, int]],
     done: Mapping[tuple[str, str], Done],
-    judge: _Judge,
+    judge: Judge,
+    first: str,
     until: int,
 ) -> tuple[int, int]:
     """The events before `until` are in the columns; returns how many engagements found their impression, and how many wait."""
@@ -156,7 +138,7 @@ def _add(
         joined += by is not None
         label = -1 if told.label is None else told.label
         surface = told.surface or (by[0].surface if by is not None else "")
-        action = told.action or judge.first
+        action = told.action or first
         number = number_of("engagement", told.member, told.event)
         place = -1 if by is None else by[1]
         columns.add(number, told.member, told.item, told.timestamp, action, label, told.request, place, surface)
@@ -178,8 +160,9 @@ def _others(events: Events, numbers: npt.NDArray[np.int64]) -> Events:
 
 
 def _merged(base: Events, fresh: Events) -> Events:
-    """Both in time order; of an event that both have, the fresh one. `fresh` has the codes of `base` and more."""
-    older = _others(base, fresh.event_id)
+    """Both in time order; of an event that both have, the fresh one, with what only the base knows of it. `fresh` has the codes
+    of `base` and more."""
+    older, fresh = _others(base, fresh.event_id), carried(base, fresh)
     columns: dict[str, Any] = {name: np.concatenate([getattr(older, name), getattr(fresh, name)]) for name in EVENT_COLUMNS}
     both = replace(fresh, **columns)
     return both.take(np.lexsort((both.event_id, both.timestamp)))

@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.data.schema import Dataset, Events, Members
+from retrieval.data.events import SMALL
+from retrieval.data.schema import DataError, Dataset, Events, Members
 
 
 class Columns:
@@ -66,11 +67,16 @@ def grown_members(members: Members, named: Sequence[str]) -> tuple[Members, Mapp
 
 
 def events_of(columns: Columns, base: Dataset, member: Mapping[str, int]) -> tuple[Events, npt.NDArray[np.int32]]:
-    """The events with the codes of the base folder's log, new names behind its own; also the item rows, -1 for unknown items."""
+    """The events with the codes of the base folder's log, new names behind its own; also the item rows, -1 for unknown items.
+
+    Raises DataError for more actions or surfaces than a folder may have.
+    """
     log = base.events
     action, actions = _coded(columns.action, log.actions)
     request, requests = _coded(columns.request, log.requests)
     surface, surfaces = _coded(columns.surface, log.surfaces)
+    _few(actions, "actions", log.actions)
+    _few(surfaces, "surfaces", log.surfaces)
     item = np.array([base.items.row_of.get(name, -1) for name in columns.item], np.int32)
     events = Events(
         event_id=np.array(columns.number, np.int64),
@@ -101,3 +107,12 @@ def _coded(names: Sequence[str], known: tuple[str, ...]) -> tuple[npt.NDArray[np
     codes = {name: code for code, name in enumerate(known)}
     found = [codes.setdefault(name, len(codes)) if name else -1 for name in names]
     return np.array(found, np.int32), tuple(codes)
+
+
+def _few(names: tuple[str, ...], what: str, known: tuple[str, ...]) -> None:
+    if len(names) > SMALL:
+        first = names[len(known)]
+        raise DataError(
+            f"what was served names {len(names):,} distinct {what}, a folder holds at most {SMALL:,}; the first new one is "
+            f"{first[:80]!r}: callers must send names of a few {what}, not ids; move the journal's files that have them elsewhere"
+        )

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -207,3 +208,12 @@ def test_a_crew_shares_everything_once() -> None:
     crew = Crew(2)
     assert [list(part) for part in crew.shares(3)] in ([[0], [1, 2]], [[0, 1], [2]]) and crew.shares(0) == []
     assert crew.each(lambda x: x * x, [1, 2, 3]) == [1, 4, 9]
+
+
+def test_each_of_a_crew_computes_with_one_thread() -> None:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert Crew(2).each(lambda _: torch.get_num_threads(), [0] * 8) == [1] * 8 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(usual)

@@ -287,3 +287,14 @@ def test_changes_of_another_encoder_wait_to_be_encoded_again(snapshot, make_snap
 def test_a_snapshot_that_tells_no_position_is_refused(make_snapshot, store: Path) -> None:
     with pytest.raises(SnapshotTorn, match="live_position='seven'"):
         LiveIndex(make_snapshot(extra={"live_position": "seven"}), store)
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_one_that_is_closed_shows_nothing_more_and_takes_nothing(snapshot, store: Path, write: bool) -> None:
+    live = LiveIndex(snapshot, store, write=write)
+    before = live.view()
+    _ = live.close(), live.close()
+    assert live.closed and before.rows(["item-1"])[0] == 1
+    for asked in (live.view, lambda: live.withdraw(["item-1"])):
+        with pytest.raises(RuntimeError, match="closed"):
+            asked()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -88,3 +89,29 @@ def test_what_is_damaged_or_does_not_fit_gives_no_answer(unit) -> None:
     vectors[7, 1] = np.nan
     with pytest.raises(SearchError, match="vector 7"):
         Certified(vectors)
+
+
+def test_a_snapshot_that_is_open_is_served_while_another_is_being_opened(
+    make_snapshot, store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, other = make_snapshot(40), make_snapshot(60, seed=1)
+    begun, go_on = threading.Event(), threading.Event()
+    expected = Serving.of(here)
+
+    def long(*facts: object) -> str:
+        begun.set()
+        go_on.wait(60)
+        return faiss_reason(*facts)
+
+    monkeypatch.setattr("index.serving.faiss_reason", long)
+    loading = threading.Thread(target=Serving.of, args=(other,))
+    loading.start()
+    assert begun.wait(20)
+    writing = threading.Thread(target=lambda: LiveIndex(here, store, write=True).close())
+    writing.start()
+    writing.join(20)
+    stood_still = writing.is_alive()
+    go_on.set()
+    loading.join(20)
+    writing.join(20)
+    assert not stood_still and Serving.of(here) is expected

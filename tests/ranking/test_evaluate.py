@@ -182,11 +182,13 @@ def test_the_gain_of_a_slice_is_that_of_its_rows_alone_and_stands_in_every_outpu
     assert found["history 14+"].low < 0 and "cold members" not in found
     baselines = [Scored("Guess", "frozen", theirs), Scored("Base rate", "frozen", np.full(len(rows), 0.5))]
     report = evaluate_ranking(tiny_dataset, rows, baselines, "live", Scores(ours, ours))
-    assert report.best == "Guess, frozen" and report.gains[name].value == pytest.approx(value)
-    told = report.as_dict()["auc_model_minus_best_by_slice"]
-    assert isinstance(told, dict) and told[name]["value"] == pytest.approx(value)
+    assert report.best == "Guess, frozen" and report.gains["Ranker"][name].value == pytest.approx(value)
+    told = report.as_dict()["auc_minus_best_by_slice"]
+    assert isinstance(told, dict) and told["Ranker"][name]["value"] == pytest.approx(value)
     assert name in list(gains_table(report).columns[0].cells)
     write_ranking_report(report, rows, Scores(ours, ours), tmp_path)
+    words = evaluate_ranking(tiny_dataset, rows, baselines, "live", Scores(ours, theirs, theirs)).gains["Ranker, text only"]
+    assert words[name].value == words[name].low == words[name].high == 0
     assert f"{found[name].value:+.4f}" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 

@@ -164,3 +164,52 @@ class TestExport:
         assert NOW < made.meta.cut_valid < made.meta.cut_test < NOW + 50
         write_dataset(made, tmp_path / "out")
         assert len(read_dataset(tmp_path / "out").events) == 50
+
+
+class TestABaseOfExports:
+    """The journal's files are deleted once exported, and the member store forgets: the folder before must not unlearn."""
+
+    def test_what_only_the_base_still_knows_stays(self, tiny_dataset: Dataset) -> None:
+        answer = shown("q1", "m1", "i5", "i6", "i7")
+        kept = [done("a", "m1", "i5", "q1"), done("b", "m1", "i6", "q1", label=0)]
+        once = grown(tiny_dataset, [answer], kept)
+        again = grown(once.dataset, [answer])
+        assert told(again) == told(once)
+        assert {row[1]: row[3] for row in told(again) if row[2] == IMPRESSION} == {"i5": 1, "i6": -1, "i7": 0}
+
+    def test_an_impression_that_comes_after_its_engagement_is_judged_by_it(self, tiny_dataset: Dataset) -> None:
+        once = grown(tiny_dataset, [], [done("a", "m1", "i5", "q1"), done("b", "m1", "i6", "q1", label=1)])
+        labels = {row[1]: row[3] for row in told(grown(once.dataset, [shown("q1", "m1", "i5", "i6")])) if row[2] == IMPRESSION}
+        assert labels == {"i5": 1, "i6": -1}
+
+    def test_an_engagement_that_comes_when_the_journal_is_gone_raises_the_base(self, tiny_dataset: Dataset) -> None:
+        once = grown(tiny_dataset, [shown("q1", "m1", "i5", "i6", "i7"), shown("q2", "m1", "i5")])
+        later = grown(once.dataset, [], [done("a", "m1", "i5", "q1"), done("b", "m1", "i6", "q1", label=1)])
+        labels = {(row[5], row[1]): row[3] for row in told(later) if row[2] == IMPRESSION}
+        assert labels == {("q1", "i5"): 1, ("q1", "i6"): -1, ("q1", "i7"): 0, ("q2", "i5"): 0}
+
+    def test_an_engagement_known_under_another_number_is_not_taken_back(self, tiny_dataset: Dataset) -> None:
+        """The base has it from elsewhere, without its request: the impression that it once decided must not fall to 0."""
+        like = int(np.flatnonzero(tiny_dataset.is_engagement)[-1])
+        log = tiny_dataset.events
+        who, item = tiny_dataset.members.member_id[log.member[like]], tiny_dataset.items.item_id[log.item[like]]
+        answer, at = shown("q1", who, item, at=NOW - DAY), int(log.timestamp[like])
+        once = grown(tiny_dataset, [answer], [Done(who, "own", item, at, "", None, "q1", "")])
+        assert once.repeated == 1 and [row[3] for row in told(once)] == [1]
+        assert [row[3] for row in told(grown(once.dataset, [answer]))] == [1]
+
+    def test_where_it_was_shown_is_not_forgotten_with_the_journal(self, tiny_dataset: Dataset) -> None:
+        like = done("a", "m1", "i6", "q1")
+        once = grown(tiny_dataset, [shown("q1", "m1", "i5", "i6")], [like])
+        assert told(grown(once.dataset, [], [like])) == told(once)
+        assert ("m1", "i6", "like", -1, 1, "q1", "feed") in told(once)
+
+
+@pytest.mark.parametrize("what", ["surfaces", "actions"])
+def test_more_names_than_a_folder_holds_are_an_error_and_do_not_wrap(tiny_dataset: Dataset, what: str) -> None:
+    def like(n: int) -> Done:
+        action, surface = ("like", f"s{n}") if what == "surfaces" else (f"like:{n}", "")
+        return Done("m1", f"e{n}", "i1", NOW + n, action, None, "", surface)
+
+    with pytest.raises(DataError, match=f"40,0.. distinct {what}.*at most 32,767"):
+        grown(tiny_dataset, [like(n) for n in range(40_000)])

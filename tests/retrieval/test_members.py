@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from index.store import KeyValueStore, open_store
-from retrieval.data.schema import Connection, Dataset, Member, action_kind
+from retrieval.data.schema import DAY, Connection, Dataset, Member, action_kind
 from retrieval.members import RECORD, VECTOR, MemberStore, UnknownMember
+from retrieval.recent import MOST, RECENT, RECENT_DAYS, Told, append, decode_told, stranger
 from retrieval.records import (
     NEWEST,
     Entry,
@@ -133,3 +134,38 @@ def test_a_view_digest_changes_with_every_word(tiny_dataset: Dataset) -> None:
     assert before != view_digest(view_of(record, ItemWords(replace(tiny_dataset.items, title=titles))))
     assert before != view_digest(view_of(replace(record, history=record.history[1:]), words))
     assert before != view_digest(view_of(replace(record, connections=()), words))
+
+
+def liked(event: str, at: int) -> Told:
+    return Told(event, Entry("i1", at, "like"))
+
+
+def test_the_id_of_an_event_that_the_night_took_over_is_known_for_its_days(store: KeyValueStore) -> None:
+    night = replace(stranger("m"), history=(Entry("i1", 5, "like"),))
+    assert append(store, stranger("m"), [liked("a", 5)], now=10) == 1
+    assert append(store, night, [liked("b", 11)], now=20) == 1, "and a is forgotten"
+    (stored,) = store.get_many(RECENT, ["m"])
+    assert [one.event_id for one in decode_told(stored, "m")] == ["b"]
+    assert append(store, night, [liked("a", 30)], now=30) == 0, "sent again without a time, which is then another"
+    last = 20 + RECENT_DAYS * DAY
+    assert append(store, night, [liked("c", 40), liked("a", 40)], now=last - 1) == 1
+    assert append(store, night, [liked("a", 50)], now=last) == 1
+
+
+def test_more_than_is_kept_of_a_member_still_counts_once(store: KeyValueStore) -> None:
+    told = [liked(f"e{n}", n) for n in range(MOST + 5)]
+    assert append(store, stranger("m"), told[:MOST], now=1) == MOST
+    assert append(store, stranger("m"), told[MOST:], now=2) == 5
+    assert append(store, stranger("m"), told[:5], now=3) == 0
+    (stored,) = store.get_many(RECENT, ["m"])
+    assert len(decode_told(stored, "m")) == MOST
+
+
+def test_ids_alone_are_no_member(store: KeyValueStore) -> None:
+    store.put_many(RECENT, {"m": b'[["a",99]]'})
+    with pytest.raises(UnknownMember):
+        MemberStore(store, "f").get("m")
+    for damaged in (b'[["a"]]', b'[["a","soon"]]', b"[[]]", b"[5]"):
+        store.put_many(RECENT, {"m": damaged})
+        with pytest.raises(MemberRecordError, match="since the night"):
+            MemberStore(store, "f").get("m")

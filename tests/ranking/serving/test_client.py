@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
+from typer.testing import CliRunner
 
+from ranking.cli.ask import app
 from ranking.pipeline import Degraded
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving import recommender_pb2_grpc
 from ranking.serving.client import Client, ServiceError
 from ranking.serving.client_retry import FIRST_S, MOST_S, wait_before
+from retrieval.data.schema import Item
 from retrieval.recent import Told
 from retrieval.records import Entry
 
@@ -53,6 +57,12 @@ class Moody(recommender_pb2_grpc.RecommenderServicer):
         self, request: pb.RecordEngagementsRequest, context: grpc.ServicerContext
     ) -> pb.RecordEngagementsResponse:
         return pb.RecordEngagementsResponse(request_id=self._moody(request, context), recorded=len(request.events))
+
+    def UpsertItems(self, request: pb.UpsertItemsRequest, context: grpc.ServicerContext) -> pb.UpsertItemsResponse:
+        return pb.UpsertItemsResponse(request_id=self._moody(request, context), position=7)
+
+    def WithdrawItems(self, request: pb.WithdrawItemsRequest, context: grpc.ServicerContext) -> pb.WithdrawItemsResponse:
+        return pb.WithdrawItemsResponse(request_id=self._moody(request, context), were_here=1)
 
 
 @pytest.fixture
@@ -123,6 +133,58 @@ def test_engagements_are_sent_again_with_the_ids_that_make_it_harmless(moody: tu
     assert isinstance(first, pb.RecordEngagementsRequest) and first == second
     (event,) = first.events
     assert (event.event_id, event.request_id, event.surface) == ("e1", "the request", "feed")
+
+
+def test_items_are_not_put_in_again_if_they_may_be_in_already(moody: tuple[Moody, str]) -> None:
+    """Somebody may have withdrawn them in between: only who sent them can decide that they are to come back."""
+    servicer, address = moody
+    with Client(address) as client:
+        servicer.faults = [(Code.UNAVAILABLE, None)]
+        with pytest.raises(ServiceError, match="UNAVAILABLE"):
+            client.upsert([Item("i1", "roses")])
+        assert len(servicer.asked) == 1
+        servicer.faults = [(Code.UNAVAILABLE, "1"), (Code.RESOURCE_EXHAUSTED, None)]  # refused: surely not done
+        assert client.upsert([Item("i1", "roses")]).position == 7 and len(servicer.asked) == 4
+
+
+def test_items_are_put_in_by_a_server_that_comes_later(moody: tuple[Moody, str]) -> None:
+    """Where nobody listened nothing can have been done."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    server = grpc.server(ThreadPoolExecutor(2))
+    recommender_pb2_grpc.add_RecommenderServicer_to_server(moody[0], server)
+    with Client(f"127.0.0.1:{port}", attempts=50) as client, ThreadPoolExecutor(1) as pool:
+        with pytest.raises(ServiceError, match="nobody answers"):
+            client.upsert([Item("i1", "roses")], deadline_ms=300)
+        done = pool.submit(client.upsert, [Item("i1", "roses")])
+        assert server.add_insecure_port(f"127.0.0.1:{port}") == port
+        server.start()
+        assert done.result(30).position == 7
+    server.stop(None).wait()
+
+
+@pytest.mark.parametrize(
+    ("fault", "items", "were_here"),
+    [
+        (None, ["a", "b"], 1),
+        ((Code.UNAVAILABLE, "1"), ["a", "b"], 1),  # refused: surely not done
+        ((Code.UNAVAILABLE, None), ["a", "b"], -1),  # the other may have been taken away by the attempt before
+        ((Code.UNAVAILABLE, None), ["a"], 1),  # all of them were there
+    ],
+)
+def test_how_many_withdrawn_items_were_there_is_said_only_if_it_is_known(
+    moody: tuple[Moody, str], fault: Fault | None, items: list[str], were_here: int
+) -> None:
+    servicer, address = moody
+    servicer.faults = [] if fault is None else [fault]
+    with Client(address) as client:
+        assert client.withdraw(items).were_here == were_here
+    shown = CliRunner().invoke(app, ["withdraw", *items, "--address", address])
+    assert shown.exit_code == 0 and f"1 of {len(items)} items were there" in shown.output
+    servicer.faults = [(Code.UNAVAILABLE, None)]
+    shown = CliRunner().invoke(app, ["withdraw", "a", "b", "--address", address])
+    assert "2 items are gone; how many were there is not known" in " ".join(shown.output.split())
 
 
 def test_weights_go_out_and_come_back(moody: tuple[Moody, str]) -> None:

@@ -48,13 +48,16 @@ DIMS = 32
 ON_RAY = """
 import json, sys
 import grpc
+import ray
 from google.protobuf import json_format
 from ray import serve
 from ranking.serving import recommender_pb2 as pb, recommender_pb2_grpc
 from ranking.serving.cluster_app import SERVICER, application
 
 settings, asked, port = json.loads(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
-serve.start(grpc_options={"port": port, "grpc_servicer_functions": [SERVICER]}, http_options={"location": "NoServer"})
+ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)  # as many as there are replicas, whatever the machine has
+http = {"host": "127.0.0.1", "port": int(sys.argv[4])}
+serve.start(proxy_location="HeadOnly", http_options=http, grpc_options={"port": port, "grpc_servicer_functions": [SERVICER]})
 serve.run(application(settings), name="brewline")
 told = []
 with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -66,6 +69,7 @@ with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         except grpc.RpcError as error:
             told.append([error.code().name, error.details()])
 serve.shutdown()
+ray.shutdown()
 print("told:" + json.dumps(told))
 """
 WORKS: dict[str, Callable[[Stack, Any, Call], Any]] = {
@@ -242,13 +246,24 @@ def test_without_ray_the_error_says_what_to_install() -> None:
 @pytest.mark.skipif(not RAY, reason="needs Ray Serve (extra cluster)")
 def test_a_local_ray_answers_as_one_process(night: Path, shards: Path, stack: Stack) -> None:
     """In a process of its own: Ray asks the machine for its address, which the guard of these tests forbids."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        free_port = found.getsockname()[1]
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        ports = [str(found.getsockname()[1]) for found in (one, other)]
     settings = {"store": str(night / "store"), "shards": str(shards), "encoder": str(night / "encoder1"), "timeout_s": 60}
     asked = requests(stack)
-    words = [json.dumps({**settings, "ranker": str(night / "ranker1")}), json.dumps(asked), str(free_port)]
-    done = subprocess.run([sys.executable, "-c", ON_RAY, *words], capture_output=True, text=True, timeout=400, check=False)
+    words = [
+        json.dumps({**settings, "ranker": str(night / "ranker1")}),
+        json.dumps([*asked, ("Info", "InfoRequest", {})]),
+        *ports,
+    ]
+    done = subprocess.run([sys.executable, "-c", ON_RAY, *words], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-4_000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("told:")]
-    assert comparable(json.loads(line.removeprefix("told:"))) == single(stack, asked)
+    *told, about = json.loads(line.removeprefix("told:"))
+    assert comparable(told) == single(stack, asked)
+    assert (int(about["items"]), about["index"], about["requests"]) == (
+        len(stack.catalog),
+        f"{SHARDS} shards",
+        str(len(asked) + 1),
+    )

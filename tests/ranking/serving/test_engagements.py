@@ -140,6 +140,8 @@ def test_what_the_night_knows_is_not_told_twice(opened: Callable[[], Stack], url
         (value,) = kept.get_many(RECENT, ["m3"])
         assert [one.event_id for one in decode_told(value, "m3")] == ["b", "c"]
         kept.close()
+        again = client.record("m3", [told("a", "i1", 0)])  # without a time: of this moment, which the night cannot know
+        assert (again.recorded, again.known) == (0, 1), "an id counts once, also after the night took its event over"
 
 
 def test_a_member_may_begin_with_an_engagement(opened: Callable[[], Stack], start: Start) -> None:

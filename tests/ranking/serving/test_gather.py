@@ -78,11 +78,13 @@ def asked_at_once(port: int, ranker: Held, asks: Sequence[Callable[[Client], Ans
             except ServiceError as error:
                 return error
 
-    with ThreadPoolExecutor(len(asks) + 1) as pool:
+    with Client(f"127.0.0.1:{port}") as watch, ThreadPoolExecutor(len(asks) + 1) as pool:
+        before = watch.info().requests
         first = pool.submit(one, lambda client: client.recommend("m1", 1))
         assert ranker.here.wait(20)
         rest = [pool.submit(one, ask) for ask in asks]
-        time.sleep(0.5)
+        while watch.info().requests < before + 1 + len(asks):  # all of them are in the queue
+            time.sleep(0.01)
         ranker.go.set()
         assert isinstance(first.result(), Answer)
         return [future.result() for future in rest]
@@ -165,7 +167,7 @@ async def test_the_tightest_deadline_bounds_a_batch() -> None:
     worker, go, sizes = Worker(most_wait_s=60.0), threading.Event(), list[int]()
     first, *rest = retrieves(1, sizes)
     await worker.put(first)
-    worker._forecast.record(Kind("Retrieve", 1), 5.0)  # about a second each, from now on
+    worker._forecast.record(Kind("Retrieve", 1), 5.0, time.monotonic())  # about a second each, from now on
     gate = worker.submit(go.wait)
     jobs = retrieves(4, sizes)
     futures = [worker.put(job) for job in jobs]

@@ -96,14 +96,15 @@ def test_what_many_threads_tell_is_there_once_by_day(tmp_path: Path) -> None:
 
 def test_more_than_may_wait_is_lost_counted_and_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     journal = Journal(tmp_path, most_bytes=1_000)
-    gate = threading.Event()
+    taken, gate = threading.Event(), threading.Event()
 
     def slow() -> list[Done]:
+        taken.set()
         gate.wait(20)
         return [one("slow")]
 
     journal.put(slow, 10)
-    time.sleep(0.1)  # the writer has taken it
+    assert taken.wait(20)
     with caplog.at_level(logging.WARNING):
         for n in range(50):
             journal.put(lambda n=n: [one(str(n))], 100)  # type: ignore[misc]
@@ -139,6 +140,60 @@ def test_a_full_disk_costs_what_did_not_fit_and_nothing_else(tmp_path: Path) -> 
     assert written + lost == 240 and lost > 0 and len(records) == written and not len(refusals), "torn lines are taken back"
     assert {f"e{n}" for n in (*range(20), *range(220, 240))} <= {record.event for record in records if isinstance(record, Done)}
     assert "are lost to the journal" in err
+
+
+def test_a_disk_that_cannot_sync_costs_no_record_that_it_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pipe takes what is written and refuses fsync, as a failing disk may."""
+    monkeypatch.setattr("ranking.serving.journal.SYNC_S", 0.0)
+    journal = Journal(tmp_path)
+    journal.put(lambda: [one("first")], 1)
+    while journal.written < 1:
+        time.sleep(0.001)
+    out, into = os.pipe()
+    os.dup2(into, journal._file._descriptor)
+    journal.put(lambda: [one("second"), one("third")], 1, 2)
+    journal.close()
+    assert (journal.written, journal.lost) == (3, 0) and os.read(out, 10_000).count(b"\n") == 2
+    assert [entry.message for entry in caplog.records] == [
+        f"a power cut may cost the last lines of the journal {tmp_path}: Invalid argument"
+    ]
+    os.close(out)
+    os.close(into)
+
+
+def test_the_name_of_a_new_file_is_on_the_disk_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ranking.serving.journal.SYNC_S", 0.0)
+    synced: list[int] = []
+    really = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        really(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    journal = Journal(tmp_path / "journal")
+    for n in range(5):
+        journal.put(lambda n=n: [one(str(n))], 1)  # type: ignore[misc]
+        while journal.written <= n:
+            time.sleep(0.001)
+    journal.close()
+    (file,) = (tmp_path / "journal").iterdir()
+    assert synced.count((tmp_path / "journal").stat().st_ino) == 1 and synced.count(file.stat().st_ino) >= 2
+
+
+def test_no_room_for_a_thread_loses_the_record_and_not_the_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(tmp_path)
+    before = threading.stack_size(1 << 47)  # more than a process can address
+    try:
+        journal.put(lambda: [one("lost")], 1)
+    finally:
+        threading.stack_size(before)
+    journal.put(lambda: [one("kept")], 1)
+    journal.close()
+    assert (journal.written, journal.lost) == (1, 1) and found(tmp_path)[0] == [one("kept")]
+    assert "start new thread" in caplog.text
 
 
 def test_killed_writers_leave_whole_records_in_order_and_do_not_meet(tmp_path: Path) -> None:

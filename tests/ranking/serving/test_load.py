@@ -97,7 +97,10 @@ def test_every_request_of_a_stall_is_charged_with_it(stalling: tuple[Stalling, s
     assert (found.ms[inside] / 1e3 >= ended - due[inside] - 1e-3).all()
     handler.asked = 0
     closed = closed_load(Target(address, "Retrieve", [REQUEST], 20.0), 2, 1.0)
-    assert (closed.ms > 450).sum() == 2, "callers who wait see the stall once each: that is what hides it"
+    begun, ended = handler.stalled
+    sent = closed.started + closed.at
+    charged = (sent < ended) & (sent + closed.ms / 1e3 > ended)
+    assert 1 <= charged.sum() <= 2, "callers who wait see the stall once each: that is what hides it"
 
 
 def test_a_schedule_is_the_same_again_and_keeps_its_rate() -> None:

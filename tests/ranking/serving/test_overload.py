@@ -22,8 +22,8 @@ from ranking.serving import recommender_pb2_grpc
 from ranking.serving.load_shed import GATHERED_S, STRICT_S, Patience
 from ranking.serving.load_shed_depth import lowered
 from ranking.serving.load_shed_door import caller_of
-from ranking.serving.queue_fair import FairQueue, Job
-from ranking.serving.queue_forecast import Forecast, Kind
+from ranking.serving.queue_fair import Job
+from ranking.serving.queue_forecast import Kind
 from ranking.serving.stack import Stack
 from ranking.serving.status import Late, Overloaded
 
@@ -33,16 +33,18 @@ ASK = pb.RecommendRequest(member=pb.Member(id="m1"), k=5, fanout=40)
 
 
 class Slow(Ranker):
-    """A ranker that takes its time once it is told to, and counts what it is asked."""
+    """A ranker that takes its time, goes on only when it may, and counts what it is asked."""
 
     def __init__(self, like: Ranker, seconds: float) -> None:
         self.facts, self.fingerprint, self.engine, self.head, self._like = like.facts, like.fingerprint, like.engine, None, like
-        self.seconds, self.ranked, self.here = seconds, list[int](), threading.Event()
+        self.seconds, self.ranked, self.here, self.go = seconds, list[int](), threading.Event(), threading.Event()
+        self.go.set()
 
     def score(self, view: Any, tokens: Any, *rest: Any) -> np.ndarray:
         self.ranked.append(len(tokens))
         self.here.set()
         time.sleep(self.seconds)
+        assert self.go.wait(20)
         return self._like.score(view, tokens, *rest)
 
 
@@ -81,72 +83,6 @@ def job(caller: str, cost: float = 1.0, deadline: float = 1e9, *, queued: bool =
     return Job(int, caller, deadline=deadline, cost=cost, least=cost, queued=queued, future=None)  # type: ignore[arg-type]
 
 
-def taken(queue: FairQueue, count: int) -> str:
-    """The callers of the next jobs."""
-    found = [queue.take() for _ in range(count)]
-    return "".join(one.caller for one in found if one is not None)
-
-
-def test_callers_take_turns_by_what_they_cost() -> None:
-    queue = FairQueue(100)
-    for caller, cost, count in (("a", 1.0, 20), ("b", 1.0, 3), ("c", 4.0, 5)):
-        for _ in range(count):
-            queue.put(job(caller, cost))
-    assert Counter(taken(queue, 7)) == {"a": 3, "b": 3, "c": 1}, "the many wait behind themselves, and so do the costly"
-    waits = {caller: queue.wait(caller) for caller in ("a", "b", "new")}
-    assert waits["new"] == 0 and waits["b"] <= 2 and waits["a"] == 17 + 4 * 4, waits
-    assert Counter(taken(queue, 5)) == {"a": 4, "c": 1}
-    assert Counter(taken(queue, 30)) == {"a": 13, "c": 3}
-    assert queue.take() is None and queue.cost == 0
-
-
-def test_asking_one_at_a_time_gives_no_more_than_a_share() -> None:
-    queue = FairQueue(100)
-    for caller in "ab" * 30:
-        queue.put(job(caller))
-    served = ""
-    for _ in range(30):
-        if "c" not in queue._waiting:
-            queue.put(job("c"))
-        served += taken(queue, 1)
-    assert Counter(served)["c"] in (9, 10, 11)
-
-
-def test_work_that_cost_more_than_forecast_is_paid_for_later() -> None:
-    queue = FairQueue(100)
-    for caller in "abababab":
-        queue.put(job(caller))
-    assert taken(queue, 1) == "a"
-    queue.settle("a", 1.5)
-    assert taken(queue, 4) == "bbba"
-
-
-def test_a_full_queue_takes_from_the_longest_line() -> None:
-    queue = FairQueue(4)
-    greedy = [job("greedy") for _ in range(4)]
-    assert [queue.put(one) for one in greedy] == [None] * 4
-    assert not queue.has_room("greedy") and queue.has_room("modest")
-    assert queue.put(job("modest")) is greedy[-1]
-    assert queue.put(job("modest")) is greedy[-2]
-    assert not queue.has_room("modest") and len(queue) == 4
-    queue.remove(greedy[0])
-    queue.remove(greedy[0])
-    assert len(queue) == 3 and queue.has_room("greedy")
-
-
-def test_the_forecast_is_of_the_nearest_size_and_errs_upwards() -> None:
-    forecast = Forecast()
-    assert forecast.seconds(Kind("Rank", 100)) == forecast.most("Rank") == 0.0
-    forecast.record(Kind("Rank", 100), 0.1)
-    assert forecast.seconds(Kind("Rank", 90)) == forecast.seconds(Kind("Rank", 3)) == 0.1
-    assert forecast.seconds(Kind("Rank", 400)) == pytest.approx(0.4)
-    forecast.record(Kind("Rank", 1000), 0.5)
-    for _ in range(40):
-        forecast.record(Kind("Rank", 100), 0.2)
-    assert forecast.seconds(Kind("Rank", 100)) == pytest.approx(0.2, rel=0.01)
-    assert forecast.most("Rank") == 0.5 and forecast.seconds(Kind("Recommend", 100)) == 0.0
-
-
 def test_a_burst_may_wait_and_overload_may_not() -> None:
     patience = Patience(0.25)
     patience.check(job("a", 0.05), 0.2, 100.0)
@@ -170,7 +106,7 @@ def test_a_burst_may_wait_and_overload_may_not() -> None:
 
 def test_no_queue_is_blamed_for_a_deadline_that_nothing_could_meet() -> None:
     patience = Patience(1.0)
-    with pytest.raises(Late, match="takes 300 ms"):
+    with pytest.raises(Late, match="lately took 300 ms or more"):
         patience.check(job("a", 0.3, 10.2), 0.0, 10.0)
     with pytest.raises(Overloaded, match="the wait would be 150 ms"):
         patience.check(job("a", 0.1, 10.2), 0.15, 10.0)
@@ -202,7 +138,7 @@ def test_a_flood_is_refused_with_a_hint_and_another_caller_is_served(
 
     def flood() -> None:
         while not over.is_set():
-            codes[code_of(stub, "greedy")] += 1
+            codes.update([code_of(stub, "greedy")])
             time.sleep(0.01)
 
     with ThreadPoolExecutor(8) as pool:
@@ -213,8 +149,9 @@ def test_a_flood_is_refused_with_a_hint_and_another_caller_is_served(
         health = health_pb2_grpc.HealthStub(grpc.insecure_channel(f"127.0.0.1:{port}"))
         alive = health.Check(health_pb2.HealthCheckRequest(), timeout=10).status
         with pytest.raises(grpc.RpcError) as caught:
-            for _ in range(50):
+            while True:
                 stub.Recommend(ASK, metadata=[("x-caller", "greedy")])
+                codes["OK"] += 1
         over.set()
     assert modest.count("OK") >= 5
     assert alive == health_pb2.HealthCheckResponse.SERVING
@@ -222,22 +159,7 @@ def test_a_flood_is_refused_with_a_hint_and_another_caller_is_served(
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     hint = dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"]
     assert int(hint) >= 50 and "ask again in" in caught.value.details()
-    assert len(ranker.ranked) - 8 <= codes["OK"] + 50, "only what was answered was worked on"
-
-
-def test_no_work_is_begun_for_what_would_be_late(stack: Stack, start: Start, stub_of: Callable[[int], Stub]) -> None:
-    slow, ranker = slowed(stack, 0.6)
-    port, _ = start(slow, most_wait_s=60.0)
-    stub = stub_of(port)
-    assert code_of(stub) == "OK"
-    with ThreadPoolExecutor(1) as pool:
-        ranker.here.clear()
-        running = pool.submit(code_of, stub)
-        assert ranker.here.wait(10)
-        begun = len(ranker.ranked)
-        assert code_of(stub, timeout=0.3) == "RESOURCE_EXHAUSTED", "told at once; at the deadline it would have been another code"
-        assert running.result() == "OK"
-    assert len(ranker.ranked) == begun
+    assert ranker.ranked.count(40) == 1 + codes["OK"] + modest.count("OK"), "only what was answered was worked on"
 
 
 def test_under_load_fewer_candidates_are_ranked_openly(stack: Stack, start: Start, stub_of: Callable[[int], Stub]) -> None:
@@ -267,21 +189,23 @@ def test_under_load_fewer_candidates_are_ranked_openly(stack: Stack, start: Star
 
 
 def test_a_stop_says_so_first_and_answers_what_it_took(stack: Stack, start: Start, stub_of: Callable[[int], Stub]) -> None:
-    slow, ranker = slowed(stack, 0.5)
+    slow, ranker = slowed(stack, 0.0)
     port, stop = start(slow, most_wait_s=60.0)
     stub = stub_of(port)
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, ThreadPoolExecutor(4) as pool:
         watched = iter(health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=20))
         assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
-        ranker.here.clear()
+        ranker.go.clear()
         accepted = [pool.submit(code_of, stub) for _ in range(3)]
         assert ranker.here.wait(10)
-        time.sleep(0.2)
+        while stub.Info(pb.InfoRequest()).requests < 3:  # all of them are in the queue
+            time.sleep(0.01)
         stopping = threading.Thread(target=stop)
         stopping.start()
         assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert code_of(stub) == "UNAVAILABLE"
-        assert not any(future.done() for future in accepted[1:]), "what waits is still to be answered"
+        assert not any(future.done() for future in accepted), "what waits is still to be answered"
+        ranker.go.set()
         assert [future.result() for future in accepted] == ["OK"] * 3
         assert list(watched) == []
         stopping.join(10)

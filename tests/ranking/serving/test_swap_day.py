@@ -22,7 +22,7 @@ from index.publish import current, publish, rollback
 from index.wal import LogDamaged, segments
 from ranking.serving.client import Client
 from ranking.serving.stack import Stack, load_stack, open_stack
-from ranking.serving.swap_load import free, load_beside, loader, same
+from ranking.serving.swap_load import Loader, free, load_beside, same
 from ranking.serving.swap_look import look
 from retrieval.data.schema import Dataset, Item
 from retrieval.encoder import Encoder
@@ -121,19 +121,22 @@ def test_items_of_the_day_are_encoded_beside_and_are_there_under_the_new_encoder
     before = opened()
     before.today.upsert([NEW, replace(NEW, item_id="gone"), replace(NEW, item_id="i3")], 5)
     to_the_second(night, tmp_path / "encoder", store)
-    with loader() as thread:
-        after = thread.submit(load_beside, before).result()
-        before.today.withdraw(["gone"])
-        before.today.upsert([replace(NEW, item_id="late")], 6)  # after those of before were encoded
-        after.today.take_over(before.today)
-        moment, catalog = after.today.now()
-        rows = moment.rows(["new", "i3", "late", "gone"]).tolist()
-        assert min(rows[:3]) >= 60 and rows[3] == -1 and not moment.stale and moment.items == 62
-        for row in rows[:3]:
-            numbers = {name: np.array([value]) for name, value in catalog.numbers(row).items()}
-            np.testing.assert_allclose(moment.vector(row), after.encoder.items([catalog.item(row)], numbers)[0], atol=1e-6)
-        held = [before]
-        thread.submit(free, held).result()
+    thread = Loader()
+    thread.start()
+    after = thread.submit(lambda: load_beside(before)).result()
+    before.today.withdraw(["gone"])
+    before.today.upsert([replace(NEW, item_id="late")], 6)  # after those of before were encoded
+    after.today.take_over(before.today)
+    moment, catalog = after.today.now()
+    rows = moment.rows(["new", "i3", "late", "gone"]).tolist()
+    assert min(rows[:3]) >= 60 and rows[3] == -1 and not moment.stale and moment.items == 62
+    for row in rows[:3]:
+        numbers = {name: np.array([value]) for name, value in catalog.numbers(row).items()}
+        np.testing.assert_allclose(moment.vector(row), after.encoder.items([catalog.item(row)], numbers)[0], atol=1e-6)
+    held = [before]
+    thread.submit(lambda: free(held)).result()
+    thread.close()
+    thread.join(20)
     assert not held and after.today.withdraw(["i1"])[1] == 1
     after.today.close()
 

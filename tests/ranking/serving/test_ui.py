@@ -143,7 +143,7 @@ def test_looking_leaves_nothing_in_the_journal(stack: Stack, start: Start, tmp_p
     port, stop = start(stack, page=web, journal=tmp_path / "journal")
     assert asked(web, "/api/recommend", {"member": {"id": "m11"}, "surface": "feed"})[0] == 200
     with Client(f"127.0.0.1:{port}") as client:
-        client.recommend("m22", 5)
+        client.recommend("m22", 5, surface="feed")
     stop()
     kept = b"".join(path.read_bytes() for path in (tmp_path / "journal").rglob("*") if path.is_file())
     assert b"m22" in kept and b"m11" not in kept
