@@ -242,12 +242,12 @@ def slices_table(report: RankingReport) -> Table:
 def gains_table(report: RankingReport) -> Table:
     """Returns by slice what the model, and its words alone, gain over the best simple baseline: do cold members gain most?"""
     table = Table(title=f"AUC minus that of {report.best}, by slice (paired bootstrap over its members, 95 %)", **PLAIN)
-    for column in ("slice", "n", "system", "gain", "interval", "verdict"):
-        table.add_column(column, justify="right" if column in ("n", "gain", "interval") else "left")
+    for column in ("slice", "n", "system", "gain", "interval"):
+        table.add_column(column, justify="left" if column in ("slice", "system") else "right", no_wrap=True)
     for name, size in ({} if report.model is None else report.model.judged.slices).items():
         for system, leads in report.gains.items():
             if name in leads:
-                table.add_row(name, f"{size['n']:,}", system, *_cells(leads[name]))
+                table.add_row(name, f"{size['n']:,}", system, *_cells(leads[name])[:2])
     return table
 
 
@@ -259,12 +259,14 @@ def tasks_table(report: RankingReport) -> Table:
     """Returns one row per further task of the ranker: the text model alone, no head joins there. A held-out task is zero-shot."""
     found = report.facts["tasks"]
     table = Table(title="Further tasks, text alone", **PLAIN)
-    shown = {"auc": "AUC", **SHOWN}
+    columns = {"auc": "AUC", **SHOWN}
+    known = next(iter(found.values())) if isinstance(found, Mapping) and found else {}
+    shown = {metric: words for metric, words in columns.items() if metric in known}
     for column in ("task", "taught", "candidates", "positive", *shown.values()):
         table.add_column(column)
     for name, values in found.items() if isinstance(found, Mapping) else ():
         taught = "never (held out)" if values["held_out"] else "yes"
-        cells = [short(values[metric]) if metric in values else "-" for metric in shown]
+        cells = [short(values[metric]) for metric in shown]
         table.add_row(name, taught, f"{values['candidates']:,.0f}", short(values["positive_share"]), *cells)
     return table
 

@@ -87,8 +87,8 @@ class Patience:
         if left <= 0:
             raise Late("the deadline passed before the request was read; give more time")
         if wait + job.least > left and job.queued:
-            words = f"{left * 1e3:,.0f} ms are left, the wait would be {wait * 1e3:,.0f} ms and such answers lately took"
-            words = f"{words} {job.least * 1e3:,.0f} ms or more"
+            words = f"{left * 1e3:,.0f} ms are left, the wait would be {wait * 1e3:,.0f} ms and half of such"
+            words = f"{words} answers lately took {job.least * 1e3:,.0f} ms or more"
             raise Late(f"{words}; give more time") if job.least > left else self.refuse(job.caller, wait, words, now)
 
 

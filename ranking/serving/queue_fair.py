@@ -67,7 +67,7 @@ class FairQueue:
         self._most = most
         self._waiting: dict[str, Line] = {}
         self._idle: OrderedDict[str, Line] = OrderedDict()
-        self._now = 0.0
+        self._now = self._turn = 0.0
         self._count = 0
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class FairQueue:
     def wait(self, caller: str) -> float:
         """Seconds until a new job of a caller would begin: what of each line comes before it, his own included.
 
-        Whoever comes later and has had less may still go first: no more than the caller's debt from each who then waits.
+        Whoever comes later and has had less may still go first, until the clock has reached where the caller's last turn ended.
         """
         own = self._line(caller)
         start = own.start + sum(max(job.cost, LEAST_COST) for job in own.jobs)
@@ -124,7 +124,8 @@ class FairQueue:
         for line in sorted(self._waiting.values(), key=lambda line: (line.start, len(line.jobs))):
             job = next((job for job in line.jobs if fits is None or fits(job)), None)
             if job is not None:
-                self._charge(line, max(job.cost, LEAST_COST))
+                self._turn = max(job.cost, LEAST_COST)
+                self._charge(line, self._turn)
                 self.remove(job)
                 self._now = max(self._now, min((other.start for other in self._waiting.values()), default=0.0))
                 return job
@@ -152,9 +153,11 @@ class FairQueue:
                 self._idle.popitem(last=False)
 
     def _line(self, caller: str) -> Line:
-        """A caller's line as his next job would find it: who did not wait starts now, and has saved nothing up."""
-        idle = self._idle.get(caller)
-        return self._waiting.get(caller) or Line(self._now if idle is None else max(idle.start, self._now))
+        """A caller's line as his next job would find it: who did not wait has saved up one turn, so that he is soon served."""
+        if caller in self._waiting:
+            return self._waiting[caller]
+        ended = self._idle[caller].start if caller in self._idle else 0.0
+        return Line(max(ended, self._now - self._turn))
 
     def _charge(self, line: Line, seconds: float) -> None:
         """The caller has had so much more, and the clock goes on by the share of each who waits or is ahead of it."""

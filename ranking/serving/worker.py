@@ -85,7 +85,7 @@ class Worker:
             job.cost = self._forecast.seconds(job.kind)
             job.queued = bool(self._until or len(self._queue))
             needed = job.first or job.kind
-            job.least = self._forecast.least(needed)
+            job.least = self._forecast.usual(needed)
             trial = job.queued and job.least > job.deadline - now and self._forecast.is_old(needed, now, job.cost)
             if trial:
                 job.least = 0.0

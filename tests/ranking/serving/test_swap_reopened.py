@@ -9,8 +9,8 @@ import pytest
 
 from index.durable import StoreBusy, exclusive
 from index.live import LIVE_DIR
-from index.wal import LogBroken, LogDamaged, segments
-from ranking.serving.stack import Stack, load_stack, open_stack
+from index.wal import LogDamaged, segments
+from ranking.serving.stack import Stack, open_stack
 
 
 @pytest.fixture
@@ -56,20 +56,6 @@ def test_what_cannot_be_read_again_is_not_shown_and_is_followed_when_it_can(
     assert gone(broken, 5) == [1, 3]
     other.today.close()
     assert broken.today.withdraw(["i2"]) == (3, 1) and gone(broken, 5) == [1, 2, 3]
-
-
-def test_a_night_beside_a_log_that_broke_begins_with_all_that_was_kept(
-    opened: Callable[[], Stack], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = opened()
-    before.today.withdraw(["i1"])
-    after = load_stack(before.origin.source, before)
-    with monkeypatch.context() as disk, pytest.raises(LogBroken):
-        disk.setattr("index.wal_writer._write", full)
-        before.today.withdraw(["i2"])
-    after.today.take_over(before.today)
-    assert gone(after, 3) == [1] and after.today.withdraw(["i2"])[0] == 2
-    after.today.close()
 
 
 def test_who_becomes_the_writer_does_not_wait_long_for_the_store(opened: Callable[[], Stack], copied: Path) -> None:
