@@ -83,7 +83,9 @@ def asked_at_once(port: int, ranker: Held, asks: Sequence[Callable[[Client], Ans
         first = pool.submit(one, lambda client: client.recommend("m1", 1))
         assert ranker.here.wait(20)
         rest = [pool.submit(one, ask) for ask in asks]
-        while watch.info().requests < before + 1 + len(asks):  # all of them are in the queue
+        ends = time.monotonic() + 15
+        while watch.info().requests < before + 1 + len(asks):  # until all of them are in the queue
+            assert time.monotonic() < ends
             time.sleep(0.01)
         ranker.go.set()
         assert isinstance(first.result(), Answer)

@@ -149,7 +149,7 @@ def test_a_flood_is_refused_with_a_hint_and_another_caller_is_served(
         health = health_pb2_grpc.HealthStub(grpc.insecure_channel(f"127.0.0.1:{port}"))
         alive = health.Check(health_pb2.HealthCheckRequest(), timeout=10).status
         with pytest.raises(grpc.RpcError) as caught:
-            while True:
+            for _ in range(50):
                 stub.Recommend(ASK, metadata=[("x-caller", "greedy")])
                 codes["OK"] += 1
         over.set()
@@ -198,7 +198,9 @@ def test_a_stop_says_so_first_and_answers_what_it_took(stack: Stack, start: Star
         ranker.go.clear()
         accepted = [pool.submit(code_of, stub) for _ in range(3)]
         assert ranker.here.wait(10)
-        while stub.Info(pb.InfoRequest()).requests < 3:  # all of them are in the queue
+        ends = time.monotonic() + 20
+        while stub.Info(pb.InfoRequest()).requests < 3:  # until all of them are in the queue
+            assert time.monotonic() < ends
             time.sleep(0.01)
         stopping = threading.Thread(target=stop)
         stopping.start()
