@@ -19,9 +19,7 @@ def test_the_final_score_is_the_published_formula() -> None:
     np.testing.assert_allclose(final_score(columns, weights), wanted, atol=1e-7)
     np.testing.assert_array_equal(final_score({"like": HALF}, {"like": 7.0}), HALF)
     np.testing.assert_array_equal(final_score({"like": HALF}, {"like": -0.1}), -HALF)
-    np.testing.assert_allclose(
-        final_score(columns, {name: 5e307 * value for name, value in weights.items()}), wanted, atol=1e-7
-    )
+    np.testing.assert_allclose(final_score(columns, {name: 5e307 * value for name, value in weights.items()}), wanted, atol=1e-7)
 
 
 @pytest.mark.parametrize(
