@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import index.sqlite_store
 from index.store import StoreError, StoreUnavailable, open_store
 
 
@@ -47,9 +46,8 @@ def test_a_failed_put_keeps_nothing(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_writer_elsewhere_makes_us_wait_and_then_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index.sqlite_store, "_BUSY_MS", 50)
-    store = open_store(f"sqlite:{tmp_path / 'kv.db'}")
+def test_a_writer_elsewhere_makes_us_wait_and_then_say_so(tmp_path: Path) -> None:
+    store = open_store(f"sqlite:{tmp_path / 'kv.db'}", patience_s=0.05)
     store.put_many("k", {"a": b"1"})
     other = sqlite3.connect(tmp_path / "kv.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
