@@ -45,7 +45,9 @@ class Arrivals(StrEnum):
 Store = Annotated[Path, typer.Option(help="The snapshot store to serve; its members are the ones that ask.", metavar="DIR")]
 EncoderFolder = Annotated[Path | None, typer.Option(help="The encoder of the snapshot.", metavar="DIR")]
 RankerFolder = Annotated[Path | None, typer.Option(help="The ranker; Retrieve does without.", metavar="DIR")]
-Members = Annotated[str | None, typer.Option(help="The member store, as `brewline serve` takes it.", metavar="URL")]
+Members = Annotated[
+    str | None, typer.Option(help="The member store, as `brewline serve` takes it.", metavar="URL", envvar="BREWLINE_MEMBERS")
+]
 Address = Annotated[
     str | None, typer.Option(help="Measure a running server of this store (plain text, no token).", metavar="HOST:PORT")
 ]

@@ -112,7 +112,12 @@ def export_log(
     data: Annotated[Path, typer.Option(help="The data folder to continue: that of the last night.", metavar="DIR")],
     members: Annotated[
         str | None,
-        typer.Option(help="The servers' member store. [default: the one in STORE]", metavar="URL", show_default=False),
+        typer.Option(
+            help="The servers' member store. [default: the one in STORE]",
+            metavar="URL",
+            envvar="BREWLINE_MEMBERS",
+            show_default=False,
+        ),
     ] = None,
     settle_minutes: Annotated[
         float, typer.Option(help="What was shown so recently may still be answered, and waits for the next export.", min=0)

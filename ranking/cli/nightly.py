@@ -23,7 +23,12 @@ DEFAULT_HYSTERESIS = 0
 needs that half asks for 1, for which a loss of half a point of recall was ruled out (`brewline bench night`)."""
 RankerFolder = Annotated[Path | None, typer.Option(help="The ranker folder; without it only retrieval is served.", metavar="DIR")]
 MembersUrl = Annotated[
-    str | None, typer.Option(help="The member store: sqlite:PATH or redis://HOST. Default: in the --store folder.", metavar="URL")
+    str | None,
+    typer.Option(
+        help="The member store: sqlite:PATH or redis://HOST. Default: in the --store folder.",
+        metavar="URL",
+        envvar="BREWLINE_MEMBERS",
+    ),
 ]
 Buckets = Annotated[
     int, typer.Option(help="Buckets that a number may stray before its item is encoded again; 0: every change counts.", min=0)

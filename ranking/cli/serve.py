@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 Ranker = Annotated[Path | None, typer.Option(help="The ranker of the snapshot; without it only Retrieve answers.", metavar="DIR")]
 Members = Annotated[
     str | None,
-    typer.Option(help="The member store: sqlite:PATH or redis://HOST. Default: in the --store folder.", metavar="URL"),
+    typer.Option(
+        help="The member store: sqlite:PATH or redis://HOST. Default: in the --store folder.",
+        metavar="URL",
+        envvar="BREWLINE_MEMBERS",
+    ),
 ]
 Hybrid = Annotated[bool, typer.Option("--hybrid", help="Find candidates with the hybrid first stage that the night wrote.")]
 InsecurePublic = Annotated[

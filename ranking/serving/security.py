@@ -25,6 +25,7 @@ NEEDS: dict[str, str] = {
     f"{SERVICE}Explain": "admin",  # it says what a member did, in words
     "/grpc.health.v1.Health/Check": OPEN,
     "/grpc.health.v1.Health/Watch": OPEN,
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": "read",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": "read",
 }
 """The role that each method asks for; one that is not here asks for admin, so a forgotten row locks and never opens."""
