@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ranking.cli.bench_report import check_drawing
+from ranking.cli.member_store import MEMBERS_VARIABLE
 from ranking.cli.output import emit, plain
 from ranking.cli.train_report import facts_table, stages
 
@@ -46,7 +47,7 @@ Store = Annotated[Path, typer.Option(help="The snapshot store to serve; its memb
 EncoderFolder = Annotated[Path | None, typer.Option(help="The encoder of the snapshot.", metavar="DIR")]
 RankerFolder = Annotated[Path | None, typer.Option(help="The ranker; Retrieve does without.", metavar="DIR")]
 Members = Annotated[
-    str | None, typer.Option(help="The member store, as `brewline serve` takes it.", metavar="URL", envvar="BREWLINE_MEMBERS")
+    str | None, typer.Option(help="The member store, as `brewline serve` takes it.", metavar="URL", envvar=MEMBERS_VARIABLE)
 ]
 Address = Annotated[
     str | None, typer.Option(help="Measure a running server of this store (plain text, no token).", metavar="HOST:PORT")

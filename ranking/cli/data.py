@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ranking.cli.member_store import MEMBERS_VARIABLE
+
 if TYPE_CHECKING:
     from retrieval.data.sources.assemble import Imported
 
@@ -115,7 +117,7 @@ def export_log(
         typer.Option(
             help="The servers' member store. [default: the one in STORE]",
             metavar="URL",
-            envvar="BREWLINE_MEMBERS",
+            envvar=MEMBERS_VARIABLE,
             show_default=False,
         ),
     ] = None,

@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from ranking.cli.forms import CodesChoice, HybridWeights, hybrid_settings
+from ranking.cli.member_store import MembersUrl
 from ranking.cli.night_metrics import check_metrics, write_metrics
 from ranking.cli.output import Report, emit, progress_bar, words
 
@@ -22,14 +23,6 @@ DEFAULT_HYSTERESIS = 0
 """A snapshot that follows from data, encoder and time alone, and equals a rebuild, is worth more than half the embedding: who
 needs that half asks for 1, for which a loss of half a point of recall was ruled out (`brewline bench night`)."""
 RankerFolder = Annotated[Path | None, typer.Option(help="The ranker folder; without it only retrieval is served.", metavar="DIR")]
-MembersUrl = Annotated[
-    str | None,
-    typer.Option(
-        help="The member store: sqlite:PATH or redis://HOST. Default: in the --store folder.",
-        metavar="URL",
-        envvar="BREWLINE_MEMBERS",
-    ),
-]
 Buckets = Annotated[
     int, typer.Option(help="Buckets that a number may stray before its item is encoded again; 0: every change counts.", min=0)
 ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ranking.cli.member_store import MembersUrl
 from ranking.cli.output import emit
 
 if TYPE_CHECKING:
@@ -17,14 +18,6 @@ if TYPE_CHECKING:
     from ranking.serving.traces import Traces
 
 Ranker = Annotated[Path | None, typer.Option(help="The ranker of the snapshot; without it only Retrieve answers.", metavar="DIR")]
-Members = Annotated[
-    str | None,
-    typer.Option(
-        help="The member store: sqlite:PATH or redis://HOST. Default: in the --store folder.",
-        metavar="URL",
-        envvar="BREWLINE_MEMBERS",
-    ),
-]
 Hybrid = Annotated[bool, typer.Option("--hybrid", help="Find candidates with the hybrid first stage that the night wrote.")]
 InsecurePublic = Annotated[
     bool, typer.Option("--insecure-public", help="Listen beyond this machine although TLS or tokens are missing.")
@@ -94,7 +87,7 @@ def serve(
     store: Annotated[Path, typer.Option(help="The snapshot store that `brewline nightly` wrote.", metavar="DIR")],
     encoder: Annotated[Path, typer.Option(help="The encoder that made the snapshot.", metavar="DIR")],
     ranker: Ranker = None,
-    members: Members = None,
+    members: MembersUrl = None,
     hybrid: Hybrid = False,
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 50051,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",

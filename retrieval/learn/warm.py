@@ -39,11 +39,13 @@ LONGEST = 0.99
 
 def warm_start(model: PreTrainedModel, tokens: Tokens, dataset: Dataset, before: int, seed: int) -> int:
     """The trunk starts from the words known before a time, in the way that fits what members meet; returns how many."""
-    rarity = newness_of(dataset, before) >= MOSTLY_NEW
-    return (start_as_words if rarity else start_from_words)(model, tokens, dataset, before, seed)
+    newness = newness_of(dataset, before)
+    if newness >= MOSTLY_NEW:
+        return start_as_words(model, tokens, dataset, before, seed, newness)
+    return start_from_words(model, tokens, dataset, before, seed)
 
 
-def start_as_words(model: PreTrainedModel, tokens: Tokens, dataset: Dataset, before: int, seed: int) -> int:
+def start_as_words(model: PreTrainedModel, tokens: Tokens, dataset: Dataset, before: int, seed: int, newness: float) -> int:
     """Word vectors are the trunk's start, each as long as its word is rare to the power of `newness`; returns how many words.
 
     The final norm would make all words equally loud. So the last coordinate of a word's row takes up what its length lacks to
@@ -53,7 +55,7 @@ def start_as_words(model: PreTrainedModel, tokens: Tokens, dataset: Dataset, bef
     documents = list(documents_of(dataset, tokens, before, seed))
     if len(documents) < MIN_DOCUMENTS:
         return 0
-    weight, newness = model.get_input_embeddings().weight, newness_of(dataset, before)
+    weight = model.get_input_embeddings().weight
     vectors, idf = word_vectors(documents, len(tokens), weight.shape[1] - 1, seed)
     seen = np.flatnonzero(np.abs(vectors).sum(1) > 0)
     words = np.pad(vectors[seen] * idf[seen, None] ** newness, ((0, 0), (0, 1)))
