@@ -3,8 +3,9 @@
     PYTHONPATH=. python benchmarks/gpu_prefill.py --out results          # needs torch, transformers and a CUDA device
     PYTHONPATH=. python benchmarks/gpu_prefill.py --out results --tiny   # toy sizes on a CPU: shows that the script runs
 
-Random bfloat16 weights. Times are medians of 10 calls after 3, planning and the answer's way back included. What fails is written
-down with its reason, the rest goes on and the exit code is 1. `results/gpu_prefill.json` is written anew after every step.
+Random bfloat16 weights, then the same in FP8; small requests also from recordings (CUDA graphs). Times are medians of 10 calls
+after 3, planning and the answer's way back included. What fails is written down with its reason, the rest goes on and the exit
+code is 1. `results/gpu_prefill.json` is written anew after every step.
 """
 
 from __future__ import annotations
@@ -12,29 +13,31 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from benchmarks.gpu_plain import LABELS, Plain, Report, seconds, timed, tried
 from ranking.prefill import lean
 from ranking.prefill.attend import BACKENDS, probe, reference
+from ranking.prefill.bench import body_of
 from ranking.prefill.engine import Engine
+from ranking.prefill.float8 import Float8, scaled
+from ranking.prefill.joint import weight_bytes
 from ranking.prefill.load import ready
-from ranking.prefill.operations import Body, PrefillShape, lower_bound, warm_lower_bound
+from ranking.prefill.operations import PrefillShape, lower_bound, warm_lower_bound
 from ranking.prefill.plan import Limits, Request
 from retrieval.llama import Size, new_config
 
-LABELS, WARM_UPS, REPEATS = (2, 3), 3, 10
+GRAPH_BYTES = 4 << 30
 BACKEND = {"cuda": "cuda_varlen", "cpu": None}
-Report = dict[str, object]
+ASKED, FEW = PrefillShape(prefix=1024, items=500, length=32), PrefillShape(prefix=256, items=8, length=16)
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,14 @@ class Setting:
     batches: tuple[int, ...] = (32, 125, 500)
     rows: tuple[int, ...] = (2048, 8192, 32768)
     tokens: tuple[int, ...] = (8192, 32768)
+    small: PrefillShape = FEW
 
 
-ASKED = PrefillShape(prefix=1024, items=500, length=32)
 SMALL = Size(hidden=256, layers=3, heads=8, kv_heads=2, mlp=512, vocabulary=1000)
 SETTINGS = {
     "1B": Setting(Size(hidden=2048, layers=16, heads=32, kv_heads=8, mlp=8192, vocabulary=128_256), ASKED),
     "3B": Setting(Size(hidden=3072, layers=28, heads=24, kv_heads=8, mlp=8192, vocabulary=128_256), ASKED),
-    "tiny": Setting(SMALL, PrefillShape(40, 12, 8), (1, 4), (4, 12), (32, 2048), (64, 4096)),
+    "tiny": Setting(SMALL, PrefillShape(40, 12, 8), (1, 4), (4, 12), (32, 2048), (64, 4096), PrefillShape(40, 3, 5)),
 }
 
 
@@ -73,93 +76,13 @@ def new_request(shape: PrefillShape, vocabulary: int) -> Request:
     return Request(drawn[: shape.prefix].tolist(), drawn[shape.prefix :].reshape(shape.items, shape.length).tolist())
 
 
-class Plain:
-    """The plain model's ways: no head over the vocabulary, label rows in float32, ids on the device beforehand."""
-
-    def __init__(self, model: LlamaForCausalLM, request: Request) -> None:
-        self.prefix, self.items = (torch.tensor(ids, device=model.device) for ids in (request.prefix, request.items))
-        self._body, self._labels = model.model, model.get_output_embeddings().weight[list(LABELS)].float()
-
-    @torch.inference_mode()
-    def singles(self, batch: int) -> np.ndarray:
-        """The first `batch` items as full prompts in one pass."""
-        rows = torch.cat([self.prefix.expand(batch, -1), self.items[:batch]], 1)
-        return self._read(self._body(input_ids=rows, use_cache=False).last_hidden_state[:, -1])
-
-    @torch.inference_mode()
-    def prefix_cache(self, batch: int) -> np.ndarray:
-        """The prefix once, then all items over views of its keys and values, `batch` in a pass."""
-        kept, parts = DynamicCache(), []
-        self._body(input_ids=self.prefix[None], past_key_values=kept, use_cache=True)
-        for some in self.items.split(batch):
-            cache = DynamicCache()
-            for number, layer in enumerate(kept.layers):
-                cache.update(layer.keys[:, :, :0], layer.values[:, :, :0], number)
-                wide = cache.layers[number]
-                wide.keys, wide.values = (part.expand(len(some), -1, -1, -1) for part in (layer.keys, layer.values))
-            parts.append(self._read(self._body(input_ids=some, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]))
-        return np.concatenate(parts)
-
-    @torch.inference_mode()
-    def packed(self, mask: torch.Tensor) -> np.ndarray:
-        """One sequence with restarted positions under a dense mask."""
-        (count, length), first = self.items.shape, len(self.prefix)
-        places = torch.cat([torch.arange(first), torch.arange(first, first + length).repeat(count)]).to(mask.device)
-        ids = torch.cat([self.prefix, self.items.flatten()])[None]
-        found = self._body(input_ids=ids, attention_mask=mask, position_ids=places[None], use_cache=False)
-        return self._read(found.last_hidden_state[0, first + length - 1 :: length])
-
-    def mask(self) -> torch.Tensor:
-        """[1, 1, T, T], added to the scores."""
-        first, rows = len(self.prefix), len(self.prefix) + self.items.numel()
-        row = torch.arange(rows, device=self.items.device)
-        item = torch.where(row < first, -1, (row - first) // self.items.shape[1])
-        hidden = (row[:, None] < row) | ((item != -1) & (item[:, None] != item))
-        return torch.zeros(1, 1, rows, rows, dtype=self._body.dtype, device=row.device).masked_fill_(hidden, float("-inf"))
-
-    def _read(self, hidden: torch.Tensor) -> np.ndarray:
-        return (hidden.float() @ self._labels.T).cpu().numpy()
-
-
-def seconds(run: Callable[[], object], device: str, before: Callable[[], object] = int) -> float:
-    """The median time of a call; `before` runs untimed before each."""
-    found = []
-    for _ in range(WARM_UPS + REPEATS):
-        before()
-        began = time.perf_counter()
-        if device == "cpu":
-            run()
-            found.append(time.perf_counter() - began)
-            continue
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        found.append(start.elapsed_time(stop) / 1000)
-    return statistics.median(found[WARM_UPS:])
-
-
-def tried(run: Callable[[], Report]) -> Report:
-    """What a step found, or why it failed."""
-    try:
-        return run()
-    except Exception as error:
-        return {"failed": f"{type(error).__name__}: {str(error)[:400]}"}
-
-
-def timed(run: Callable[[], object], device: str, times: float = 1) -> Report:
-    return tried(lambda: {"seconds": seconds(run, device) * times})
-
-
 def product_rates(device: str, size: int) -> Report:
     """Operations per second of a size^3 matrix product on random numbers: bfloat16, and FP8 with a scale for each row."""
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
-    x, y, ones = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t(), torch.ones(size, 1, device=device)
-    rate, float8 = 2 * size**3 / seconds(lambda: a @ b, device), "CUDA only"
-    if device == "cuda":
-        float8 = timed(lambda: torch._scaled_mm(x, y, scale_a=ones, scale_b=ones.t(), out_dtype=a.dtype), device)
-    return {"size": size, "bfloat16": rate, "operations": 2 * size**3, "float8": float8}
+    layer, x, out = Float8(*scaled(b), None), scaled(a), torch.empty_like(a)
+    rate = 2 * size**3 / seconds(lambda: torch.mm(a, b.t(), out=out), device)
+    float8 = tried(lambda: {"rate": 2 * size**3 / seconds(lambda: layer.into(x, out), device)})
+    return {"size": size, "operations": 2 * size**3, "bfloat16": {"rate": rate}, "float8": float8}
 
 
 def kernels_apart(device: str) -> Report:
@@ -202,18 +125,23 @@ def engines_apart(device: str) -> Report:
     return found
 
 
-def ours(model: LlamaForCausalLM, setting: Setting, request: Request, device: str, rate: float) -> Report:
+def timed_engine(engine: Engine, shape: PrefillShape, request: Request, device: str, rate: float) -> Report:
     """The engine cold and warm. `share`: the fewest operations that answer the request, over the time, of the product rate."""
+    body, report = body_of(engine.model), {}
+    for state, before, bound in (("cold", engine.cache.clear, lower_bound), ("warm", int, warm_lower_bound)):
+        spent = seconds(lambda: engine.score([request]), device, before)
+        report[state] = {"p50_ms": 1000 * spent, "share": bound(body, shape) / spent / rate}
+    return report
+
+
+def ours(model: LlamaForCausalLM, setting: Setting, request: Request, device: str, rate: float) -> Report:
+    """The engine at every size of its blocks and passes."""
     report: Report = {}
-    size, shape = setting.size, setting.shape
-    body = Body(size.layers, size.hidden, size.mlp, size.heads, size.kv_heads, size.hidden // size.heads)
     for rows, tokens in itertools.product(setting.rows, setting.tokens):
-        lean.ROWS = rows
+        lean.ROWS = lean.ROWS_ELSEWHERE = rows
         engine = Engine(model, LABELS, backend=BACKEND[device], limits=Limits(max_tokens=tokens), cache_bytes=4 << 30)
-        for state, before, bound in (("cold", engine.cache.clear, lower_bound), ("warm", int, warm_lower_bound)):
-            spent = seconds(lambda engine=engine: engine.score([request]), device, before)
-            found = {"seconds": spent, "share": bound(body, shape) / spent / rate}
-            report[f"{engine.backend}, {rows} rows, {tokens} tokens, {state}"] = found
+        found = tried(lambda engine=engine: timed_engine(engine, setting.shape, request, device, rate))
+        report[f"{engine.backend}, {rows} rows, {tokens} tokens"] = found
     return report
 
 
@@ -228,18 +156,49 @@ def theirs(plain: Plain, setting: Setting, device: str) -> Report:
     return {**report, "packed, dense mask": timed(lambda: plain.packed(mask), device)}
 
 
-def with_float8(model: LlamaForCausalLM, plain: Plain, setting: Setting, device: str) -> Report:
-    """The plain prefix cache with torchao's FP8 layers, scales by row. The model is another one afterwards."""
-    try:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-    except ImportError:
-        return {"plain prefix cache": "torchao is not installed"}
-    quantize_(model.model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-    return {"plain prefix cache": timed(lambda: plain.prefix_cache(setting.batches[-1]), device)}
+def small_request(model: LlamaForCausalLM, setting: Setting, device: str, rate: float) -> Report:
+    """A small request pass by pass and from recordings (CUDA graphs on a GPU): times, what was recorded, largest distance."""
+    request, report, answers = new_request(setting.small, setting.size.vocabulary), {}, []
+    for name, room in (("pass by pass", 0), ("recorded", GRAPH_BYTES)):
+        engine = Engine(model, LABELS, backend=BACKEND[device], graph_bytes=room)
+        answers.append(engine.score([request])[0])
+        found: Report = timed_engine(engine, setting.small, request, device, rate)
+        report[name] = found
+        if (seen := engine.graphs) is not None:
+            report["recordings"] = {**asdict(seen), "plain": dict(seen.plain)}
+    return {**report, "largest distance": float(np.abs(answers[0] - answers[1]).max())}
 
 
-def measured(setting: Setting, device: str, rate: float) -> Iterator[tuple[str, Report]]:
+def in_float8(model: LlamaForCausalLM, setting: Setting, request: Request, device: str, rate: float) -> Report:
+    """The engine with FP8 layers; `rate` is that of FP8 products. The model is another one afterwards."""
+    wide, answer = weight_bytes(model), Engine(model, LABELS, backend=BACKEND[device]).score([request])[0]
+    ready(model.to(torch.bfloat16), float8=True)
+    engine = Engine(model, LABELS, backend=BACKEND[device], limits=Limits(max_tokens=max(setting.tokens)))
+    apart = float(np.abs(engine.score([request])[0] - answer).max())
+    report: Report = {"bytes": {"before": wide, "after": weight_bytes(model)}, "largest distance": apart}
+    report["engine"] = timed_engine(engine, setting.shape, request, device, rate)
+    return {**report, "small request": tried(lambda: small_request(model, setting, device, rate))}
+
+
+def goals(found: dict[str, Report]) -> Report:
+    """Whether issue 3's goals for the 1B shape hold; None where a figure is missing."""
+    cold = [row["cold"] for row in found["engine"].values() if isinstance(row, dict) and "cold" in row]
+    best = min(cold, key=lambda row: row["p50_ms"], default=None)
+    float8 = found["float8"].get("engine")
+    spent = float8["cold"]["p50_ms"] if isinstance(float8, dict) and "cold" in float8 else None
+    return {
+        "bfloat16 p50_ms": best and best["p50_ms"],
+        "at most 70 ms": best and best["p50_ms"] <= 70,
+        "share": best and best["share"],
+        "at least 0.60": best and best["share"] >= 0.60,
+        "float8 p50_ms": spent,
+        "at most 45 ms": spent and spent <= 45,
+    }
+
+
+def measured(setting: Setting, device: str, rates: Report) -> Iterator[tuple[str, Report]]:
     """The steps of one setting."""
+    rate, rate8 = (float(rates[name].get("rate", "nan")) for name in ("bfloat16", "float8"))
     model = new_model(setting.size, device, torch.bfloat16 if device == "cuda" else torch.float32)
     request = new_request(setting.shape, setting.size.vocabulary)
     plain = Plain(model, request)
@@ -256,7 +215,8 @@ def measured(setting: Setting, device: str, rate: float) -> Iterator[tuple[str, 
     yield "largest distance from one by one", tried(apart)
     yield "engine", tried(lambda: ours(model, setting, request, device, rate))
     yield "plain", tried(lambda: theirs(plain, setting, device))
-    yield "float8", tried(lambda: with_float8(model, plain, setting, device))
+    yield "small request", tried(lambda: small_request(model, setting, device, rate))
+    yield "float8", tried(lambda: in_float8(model, setting, request, device, rate8))
 
 
 def lines(name: str, found: object) -> Iterator[str]:
@@ -291,8 +251,12 @@ def main() -> int:
     note("kernels, distance from the float32 reference", tried(lambda: kernels_apart(device)))
     note("engines, distance from one by one in float32", tried(lambda: engines_apart(device)))
     for name in ["tiny"] if asked.tiny else asked.settings.split(","):
-        for step, found in measured(SETTINGS[name], device, float(str(rates["bfloat16"]))):
+        steps: dict[str, Report] = {}
+        for step, found in measured(SETTINGS[name], device, rates):
+            steps[step] = found
             note(f"{name}: {step}", found)
+        if name != "3B":
+            note("1B: goals" if name == "1B" else "tiny: goals, as if these were the figures of 1B", goals(steps))
     return int('"failed"' in json.dumps(report))
 
 

@@ -6,7 +6,7 @@ transformers, the ONNX export) scores exactly what those values score. What arit
     bfloat16   stored in two bytes
     int8       per output row, symmetric: w = scale * q, q in -127..127. The products in int8 are onnxruntime's, from the exported
                engine (`ranking.export`), which has a gate of its own
-    fp8        e4m3 per output row (448 is its largest value); the products need a GPU and torchao: `serve_fp8`
+    fp8        e4m3 per output row (448 is its largest value); the products are the engine's: `load_engine(arithmetic="fp8")`
 
 Why the answers' rows are left alone: `head_study` shows what else would happen.
 """
@@ -27,11 +27,10 @@ from transformers import LlamaForCausalLM
 from index.errors import BrewlineError
 from ranking.calibrate import fit
 from ranking.metrics import auc, debiased_calibration_error
+from ranking.prefill.float8 import check_capability, scaled
 
 Format = Literal["bfloat16", "int8", "fp8"]
-LARGEST_INT8, LARGEST_FP8 = 127.0, 448.0
-FP8_CAPABILITY = (8, 9)
-"""CUDA compute capability from which on FP8 products exist."""
+LARGEST_INT8 = 127.0
 
 Floats = npt.NDArray[np.float32]
 
@@ -67,42 +66,19 @@ def rounded(weight: Tensor, to: Format) -> Tensor:
     """The nearest values of a format to a matrix [outputs, inputs], float32; int8 and fp8 have one scale for each output."""
     if to == "bfloat16":
         return weight.bfloat16().float()
-    largest = LARGEST_INT8 if to == "int8" else LARGEST_FP8
-    scale = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / largest
-    small = weight.float() / scale
-    small = small.round() if to == "int8" else small.to(torch.float8_e4m3fn).float()
-    return small * scale
+    if to == "fp8":
+        return scaled(weight.float()).wide()
+    scale = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / LARGEST_INT8
+    return (weight.float() / scale).round() * scale
 
 
 def check_fp8() -> None:
-    """Raises QuantizeError unless FP8 products can run here: a CUDA device of capability 8.9 and torchao."""
+    """Raises QuantizeError without a CUDA device, and Float8Missing if it has no FP8 products."""
     if not torch.cuda.is_available():
         raise QuantizeError(
             "fp8 needs a CUDA GPU of capability 8.9 or more (H100, L40S), and torch sees none; take int8 on a CPU"
         )
-    if (seen := torch.cuda.get_device_capability()) < FP8_CAPABILITY:
-        raise QuantizeError(f"fp8 needs a GPU of capability {FP8_CAPABILITY}, this one has {seen}; take bfloat16")
-    try:
-        import torchao  # type: ignore[import-not-found]  # noqa: F401 - only whether it is there
-    except ImportError as error:
-        raise QuantizeError("fp8 products come from torchao, which is not installed: pip install torchao") from error
-
-
-def serve_fp8(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The model's projections multiply in FP8 with a scale for each row (weights and activations); the head stays as it is.
-
-    Never run by this project. Raises QuantizeError.
-    """
-    check_fp8()
-    from torchao.quantization import (  # type: ignore[import-not-found]
-        Float8DynamicActivationFloat8WeightConfig,
-        PerRow,
-        quantize_,
-    )
-
-    wanted = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
-    quantize_(model, wanted, filter_fn=lambda part, name: isinstance(part, nn.Linear) and name.endswith("_proj"))
-    return model
+    check_capability(torch.cuda.get_device_capability())
 
 
 @dataclass(frozen=True)

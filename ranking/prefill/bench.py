@@ -26,7 +26,7 @@ from ranking.prefill.contenders import WAYS, Ids, Items, MaskTooLarge, Plain
 from ranking.prefill.engine import Engine
 from ranking.prefill.entrants import Course, Entrant, course, entrants_of, timed
 from ranking.prefill.figures import Facts, Times, name_of, row, shares, speed, speedups
-from ranking.prefill.load import Arithmetic, fastest, ready
+from ranking.prefill.load import fastest, ready
 from ranking.prefill.machine import allocator, growth
 from ranking.prefill.operations import Body, PrefillShape
 from ranking.prefill.plan import Request
@@ -57,7 +57,7 @@ class Wishes:
     """`dtype` of the contenders' weights, `arithmetic` of the engine's copy, rounds, seed of the tokens, budget of seconds."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    arithmetic: Arithmetic = "auto"
+    arithmetic: Literal["auto", "float32", "bfloat16"] = "auto"
     repeats: int = 5
     seed: int = 0
     seconds: float = math.inf

@@ -20,9 +20,11 @@ from transformers import PreTrainedModel
 
 from ranking.prefill.attend import BackendMissing, choose
 from ranking.prefill.cache import BLOCK, CacheStats, Keys, PrefixCache
+from ranking.prefill.cascade import Attention, Cascade
 from ranking.prefill.errors import UnknownToken, UnknownVector
+from ranking.prefill.graphs import GraphStats, Recorded
 from ranking.prefill.history import marked, stages, whole_entries
-from ranking.prefill.lean import Attention, Cascade, Lean
+from ranking.prefill.lean import Lean
 from ranking.prefill.llama import Layers, cascade
 from ranking.prefill.plan import Plan, plan
 from ranking.prefill.request import Limits, Request, check_history, check_labels, check_prefix
@@ -58,10 +60,12 @@ class Engine:
         limits: Limits | None = None,
         deterministic: bool = False,
         cache_bytes: int | None = None,
+        graph_bytes: int = 0,
         revision: str = "",
     ) -> None:
         """`revision` names the weights in the cache's keys; a prefix and its items stay within the model's positions whatever
-        `limits` say. Raises LabelError, BackendMissing and UnsupportedModel."""
+        `limits` say. With `graph_bytes` small passes run from recordings that hold at most so much (`ranking.prefill.graphs`).
+        Raises LabelError, BackendMissing and UnsupportedModel."""
         check_family(model)
         embedding = model.get_input_embeddings().weight
         self.label_ids = check_labels(label_ids, len(embedding))
@@ -70,7 +74,7 @@ class Engine:
         self.limits = replace(limits, max_positions=min(known, limits.max_positions or known))
         self.model, self.deterministic = model.eval(), deterministic
         self.cache = PrefixCache(CACHE_BYTES[cpu] if cache_bytes is None else cache_bytes, f"{revision}|{embedding.dtype}")
-        self._wanted = backend
+        self._wanted, self._graph_bytes = backend, graph_bytes
         self._lock = threading.Lock()
         self._attach()
 
@@ -82,16 +86,19 @@ class Engine:
         device, dtype = embedding.device, embedding.dtype
         weights = Weights.of(self.model)
         self.loop = "modules" if weights is None else "lean"
+        if self.deterministic and self._graph_bytes:
+            raise BackendMissing("recorded passes have padded shapes that deterministic scores cannot have; choose one of both")
         if weights is None:
-            if self.deterministic:
-                raise BackendMissing("deterministic scores need plain weights; merge the LoRA first")
+            if self.deterministic or self._graph_bytes:
+                raise BackendMissing("deterministic scores and recorded passes need plain weights; merge the LoRA first")
             chosen = choose(self._wanted, device.type, dtype)
             self.backend, self._modules = chosen.name, Layers(self.model, cascade(chosen.attend))
             log.info("projections are wrapped: the layer loop calls the modules and keeps no prefixes")
         else:
             tile = TILE if self.deterministic else None
             attention = _attention(self._wanted, device.type, dtype, tile)
-            self.backend, self._lean = attention.name, Lean(weights, attention, tile)
+            self.backend, lean = attention.name, Lean(weights, attention, tile)
+            self._lean: Lean | Recorded = Recorded(lean, self._graph_bytes) if self._graph_bytes else lean
         self._head = self.model.get_output_embeddings().weight.detach()
         self._rows = torch.tensor(self.label_ids, device=device)
 
@@ -99,6 +106,11 @@ class Engine:
     def stats(self) -> CacheStats:
         """What the prefix cache has done so far."""
         return self.cache.stats
+
+    @property
+    def graphs(self) -> GraphStats | None:
+        """What the recorded passes have done so far; None if there are none."""
+        return self._lean.stats if self.loop == "lean" and isinstance(self._lean, Recorded) else None
 
     def score(self, requests: Sequence[Request]) -> list[Logits]:
         """Return for each request the logits float32 [N, labels] at the last token of its N items, in input order.

@@ -21,6 +21,8 @@ from torch import Tensor
 from index.errors import BrewlineError
 
 Bounds = npt.NDArray[np.int32]
+Placed = tuple[Tensor, int]
+"""Bounds int32 [S+1] on the device, and how long the longest segment may be."""
 TILE = 128
 """Rows and columns of one block of flex attention's mask."""
 
@@ -45,6 +47,16 @@ def cuda_varlen_steady(q: Tensor, k: Tensor, v: Tensor, cu_q: Bounds, cu_k: Boun
     Raises NotImplementedError before torch 2.12, which cannot be told not to split.
     """
     return _varlen(q, k, v, cu_q, cu_k, causal, 1)
+
+
+def cuda_varlen_placed(q: Tensor, k: Tensor, v: Tensor, on_q: Placed, on_k: Placed, causal: bool) -> tuple[Tensor, Tensor]:
+    """Return what `cuda_varlen` does for bounds that lie on the device and never travel: what a CUDA graph can record.
+
+    Bounds may end before the last row: rows behind them hold anything in the answer. Segments may be empty on both sides; the
+    longest may be named longer than it is (at least 2, so that the kernel takes its common path).
+    """
+    out, sums = _launch(q, k, v, on_q, on_k, causal, None)
+    return out, sums.t() if _heads_first(q.device, False, None) else sums
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, cu_q: Bounds, cu_k: Bounds, causal: bool) -> tuple[Tensor, Tensor]:
@@ -119,8 +131,9 @@ def _varlen(
         raise ForwardOnly("cuda_varlen has no gradient of its log-sum-exp: train with another backend, or run without grad")
     if not len(q):
         return _nothing(q)
-    out, sums = _launch(q, k, v, cu_q, cu_k, causal, splits)
-    if _heads_first(q.device, _placed(cu_q.tobytes(), q.device)[1] == 1, splits):
+    on_q, on_k = _placed(cu_q.tobytes(), q.device), _placed(cu_k.tobytes(), q.device)
+    out, sums = _launch(q, k, v, on_q, on_k, causal, splits)
+    if _heads_first(q.device, on_q[1] == 1, splits):
         sums = sums.t()
     if sums.shape != q.shape[:2]:
         raise RuntimeError(f"varlen_attn of torch {torch.__version__} gave sums {tuple(sums.shape)} for {tuple(q.shape[:2])}")
@@ -128,12 +141,11 @@ def _varlen(
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Bounds, cu_k: Bounds, causal: bool, splits: int | None
+    q: Tensor, k: Tensor, v: Tensor, on_q: Placed, on_k: Placed, causal: bool, splits: int | None
 ) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-    bounds_q, longest_q = _placed(cu_q.tobytes(), q.device)
-    bounds_k, longest_k = _placed(cu_k.tobytes(), q.device)
+    (bounds_q, longest_q), (bounds_k, longest_k) = on_q, on_k
     aux, window = AuxRequest(lse=True), (-1, 0 if causal else -1)
     options = _options(splits)
     run: Callable[..., tuple[Tensor, Tensor]] = varlen_attn  # type: ignore[assignment]  # a pair, because of `aux`
@@ -160,14 +172,15 @@ def _heads_first(device: torch.device, single: bool, splits: int | None) -> bool
     """
     q, k = torch.zeros(3, 4, 16, dtype=torch.bfloat16, device=device), torch.zeros(3, 2, 16, dtype=torch.bfloat16, device=device)
     bounds = np.array([0, 1, 2, 3] if single else [0, 3], np.int32)
-    shape = tuple(_launch(q, k, k, bounds, bounds, False, splits)[1].shape)
+    placed = _placed(bounds.tobytes(), device)
+    shape = tuple(_launch(q, k, k, placed, placed, False, splits)[1].shape)
     if shape not in ((4, 3), (3, 4)):
         raise NotImplementedError(f"varlen_attn gives log-sum-exps of shape {shape} for 3 rows and 4 heads")
     return shape == (4, 3)
 
 
 @functools.lru_cache(maxsize=64)
-def _placed(raw: bytes, device: torch.device) -> tuple[Tensor, int]:
+def _placed(raw: bytes, device: torch.device) -> Placed:
     """Bounds on the device and their longest segment: copied for a pass's first layer and found again by the others."""
     bounds = np.frombuffer(raw, np.int32)
     with torch.inference_mode(False):  # kept beyond the call that asked first, and not only for calls in its mode

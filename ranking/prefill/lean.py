@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,42 +19,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ranking.prefill.attend import Attend, Bounds, blend
+from ranking.prefill.attend import Bounds
 from ranking.prefill.cache import Keys
+from ranking.prefill.cascade import ROWS, Attention, Pair
+from ranking.prefill.float8 import Scaled
 from ranking.prefill.plan import Chunk
-from ranking.prefill.weights import Block, Linear, Weights, into
+from ranking.prefill.weights import Block, Product, Weights, into
 from ranking.prefill.workspace import Workspace
 
-ROWS = 2_048
-"""Rows of a block on a CPU. Fewer waste matrix products, more fall out of the cache between two steps."""
 ROWS_ELSEWHERE = 32_768
 """On a GPU a block bounds memory only: each one costs its launches."""
 
 Ints = npt.NDArray[np.int64]
-Pair = tuple[Tensor, Tensor]
-
-
-class Attention(Protocol):
-    """Both halves of one layer's attention, answers written into `out`."""
-
-    @property
-    def name(self) -> str:
-        """The backend's name."""
-
-    def prefix(self, q: Tensor, keys: Tensor, values: Tensor, start: int, rows: int, out: Tensor) -> None:
-        """`rows` rows of a prefix from `start` on see every key up to their own."""
-
-    def items(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        prefixes: Sequence[Pair],
-        queries: Sequence[Bounds],
-        keys: Sequence[Bounds],
-        out: Tensor,
-    ) -> None:
-        """Each item's queries see their request's prefix and the item itself (causally, if it asks from every row)."""
 
 
 @dataclass(frozen=True)
@@ -66,48 +41,18 @@ class Entries:
     seen: int
 
 
-class Cascade:
-    """Two calls of an `attend` backend, prefix and self, merged by log-sum-exp."""
+@dataclass(frozen=True)
+class Packed:
+    """Items packed for the layers: x [T, hidden], cos and sin [T, 1, D], int64 rows of the items' last tokens (`count` of them
+    real), how many of the T rows are real, and for each request the bounds of its items' rows and of their last tokens."""
 
-    def __init__(self, name: str, attend: Attend) -> None:
-        self.name, self._attend = name, attend
-
-    def prefix(self, q: Tensor, keys: Tensor, values: Tensor, start: int, rows: int, out: Tensor) -> None:
-        """See Attention."""
-        own = np.array([0, rows], np.int32)
-        found, sums = self._attend(q[:rows], keys[start : start + rows], values[start : start + rows], own, own, True)
-        if start:
-            seen = self._attend(q[:rows], keys[:start], values[:start], own, np.array([0, start], np.int32), False)
-            found = blend(*seen, found, sums)
-        out[:rows] = found
-
-    def items(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        prefixes: Sequence[Pair],
-        queries: Sequence[Bounds],
-        keys: Sequence[Bounds],
-        out: Tensor,
-    ) -> None:
-        """See Attention."""
-        cu_q = np.concatenate([queries[0][:1], *(part[1:] for part in queries)])
-        cu_k = np.concatenate([keys[0][:1], *(part[1:] for part in keys)])
-        own, sums = self._attend(q, k, v, cu_q, cu_k, len(q) == len(k) and bool((np.diff(cu_q) == np.diff(cu_k)).all()))
-        if q.device.type != "cpu":
-            cross_q = np.array([0, *(part[-1] for part in queries)], np.int32)
-            cross_k = np.cumsum([0, *(len(pair[0]) for pair in prefixes)], dtype=np.int32)
-            all_k, all_v = prefixes[0] if len(prefixes) == 1 else map(torch.cat, zip(*prefixes))
-            out.copy_(blend(*self._attend(q, all_k, all_v, cross_q, cross_k, False), own, sums))
-            return
-        # On a CPU the merge is done while a block is in the cache; over all rows at once it costs as much as the products.
-        for (prefix_k, prefix_v), part in zip(prefixes, queries):
-            for first in range(int(part[0]), int(part[-1]), ROWS):
-                some = slice(first, min(first + ROWS, int(part[-1])))
-                rows, seen = np.array([0, some.stop - first], np.int32), np.array([0, len(prefix_k)], np.int32)
-                found = self._attend(q[some], prefix_k, prefix_v, rows, seen, False)
-                out[some] = blend(*found, own[some], sums[some])
+    x: Tensor
+    angles: Pair
+    last: Tensor
+    rows: int
+    count: int
+    bounds: Sequence[Bounds]
+    ends: Sequence[Bounds]
 
 
 class Lean:
@@ -116,6 +61,11 @@ class Lean:
     def __init__(self, weights: Weights, attention: Attention, tile: int | None = None) -> None:
         self.weights, self.attention, self._tile = weights, attention, tile
         self._space = Workspace()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the buffers."""
+        return self._space.bytes
 
     def capacity(self, rows: int) -> int:
         """The rows that must be allocated for a prefix of `rows` tokens."""
@@ -127,9 +77,15 @@ class Lean:
         With `entries` the tokens are history entries that see the beginning of the prefix and themselves, not each other.
         """
         start, rows = prefix.length, len(tokens)
-        x = self._embed(tokens, None)
+        x = self.embed(tokens, None)
         # Padding repeats the last position: a later one could change what some rotary scalings do to all.
-        cos, sin = self._angles(np.minimum(np.arange(start, start + len(x)), start + rows - 1))
+        angles = self.angles(np.minimum(np.arange(start, start + len(x)), start + rows - 1))
+        self.fill(x, angles, prefix, start, rows, entries)
+        prefix.length = start + rows
+
+    def fill(self, x: Tensor, angles: Pair, prefix: Keys, start: int, rows: int, entries: Entries | None = None) -> None:
+        """Keys and values of the rows `x` stand in `prefix` from `start` on, of which `rows` ask; nothing leaves the device."""
+        cos, sin = angles
         q, mixed = self._heads("q", len(x), self.weights.heads), self._heads("mixed", len(x), self.weights.heads)
         layers = self.weights.blocks
         for number, layer in enumerate(layers):
@@ -147,20 +103,27 @@ class Lean:
             else:
                 new, known = slice(start, start + rows), [(keys[: entries.seen], values[: entries.seen])]
                 self.attention.items(q[:rows], keys[new], values[new], known, [entries.bounds], [entries.bounds], mixed[:rows])
-        prefix.length = start + rows
 
     def read(self, chunk: Chunk, prefixes: Sequence[Keys], vectors: Tensor | None) -> Tensor:
         """Returns the hidden state [n, hidden] after the last norm at each item's last token.
 
         `prefixes` are those of the chunk's pieces, in their order; `vectors` [V, hidden] stand behind the token ids -1, -2, ...
         """
+        x, count = self.embed(chunk.tokens, vectors), len(chunk.last)
+        last = torch.zeros(self._padded(count), dtype=torch.int64)
+        last[:count] = torch.from_numpy(chunk.last)
+        items = [piece.items for piece in chunk.pieces]
+        bounds = split_bounds(chunk.item_bounds, items)
+        ends = split_bounds(np.arange(count + 1, dtype=np.int32), items)
+        angles = self.angles(chunk.positions, len(x))
+        return self.through(Packed(x, angles, last.to(x.device), len(chunk.tokens), count, bounds, ends), prefixes)
+
+    def through(self, packed: Packed, prefixes: Sequence[Keys]) -> Tensor:
+        """Returns what `read` does; `packed.x` is overwritten, and nothing leaves the device."""
         layers, kv_heads = self.weights.blocks, self.weights.kv_heads
-        x = self._embed(chunk.tokens, vectors)
-        cos, sin = self._angles(chunk.positions, len(x))
+        x, (cos, sin), rows = packed.x, packed.angles, packed.rows
         q, mixed = self._heads("q", len(x), self.weights.heads), self._heads("mixed", len(x), self.weights.heads)
         k, v = self._heads("k", len(x), kv_heads), self._heads("v", len(x), kv_heads)
-        rows = len(chunk.tokens)
-        bounds = split_bounds(chunk.item_bounds, [piece.items for piece in chunk.pieces])
         for number, layer in enumerate(layers):
             last = number == len(layers) - 1
             for some in self._blocks(len(x)):
@@ -169,41 +132,25 @@ class Lean:
                 self._open(layer, x[some], cos[some], sin[some], None if last else q[some], k[some], v[some])
             pairs = [prefix.pair(number) for prefix in prefixes]
             if not last:
-                self.attention.items(q[:rows], k[:rows], v[:rows], pairs, bounds, bounds, mixed[:rows])
-        ends = split_bounds(np.arange(len(chunk.last) + 1, dtype=np.int32), [piece.items for piece in chunk.pieces])
-        return self._finish(x, cos, sin, k[:rows], v[:rows], pairs, chunk, ends, bounds)
+                self.attention.items(q[:rows], k[:rows], v[:rows], pairs, packed.bounds, packed.bounds, mixed[:rows])
+        return self._finish(packed, k[:rows], v[:rows], pairs)
 
-    def _finish(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pairs: Sequence[Pair],
-        chunk: Chunk,
-        ends: Sequence[Bounds],
-        bounds: Sequence[Bounds],
-    ) -> Tensor:
+    def _finish(self, packed: Packed, k: Tensor, v: Tensor, pairs: Sequence[Pair]) -> Tensor:
         """The last layer where it is read: one query, one MLP row and one norm for each item."""
-        layer, count = self.weights.blocks[-1], len(chunk.last)
-        rows = self._padded(count)
-        last = torch.zeros(rows, dtype=torch.int64)
-        last[:count] = torch.from_numpy(chunk.last)
-        last = last.to(x.device)
-        x, cos, sin = x[last], cos[last], sin[last]
+        layer, count, last, rows = self.weights.blocks[-1], packed.count, packed.last, len(packed.last)
+        x, cos, sin = packed.x[last], packed.angles[0][last], packed.angles[1][last]
         q, mixed = self._heads("last.q", rows, self.weights.heads), self._heads("last.mixed", rows, self.weights.heads)
         for some in self._blocks(rows):
             h = self._norm("h", x[some], layer.before)
             self._turn(layer.q, h, cos[some], sin[some], layer.q_gain, q[some])
-        self.attention.items(q[:count], k, v, pairs, ends, bounds, mixed[:count])
+        self.attention.items(q[:count], k, v, pairs, packed.ends, packed.bounds, mixed[:count])
         for some in self._blocks(rows):
             self._close(layer, x[some], mixed[some])
         return torch.cat([self._norm("h", x[some], self.weights.norm).clone() for some in self._blocks(rows)])[:count]
 
     def _open(self, layer: Block, x: Tensor, cos: Tensor, sin: Tensor, q: Tensor | None, k: Tensor, v: Tensor) -> None:
         """Norm, projections and rotation of a block of rows; without `q` only keys and values are made."""
-        h = self._norm("h", x, layer.before)
+        h = layer.v.ready(self._norm("h", x, layer.before))
         if q is None or layer.q_gain is not None:
             if q is not None:
                 self._turn(layer.q, h, cos, sin, layer.q_gain, q)
@@ -215,9 +162,9 @@ class Lean:
             _rotate(both[:, q.shape[1] :], cos, sin, k)
         layer.v.into(h, v.flatten(1))
 
-    def _turn(self, layer: Linear, h: Tensor, cos: Tensor, sin: Tensor, gain: Tensor | None, out: Tensor) -> None:
+    def _turn(self, layer: Product, h: Tensor | Scaled, cos: Tensor, sin: Tensor, gain: Tensor | None, out: Tensor) -> None:
         """One projection, normed by head where the model does that, rotated into `out`."""
-        made = self._take("qk", len(h), *out.shape[1:])
+        made = self._take("qk", len(out), *out.shape[1:])
         layer.into(h, made.flatten(1))
         if gain is not None:
             made = functional.rms_norm(made, gain.shape, gain, self.weights.epsilon)
@@ -249,7 +196,7 @@ class Lean:
     def _wide(self, name: str, *shape: int) -> Tensor:
         return self._space.take(name, shape, torch.float32, self.weights.embedding.device)
 
-    def _embed(self, tokens: Ints, vectors: Tensor | None) -> Tensor:
+    def embed(self, tokens: Ints, vectors: Tensor | None) -> Tensor:
         """The embeddings of T tokens in a buffer of `_padded(T)` rows, the surplus zero."""
         x = self._take("x", self._padded(len(tokens)), self.weights.hidden)
         ids = torch.from_numpy(np.maximum(tokens, 0)).to(x.device)
@@ -260,7 +207,7 @@ class Lean:
         x[len(tokens) :] = 0
         return x
 
-    def _angles(self, positions: Ints, rows: int | None = None) -> tuple[Tensor, Tensor]:
+    def angles(self, positions: Ints, rows: int | None = None) -> tuple[Tensor, Tensor]:
         """cos and sin [T, 1, D] of T positions."""
         padded = np.zeros(rows or len(positions), np.int64)
         padded[: len(positions)] = positions

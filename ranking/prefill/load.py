@@ -13,13 +13,15 @@ import torch
 from transformers import PreTrainedModel
 
 from ranking.prefill.engine import Engine
+from ranking.prefill.float8 import check_device
+from ranking.prefill.joint import fuse, in_float8
 from ranking.prefill.request import Request
-from ranking.prefill.weights import fuse
 from retrieval.llama import load_llama
 
 log = logging.getLogger(__name__)
 
-Arithmetic = Literal["auto", "float32", "bfloat16"]
+Arithmetic = Literal["auto", "float32", "bfloat16", "fp8"]
+"""fp8: a bfloat16 body whose projections are held and multiplied in FP8 (`ranking.prefill.float8`)."""
 
 
 def load_engine(
@@ -30,18 +32,21 @@ def load_engine(
     device: str = "cpu",
     backend: str | None = None,
     deterministic: bool = False,
+    graph_bytes: int = 0,
 ) -> Engine:
     """A ready engine over the checkpoint of a folder, in the precision that is fastest here (`fastest`), weights fused.
 
-    Raises CheckpointError, UnsupportedModel, LabelError and BackendMissing.
+    `graph_bytes` as in Engine. Raises CheckpointError, UnsupportedModel, LabelError, BackendMissing and Float8Missing.
     """
+    if arithmetic == "fp8":
+        check_device(torch.device(device))
     if arithmetic == "auto":
         chosen = torch.float32 if deterministic else fastest(device)
     else:
-        chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16}[arithmetic]
+        chosen = torch.float32 if arithmetic == "float32" else torch.bfloat16
     model = load_llama(folder, causal_lm=True, dtype=chosen).to(device)
-    ready(model)
-    return Engine(model, label_ids, backend=backend, deterministic=deterministic)
+    ready(model, float8=arithmetic == "fp8")
+    return Engine(model, label_ids, backend=backend, deterministic=deterministic, graph_bytes=graph_bytes)
 
 
 def probabilities(engine: Engine, prefix: Sequence[int], items: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
@@ -61,7 +66,11 @@ def fastest(device: str) -> torch.dtype:
     return torch.bfloat16 if units else torch.float32
 
 
-def ready(model: PreTrainedModel) -> PreTrainedModel:
-    """The model serves only from now on: no gradients, and the weights that read the same rows lie side by side."""
-    fuse(model.eval().requires_grad_(False))
+def ready(model: PreTrainedModel, *, float8: bool = False) -> PreTrainedModel:
+    """The model serves only from now on: no gradients, the weights that read the same rows side by side, with `float8` in FP8.
+
+    Raises UnsupportedModel, and with `float8` Float8Missing.
+    """
+    served = model.eval().requires_grad_(False)
+    (in_float8 if float8 else fuse)(served)
     return model

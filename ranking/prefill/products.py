@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ranking.prefill.cascade import ROWS
 from ranking.prefill.engine import Engine
-from ranking.prefill.lean import ROWS
 from ranking.prefill.operations import Body, PrefillShape
 from ranking.prefill.weights import UnsupportedModel, Weights
 

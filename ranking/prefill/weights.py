@@ -1,15 +1,14 @@
 """The weights of a LLaMA-family model as the lean loop reads them: plain matrices, fused where they lie side by side.
 
 Llama, Mistral, Qwen2 and Qwen3 are one computation with a bias here and a norm there. What is read are views of the Hugging
-Face parameters; `fuse` moves q, k, v and gate, up side by side once, and the module's parameters become views of the joint
-matrix, so nothing is held twice and the module computes what it always did.
+Face parameters, so nothing is held twice; `ranking.prefill.joint` lays them side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from index.errors import BrewlineError
+from ranking.prefill.float8 import Float8, Float8Linear, Scaled
 
 FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 BY_POSITION = frozenset(("default", "linear", "llama3", "yarn"))
@@ -29,12 +29,37 @@ class UnsupportedModel(BrewlineError):
     """The model is not one that the layer loop computes correctly."""
 
 
+class Product(Protocol):
+    """y = x @ weight.T + bias, written where the caller says; `ready` makes rows what this kind of layer multiplies."""
+
+    @property
+    def weight(self) -> Tensor:
+        """[outputs, inputs]."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[outputs]."""
+
+    def ready(self, x: Tensor) -> Tensor | Scaled:
+        """Rows for several layers of this kind that read them."""
+
+    def into(self, x: Any, out: Tensor) -> None:
+        """The product of plain or ready rows stands in `out` [rows, outputs]."""
+
+    def onto(self, x: Any, out: Tensor) -> None:
+        """The product of plain or ready rows is added to `out` [rows, outputs]."""
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """y = x @ weight.T + bias, written where the caller says."""
+    """The product in the precision of weight and rows."""
 
     weight: Tensor
     bias: Tensor | None
+
+    def ready(self, x: Tensor) -> Tensor:
+        """The rows as they are."""
+        return x
 
     def into(self, x: Tensor, out: Tensor) -> None:
         """The product stands in `out` [rows, outputs]."""
@@ -50,11 +75,11 @@ class Linear:
             out.add_(self.bias)
 
 
-Joined = tuple[Linear, ...]
+Joined = tuple[Product, ...]
 """Layers that read the same rows; one if their weights lie side by side, else one each."""
 
 
-def into(layers: Joined, x: Tensor, out: Tensor) -> None:
+def into(layers: Joined, x: Tensor | Scaled, out: Tensor) -> None:
     """The products of all layers stand side by side in `out`."""
     column = 0
     for layer in layers:
@@ -70,14 +95,14 @@ class Block:
     before: Tensor
     after: Tensor
     qk: Joined
-    q: Linear
-    k: Linear
-    v: Linear
+    q: Product
+    k: Product
+    v: Product
     q_gain: Tensor | None
     k_gain: Tensor | None
-    o: Linear
+    o: Product
     gate_up: Joined
-    down: Linear
+    down: Product
 
 
 @dataclass(frozen=True)
@@ -143,9 +168,14 @@ def check_family(model: PreTrainedModel) -> None:
 
 
 def is_plain(model: PreTrainedModel) -> bool:
-    """Whether every projection is a plain matrix, none wrapped."""
+    """Whether every projection is a plain matrix or one in FP8, none wrapped."""
     halves = [half for layer in model.model.layers for half in (layer.self_attn, layer.mlp)]
-    return all(type(part) is nn.Linear for half in halves for name, part in half.named_children() if name.endswith("_proj"))
+    return all(
+        type(part) in (nn.Linear, Float8Linear)
+        for half in halves
+        for name, part in half.named_children()
+        if name.endswith("_proj")
+    )
 
 
 def state_of(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
@@ -166,28 +196,6 @@ def head_dims(model: PreTrainedModel) -> int:
     return int(model.model.layers[0].self_attn.head_dim)
 
 
-def fuse(model: PreTrainedModel) -> None:
-    """The weights that read the same rows lie side by side, and the model's parameters are views of the joint matrices.
-
-    For a model that only serves: its optimizer, if it had one, would not know. Raises UnsupportedModel if LoRA wraps them.
-    """
-    check_family(model)
-    if not is_plain(model):
-        raise UnsupportedModel("the projections are wrapped (LoRA); merge them into the weights first")
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for parts in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
-            _side_by_side([part.weight for part in parts])
-            if parts[0].bias is not None:
-                _side_by_side([part.bias for part in parts])
-
-
-def _side_by_side(parameters: Sequence[nn.Parameter]) -> None:
-    joint = torch.cat([parameter.detach() for parameter in parameters])
-    for parameter, part in zip(parameters, joint.split([len(parameter) for parameter in parameters])):
-        parameter.data = part
-
-
 def _block(layer: Any) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     qwen3 = isinstance(attention, Qwen3Attention)
@@ -206,19 +214,23 @@ def _block(layer: Any) -> Block:
     )
 
 
-def _linear(layer: nn.Linear) -> Linear:
+def _linear(layer: Any) -> Product:
+    if isinstance(layer, Float8Linear):
+        return layer.product
     return Linear(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
 
 
-def _joined(*layers: nn.Linear) -> Joined:
+def _joined(*layers: nn.Module) -> Joined:
     parts = [_linear(layer) for layer in layers]
     weight = _over(part.weight for part in parts)
-    if weight is None:
+    biases = [part.bias for part in parts if part.bias is not None]
+    bias = _over(biases) if biases else None
+    if weight is None or (biases and bias is None):
         return tuple(parts)
-    if parts[0].bias is None:
-        return (Linear(weight, None),)
-    bias = _over(part.bias for part in parts if part.bias is not None)
-    return (Linear(weight, bias),) if bias is not None else tuple(parts)
+    if not isinstance(parts[0], Float8):
+        return (Linear(weight, bias),)
+    scale = _over(part.scale for part in parts if isinstance(part, Float8))
+    return tuple(parts) if scale is None else (Float8(weight, scale, bias),)
 
 
 def _over(parts: Iterable[Tensor]) -> Tensor | None:

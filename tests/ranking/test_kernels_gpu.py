@@ -10,6 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ranking.prefill.attend import BACKENDS, choose, merge, probe, reference
 from ranking.prefill.engine import Engine
+from ranking.prefill.float8 import CAPABILITY, Float8, scaled
+from ranking.prefill.kernels import cuda_varlen_placed
+from ranking.prefill.load import ready
 from ranking.prefill.plan import Request
 
 pytestmark = [
@@ -152,3 +155,44 @@ def test_the_engine_scores_as_the_plain_model_does(backend: str) -> None:
     rounding = np.abs(alone(rounded) - truth).max()
     for _ in ("cold", "warm"):
         assert np.abs(engine.score([asked])[0] - truth).max() < 2 * rounding + 1e-2
+
+
+def test_varlen_with_bounds_on_the_device_and_empty_places_agrees_with_the_reference() -> None:
+    q, k = rows(64, 8, 64, torch.bfloat16), rows(64, 2, 64, torch.bfloat16)
+    cu, on = bounds(5, 32, 1), torch.tensor([0, 5, 37, 38, 38, 38], dtype=torch.int32, device="cuda")
+    for causal in (True, False):
+        out, lse = cuda_varlen_placed(q, k, k, (on, 64), (on, 64), causal)
+        want, want_lse = reference(q[:38].float(), k[:38].float(), k[:38].float(), cu, cu, causal)
+        torch.testing.assert_close(out[:38].float(), want, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(lse[:38], want_lse, atol=2e-3, rtol=1e-3)
+
+
+def small_request(seed: int) -> Request:
+    rng = np.random.default_rng(seed)
+    return Request(rng.integers(0, 500, 100 + seed).tolist(), [rng.integers(0, 500, n).tolist() for n in (7, 16, 16, 1)])
+
+
+@pytest.mark.parametrize("float8", [False, True])
+def test_cuda_graphs_score_as_the_plain_passes_do(float8: bool) -> None:
+    if float8 and torch.cuda.get_device_capability() < CAPABILITY:
+        pytest.skip("no FP8 products on this device")
+    model = ready(llama(torch.bfloat16), float8=float8)
+    plain, engine = Engine(model, (5, 9)), Engine(model, (5, 9), graph_bytes=1 << 30)
+    for seed in (0, 1, 2, 0):
+        want = plain.score([small_request(seed)])[0]
+        assert np.abs(engine.score([small_request(seed)])[0] - want).max() < (0.1 if float8 else 0.05) * np.abs(want).max()
+    assert engine.graphs is not None and engine.graphs.recorded == 2 and not engine.graphs.plain
+
+
+def test_float8_layers_agree_with_the_cpu() -> None:
+    if torch.cuda.get_device_capability() < CAPABILITY:
+        pytest.skip("no FP8 products on this device")
+    weight, x = scaled(torch.randn(96, 256)), torch.randn(33, 256, dtype=torch.bfloat16)
+    small = scaled(x.cuda())
+    assert torch.equal(small.values.cpu().float(), scaled(x).values.float())
+    layer, out = (
+        Float8(weight.values.cuda(), weight.scales.cuda(), None),
+        torch.empty(33, 96, dtype=torch.bfloat16, device="cuda"),
+    )
+    layer.into(small, out)
+    torch.testing.assert_close(out.cpu().float(), scaled(x).wide() @ weight.wide().T, atol=0.1, rtol=2**-6)

@@ -1,0 +1,72 @@
+"""Weights that read the same rows lie side by side, as they are or in FP8, for a model that only serves.
+
+The module's parameters become views of the joint matrices: nothing is held twice, and the module's own forward still works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ranking.prefill.float8 import check_device, check_layer, side_by_side
+from ranking.prefill.weights import UnsupportedModel, check_family, is_plain
+
+TOGETHER = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+"""The projections of a layer, those that read the same rows together."""
+
+
+def fuse(model: PreTrainedModel) -> None:
+    """The weights that read the same rows lie side by side, and the model's parameters are views of the joint matrices.
+
+    For a model that only serves: its optimizer, if it had one, would not know. Raises UnsupportedModel if LoRA wraps them.
+    """
+    _check_plain(model)
+    for layer in model.model.layers:
+        for names in TOGETHER:
+            parts = [layer.get_submodule(name) for name in names]
+            if len(parts) > 1:
+                _move([part.weight for part in parts])
+            if len(parts) > 1 and parts[0].bias is not None:
+                _move([part.bias for part in parts])
+
+
+def in_float8(model: PreTrainedModel) -> None:
+    """The projections are FP8, weights that read the same rows side by side; the wide matrices are gone, one layer after another.
+
+    Embeddings, norms and the answers' rows stay. Raises UnsupportedModel, and Float8Missing for another body than bfloat16,
+    widths that are no multiples of 16, or a device without FP8 products.
+    """
+    _check_plain(model)
+    check_device(model.device)
+    groups = [(layer, names) for layer in model.model.layers for names in TOGETHER]
+    for layer, names in groups:
+        for name in names:
+            check_layer(layer.get_submodule(name))
+    for layer, names in groups:
+        for name, small in zip(names, side_by_side([layer.get_submodule(name) for name in names])):
+            layer.set_submodule(name, small)
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all parameters, scales included, shared ones once."""
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def _move(parameters: Sequence[nn.Parameter]) -> None:
+    joint = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, part in zip(parameters, joint.split([len(parameter) for parameter in parameters])):
+        parameter.data = part
+
+
+def _check_plain(model: PreTrainedModel) -> None:
+    check_family(model)
+    if not is_plain(model):
+        raise UnsupportedModel("the projections are wrapped (LoRA); merge them into the weights first")
