@@ -14,6 +14,7 @@ STORE   ?= $(WORK)/store
 MEMBERS ?=
 AS_OF   ?=
 PORT    ?= 50051
+EXTRAS  ?=
 
 BIN       := $(VENV)/bin
 BREWLINE  := $(BIN)/brewline
@@ -21,6 +22,7 @@ TOOLS     := build/tools
 FLAVOUR   := $(if $(GPU),gpu,cpu)
 STAMP     := $(VENV)/.installed-$(FLAVOUR)
 OTHER     := $(VENV)/.installed-$(if $(GPU),cpu,gpu)
+COMMA     := ,
 TORCH     := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
@@ -29,7 +31,7 @@ TORCH     := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-setup: $(STAMP) ## Make the environment in .venv (CPU torch; GPU=1 takes the CUDA builds; PYTHON, TORCH_INDEX)
+setup: $(STAMP) ## Make the environment in .venv (CPU torch; GPU=1 takes the CUDA builds; EXTRAS=kernels, PYTHON, TORCH_INDEX)
 
 demo: $(STAMP) ## World, training, snapshot, server, questions over gRPC, a report (DATA=folder for your own data, MINUTES, WORK)
 	$(BREWLINE) demo --work $(WORK) $(if $(DATA),--data $(DATA)) $(if $(MINUTES),--minutes $(MINUTES))
@@ -95,6 +97,6 @@ ifeq ($(FLAVOUR)-$(shell uname -s),cpu-Linux)
 	  $(BIN)/pip install --no-compile --no-deps --timeout 15 --retries 2 --index-url $(TORCH_INDEX) $(TORCH)+cpu || \
 	  { echo "error: no CPU build of $(TORCH) in pip's find-links nor at $(TORCH_INDEX): give TORCH_INDEX=URL, or GPU=1 for the CUDA build" >&2; exit 1; }
 endif
-	$(BIN)/pip install --no-compile -c constraints.txt -e '.[$(FLAVOUR),evaluate,dev]'
+	$(BIN)/pip install --no-compile -c constraints.txt -e '.[$(FLAVOUR),evaluate,dev$(addprefix $(COMMA),$(EXTRAS))]'
 	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib >/dev/null || true
 	@touch $@
