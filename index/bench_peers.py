@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from index.bench import Method, Missing, Ready, Setting
+from index.bench_gpu import GPU_METHODS
 from index.errors import BrewlineError
+from index.gpu_code import gpu_reason
 from index.hits import Rows, Vectors
 from index.shortlist import FEWEST_ROWS
 
@@ -30,7 +32,7 @@ _TORCH_SCORES = 1 << 27
 
 
 class MethodError(BrewlineError):
-    """A method of the benchmark is unknown."""
+    """A method of the benchmark is unknown, or needs a GPU that is not there."""
 
 
 def methods_named(names: list[str]) -> list[Method]:
@@ -38,6 +40,9 @@ def methods_named(names: list[str]) -> list[Method]:
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
         raise MethodError(f"methods {', '.join(unknown) or '(none)'} are unknown: expected some of {', '.join(METHODS)}")
+    asked = [name for name in names if name in GPU_METHODS]
+    if asked and (reason := gpu_reason()):
+        raise MethodError(f"{', '.join(asked)} cannot run here: {reason}; leave {'them' if asked[1:] else 'it'} out of --methods")
     return [METHODS[name] for name in names]
 
 
@@ -241,4 +246,5 @@ METHODS: dict[str, Callable[[Vectors], Iterator[Ready | Missing]]] = {
     "hnswlib": _hnswlib,
     "usearch": _usearch,
     "scann": _scann,
+    **GPU_METHODS,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,10 @@ from index.certified import truth
 from index.codes import Codes, rounded
 from index.errors import BrewlineError
 from index.exact import overlap
-from index.hits import Hits, Vectors, check_queries
+from index.hits import Hits, Rows, Vectors, check_queries
 from index.manifest import Fact, Recall
-from index.search import Searcher
+from index.search import Search, Searcher
+from index.shards import Shards
 
 Progress = Callable[[int, int], None]
 
@@ -91,16 +92,23 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A filled index, its recipe, the facts of its building (training rows, seed, nprobe) and its measured recall."""
+    """Filled indexes of one recipe, one for each of the `shards` (none: there is one, of all rows), the facts of their building
+    (training rows, seed, nprobe) and the measured recall of what they find together."""
 
-    index: Any
+    indexes: Sequence[Any]
     recipe: Recipe
     facts: dict[str, Fact]
     recall: Recall | None
+    shards: Sequence[Rows] = ()
 
-    def searcher(self) -> Searcher:
-        """A searcher that visits as many lists as the measurement found to be enough is returned."""
-        return Searcher(self.index, nprobe=int(self.facts["nprobe"]))
+    @property
+    def index(self) -> Any:
+        """The index of what is not divided."""
+        return self.indexes[0]
+
+    def searcher(self) -> Search:
+        """What visits as many lists as the measurement found to be enough is returned."""
+        return _together(self.indexes, self.shards, int(self.facts["nprobe"]))
 
 
 def choose_recipe(count: int, dims: int) -> Recipe:
@@ -122,7 +130,7 @@ def build_index(vectors: Vectors, recipe: Recipe, seed: int, progress: Progress 
     if recipe.lists:
         index.cp.seed = seed
         index.cp.min_points_per_centroid = 1
-        index.train(_finite(vectors[_sample(count, training_rows(count, recipe), seed)], 0))
+        index.train(_finite(vectors[sample_rows(count, training_rows(count, recipe), seed)], 0))
     for start in range(0, count, _BLOCK_ROWS):
         index.add(_finite(vectors[start : start + _BLOCK_ROWS], start))
         if progress is not None:
@@ -157,31 +165,56 @@ def build(
     target: float = 0.95,
     queries: Vectors | None = None,
     samples: int = 128,
+    shards: Sequence[Rows] = (),
     progress: Progress | None = None,
 ) -> Built:
     """An index is returned whose searches reach `target` mean recall@k against exact search on sampled queries.
+
+    With `shards`, the rows of each, there is one for each of them, all of one recipe, and the merged answer reaches the target.
 
     `queries` [Q, D] are real query vectors (members' of last night): they lie elsewhere than items, and a recall measured on
     items flatters; without them sampled items must do, and the recall says so. k is at most N. With `codes` the index is over
     what the snapshot keeps of the vectors, and the recall is against exact search in those. Raises BuildError, CodesError.
     """
     count, dims = _shape(vectors)
-    recipe = recipe or replace(choose_recipe(count, dims), half=codes == "float16")
+    recipe = recipe or replace(choose_recipe(count // max(1, len(shards)), dims), half=codes == "float16")
     vectors = vectors if codes == "float32" else rounded(vectors, codes)
-    index = build_index(vectors, recipe, seed, progress)
-    facts: dict[str, Fact] = {"seed": seed, "nprobe": 0, "training_rows": training_rows(count, recipe)}
+    indexes = _indexes(vectors, shards, recipe, seed, progress)
+    trained = sum(training_rows(one.ntotal, recipe) for one in indexes)
+    facts: dict[str, Fact] = {"seed": seed, "nprobe": 0, "training_rows": trained}
     if count == 0:
-        return Built(index, recipe, facts, None)
+        return Built(indexes, recipe, facts, None, shards)
     asked = sample_queries(vectors if queries is None else queries, samples, seed)
     source = "items" if queries is None else "members"
     true = truth(vectors, asked, min(k, count))
-    nprobe, recall = least_probes(index, vectors, asked, true, target, source)
+
+    def find(nprobe: int) -> Hits:
+        return _together(indexes, shards, nprobe).search(asked, true.rows.shape[1])
+
+    nprobe, recall = _least(recipe.lists, lambda probes: summarise(vectors, asked, find(probes), true, source), target)
     facts.update(nprobe=nprobe, target_recall=target, recall_source=source)
-    found = Searcher(index, nprobe=nprobe).search(asked, true.rows.shape[1])
+    found = find(nprobe)
     for depth in (depth for depth in RECALL_KS if depth <= true.rows.shape[1]):
         seen = summarise(vectors, asked, _first(found, depth), _first(true, depth), source)
         facts.update({f"recall@{depth}": seen.mean, f"recall@{depth}_p5": seen.p5})
-    return Built(index, recipe, facts, recall)
+    return Built(indexes, recipe, facts, recall, shards)
+
+
+def _indexes(vectors: Vectors, shards: Sequence[Rows], recipe: Recipe, seed: int, progress: Progress | None) -> list[Any]:
+    """The index of each shard, whose vectors are copied for it, one shard at a time; or the one of all."""
+    if not shards:
+        return [build_index(vectors, recipe, seed, progress)]
+    made: list[Any] = []
+    for rows in shards:
+        made.append(build_index(vectors[rows], recipe, seed))
+        if progress is not None:
+            progress(sum(index.ntotal for index in made), len(vectors))
+    return made
+
+
+def _together(indexes: Sequence[Any], shards: Sequence[Rows], nprobe: int) -> Search:
+    each = [Searcher(index, nprobe=nprobe) for index in indexes]
+    return Shards(each, shards) if shards else each[0]
 
 
 def choose_nprobe(index: Any, vectors: Vectors, queries: Vectors, k: int, target: float, source: str) -> tuple[int, Recall]:
@@ -200,7 +233,11 @@ def least_probes(index: Any, vectors: Vectors, queries: Vectors, true: Hits, tar
         found = Searcher(index, nprobe=nprobe).search(queries, true.rows.shape[1])
         return summarise(vectors, queries, found, true, source)
 
-    lists = int(index.nlist) if _is_ivf(index) else 0
+    return _least(int(index.nlist) if _is_ivf(index) else 0, measure, target)
+
+
+def _least(lists: int, measure: Callable[[int], Recall], target: float) -> tuple[int, Recall]:
+    """The smallest number of so many lists that is found to measure the target mean recall, and that recall."""
     if lists == 0:
         return 0, measure(0)
     low, high = 0, 1
@@ -231,11 +268,12 @@ def _first(hits: Hits, depth: int) -> Hits:
 
 def sample_queries(vectors: Vectors, samples: int, seed: int) -> Vectors:
     """At most `samples` of these rows are returned as float32 [Q, D], the same ones for the same seed."""
-    rows = _sample(len(vectors), samples, seed)
+    rows = sample_rows(len(vectors), samples, seed)
     return np.asarray(vectors[rows], dtype=np.float32)
 
 
-def _sample(count: int, wanted: int, seed: int) -> Any:
+def sample_rows(count: int, wanted: int, seed: int) -> Rows:
+    """At most `wanted` of 0..count-1 are returned, rising, the same ones for the same seed."""
     if wanted >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).choice(count, wanted, replace=False))

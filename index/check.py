@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from index.build import sample_queries, summarise
-from index.certified import truth
+from index.build import sample_queries, sample_rows, summarise
 from index.errors import BrewlineError
 from index.hits import Hits, Vectors
 from index.manifest import SnapshotTorn
-from index.search import Searcher
+from index.serving import exact_twin
+from index.shards import as_built, by_hash
 from index.snapshot import Snapshot
 
 _BLOCK_ROWS = 65_536
@@ -64,8 +64,8 @@ def run_gates(
     results = [_checksums(snapshot), _count(snapshot, previous, settings)]
     if not results[0].passed:
         return results + [_not_run(name) for name in ("finite", "norms", "ids", "self-retrieval", "recall")]
-    results += [*_numbers(snapshot, settings), _ids(snapshot)]
-    if not results[2].passed or snapshot.manifest.count == 0:
+    results += [*_numbers(snapshot, settings), _ids(snapshot), *_shards(snapshot)]
+    if not all(one.passed for one in results if one.name in ("finite", "shards")) or snapshot.manifest.count == 0:
         return results + [_not_run(name) for name in ("self-retrieval", "recall")]
     return [*results, _self_retrieval(snapshot, settings), _recall(snapshot, settings, queries)]
 
@@ -108,7 +108,7 @@ def _blocks(vectors: Vectors) -> Iterator[Vectors]:
 
 def _numbers(snapshot: Snapshot, settings: GateSettings) -> list[GateResult]:
     broken, odd, worst = 0, 0, 0.0
-    for block in _blocks(snapshot.vectors):
+    for block in (block for shard in snapshot.shards for block in _blocks(shard.vectors)):
         finite = np.isfinite(block).all(axis=1)
         away = np.abs(np.linalg.norm(block[finite].astype(np.float64), axis=1) - 1)
         broken += int(np.count_nonzero(~finite))
@@ -127,11 +127,22 @@ def _ids(snapshot: Snapshot) -> GateResult:
     return GateResult("ids", not twice, f"{len(twice)} ids in more than one row{named}", "each id once")
 
 
+def _shards(snapshot: Snapshot) -> list[GateResult]:
+    """Nothing of a snapshot that is not divided. An item of another shard would move at the next night, or be there twice."""
+    counts = snapshot.manifest.shards
+    if not counts:
+        return []
+    named = by_hash(list(snapshot.ids), len(counts))
+    wrong = sum(len(np.setxor1d(shard.rows, rows)) for shard, rows in zip(snapshot.shards, named))
+    seen = f"{len(counts)} shards of {min(counts)} to {max(counts)} items, {wrong} rows missing or in another's place"
+    return [GateResult("shards", wrong == 0, seen, "every item in the shard that the hash of its id names")]
+
+
 def _self_retrieval(snapshot: Snapshot, settings: GateSettings) -> GateResult:
     """An item's own vector finds the item, or one that lies as near (two listings of the same text are one vector)."""
-    asked = sample_queries(snapshot.vectors, settings.self_samples, settings.seed)
-    hits: Hits = Searcher.of(snapshot).search(asked, 1)
-    found = np.asarray(snapshot.vectors[hits.rows[:, 0]], dtype=np.float32)
+    asked = _sampled(snapshot, settings.self_samples, settings.seed)
+    hits: Hits = as_built(snapshot).search(asked, 1)
+    found = snapshot.vectors_at(hits.rows[:, 0])
     own = np.einsum("qd,qd->q", asked, asked)
     share = float(np.mean(np.einsum("qd,qd->q", asked, found) >= own - settings.tie_tolerance))
     seen = f"{share:.4f} of {len(asked)} vectors find themselves"
@@ -140,9 +151,18 @@ def _self_retrieval(snapshot: Snapshot, settings: GateSettings) -> GateResult:
 
 def _recall(snapshot: Snapshot, settings: GateSettings, queries: Vectors | None) -> GateResult:
     source = "items" if queries is None else "members"
-    asked = sample_queries(snapshot.vectors if queries is None else queries, settings.recall_queries, settings.seed)
+    wanted = settings.recall_queries, settings.seed
+    asked = _sampled(snapshot, *wanted) if queries is None else sample_queries(queries, *wanted)
     k = min(settings.recall_k, snapshot.manifest.count)
-    found = Searcher.of(snapshot).search(asked, k)
-    recall = summarise(snapshot.vectors, asked, found, truth(snapshot.vectors, asked, k), source)
+    found, true = as_built(snapshot).search(asked, k), exact_twin(snapshot).search(asked, k)
+    # Only what was found is gathered: the vectors of a divided snapshot stand in no one place.
+    met, places = np.unique(found.rows, return_inverse=True)
+    seen_rows = Hits(places.reshape(found.rows.shape), found.scores, found.counts)
+    recall = summarise(snapshot.vectors_at(np.maximum(met, 0)), asked, seen_rows, true, source)
     seen = f"recall@{k} {recall.mean:.4f} (5th percentile {recall.p5:.4f}) on {recall.queries} {source}"
     return GateResult("recall", recall.mean >= settings.min_recall, seen, f"at least {settings.min_recall:g}")
+
+
+def _sampled(snapshot: Snapshot, wanted: int, seed: int) -> Vectors:
+    """Some of the snapshot's own vectors, as float32 [Q, D]."""
+    return np.asarray(snapshot.vectors_at(sample_rows(snapshot.manifest.count, wanted, seed)), np.float32)

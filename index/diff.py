@@ -69,7 +69,7 @@ def _moved(before: Snapshot, after: Snapshot, old_rows: Rows, new_rows: Rows) ->
     moved, largest = 0, 0.0
     for start in range(0, len(old_rows), _BLOCK_ROWS):
         some = slice(start, start + _BLOCK_ROWS)
-        away = np.abs(before.vectors[old_rows[some]] - after.vectors[new_rows[some]]).max(axis=1, initial=0.0)
+        away = np.abs(before.vectors_at(old_rows[some]) - after.vectors_at(new_rows[some])).max(axis=1, initial=0.0)
         moved += int(np.count_nonzero(away))
         largest = max(largest, float(away.max(initial=0.0)))
     return moved, largest

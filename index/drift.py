@@ -8,7 +8,7 @@ import numpy as np
 
 from index.check import GateResult
 from index.hits import Vectors
-from index.search import Searcher
+from index.shards import as_built
 from index.snapshot import Snapshot
 
 DRIFT_K = 2_000
@@ -35,7 +35,7 @@ def drift(before: Snapshot | None, after: Snapshot, queries: Vectors | None, k: 
     if (ours.fingerprint, ours.dims) != (theirs.fingerprint, theirs.dims):
         return None
     depth = min(k, ours.count, theirs.count)
-    then, now = (Searcher.of(one).search(queries, depth) for one in (before, after))
+    then, now = (as_built(one).search(queries, depth) for one in (before, after))
     met = np.unique(then.rows[then.rows >= 0])
     places = after.ids.rows(before.ids.many(met))
     shares = [

@@ -120,8 +120,10 @@ def _try(way: Way, dims: int) -> float | None:
 
 
 def _compute_alone() -> None:
+    import faiss
     import torch
 
+    faiss.omp_set_num_threads(1)
     torch.get_num_threads()  # else the first computation of this thread would take what was last set for all over what it has
     torch.set_num_threads(1)
 

@@ -12,7 +12,8 @@ from index.changes import Changes
 from index.exact import exact_search
 from index.filters import Allow, Filter, FilterError, RowSet, check_filters
 from index.hits import Hits, Rows, Vectors, check_exclusions, check_k, check_queries
-from index.serving import Search, Serving, Twin
+from index.search import Search
+from index.serving import Serving, exact_twin
 from index.shadow import Shadow
 from index.snapshot import Snapshot
 
@@ -96,7 +97,9 @@ class LiveView:
 
     def vector(self, row: int) -> Vectors:
         """The vector of a row is returned, float32 [D]."""
-        found: Vectors = self._vectors[row - self.first_live] if row >= self.first_live else self.snapshot.vectors[row]
+        if row < self.first_live:
+            return self.snapshot.vectors_at(np.array([row]))[0]
+        found: Vectors = self._vectors[row - self.first_live]
         return found
 
     def search(
@@ -136,7 +139,7 @@ class LiveView:
 
     def _recall(self, rows: Rows, query: Vectors, k: int, older: Filter, newer: Filter) -> float:
         """The share of the exact answer to a query [1, D] that these rows are."""
-        twin = replace(self, serving=Serving(Twin(self.snapshot.vectors), False, "the exact twin"), shadow=None)
+        twin = replace(self, serving=Serving(exact_twin(self.snapshot), False, "the exact twin"), shadow=None)
         excluded = np.concatenate([older.excluded, newer.excluded + self.first_live])
         true = twin.search(query, k, [excluded], allow=[older.allowed], allow_live=[newer.allowed])
         wanted = int(true.counts[0])

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 from index.codes import Codes, CodesError, codes_named
 from index.errors import BrewlineError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, DIVIDED_VERSION = 1, 2
+"""Of a snapshot whose vectors stand in one file, and of one that is divided: a program that knows only the first must not take a
+divided one for damaged. What is not divided is written as it always was, to the byte."""
 METRIC = "inner_product"
 NAME_PATTERN = re.compile(r"\d{8}-[0-9a-f]{12}")
 """Day of `as_of` (UTC), then the first 12 hex digits of the manifest's SHA-256. The manifest hashes every other file, so
@@ -69,7 +71,8 @@ class Recall:
 class Manifest:
     """Everything that is true of a snapshot whenever and wherever it is read. Times live in RUN.json instead.
 
-    `dtype` is what the vectors are kept in (`index.codes`).
+    `dtype` is what the vectors are kept in (`index.codes`). `shards` are the rows of each shard, none if the snapshot is not
+    divided; `recipe` and `build` are then those of every shard's index, `recall` that of the merged answer.
     """
 
     count: int
@@ -84,15 +87,22 @@ class Manifest:
     extra: Mapping[str, str] = field(default_factory=dict)
     dtype: Codes = "float32"
     metric: str = METRIC
-    format_version: int = FORMAT_VERSION
+    shards: tuple[int, ...] = ()
+    format_version: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format_version", DIVIDED_VERSION if self.shards else FORMAT_VERSION)
 
     def to_bytes(self) -> bytes:
         """The manifest as JSON is returned: the same facts give the same bytes.
 
         Raises SnapshotError on NaN or infinite facts, which JSON cannot say.
         """
+        facts = asdict(self)
+        if not self.shards:
+            del facts["shards"]
         try:
-            return (json.dumps(asdict(self), sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+            return (json.dumps(facts, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
         except ValueError as error:
             raise SnapshotError(f"a fact for MANIFEST.json is NaN or infinite: {error}") from None
 
@@ -130,10 +140,10 @@ def parse_manifest(content: bytes, folder_name: str) -> Manifest:
         raw = json.loads(content)
     except ValueError as error:
         raise SnapshotTorn(f"snapshot {folder_name}: MANIFEST.json is not JSON ({error}); build it again") from None
-    if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
-        seen = raw.get("format_version") if isinstance(raw, dict) else None
+    seen = raw.get("format_version") if isinstance(raw, dict) else None
+    if not isinstance(raw, dict) or seen not in (FORMAT_VERSION, DIVIDED_VERSION):
         raise SnapshotVersion(
-            f"snapshot {folder_name} has format version {seen}, this program reads {FORMAT_VERSION}: "
+            f"snapshot {folder_name} has format version {seen}, this program reads {FORMAT_VERSION} and {DIVIDED_VERSION}: "
             "use the program that wrote it, or build it again"
         )
     return _from_json(raw, folder_name)
@@ -167,4 +177,14 @@ def _from_json(raw: dict[str, Any], folder_name: str) -> Manifest:
         extra=get("extra", dict),
         dtype=codes,
         metric=get("metric", str),
+        shards=_shards(raw, folder_name) if raw["format_version"] == DIVIDED_VERSION else (),
     )
+
+
+def _shards(raw: dict[str, Any], folder_name: str) -> tuple[int, ...]:
+    """The rows of each shard of a divided snapshot, which are its rows together. Raises SnapshotTorn."""
+    found, count = raw.get("shards"), raw.get("count")
+    good = isinstance(found, list) and found and all(type(rows) is int and rows >= 0 for rows in found)
+    if not good or sum(raw["shards"]) != count:
+        raise SnapshotTorn(f"snapshot {folder_name}: MANIFEST.json says shards={found!r}, expected counts that make up {count!r}")
+    return tuple(raw["shards"])

@@ -14,21 +14,35 @@ Measured on one core, N = 200,000, D = 64, k = 2,000, milliseconds a query, gath
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from index.exact import exact_search
-from index.filters import Filter, RowSet, check_filters
+from index.filters import Allow, Filter, RowSet, check_filters
 from index.hits import FilterIgnored, Hits, QueryError, Rows, SearchError, Vectors, check_k, check_queries
-from index.snapshot import Snapshot
+from index.snapshot import Shard, Snapshot
 
-__all__ = ["Hits", "QueryError", "SearchError", "Searcher"]
+__all__ = ["Hits", "QueryError", "Search", "SearchError", "Searcher"]
 
 _GATHER_SHARE = 20
 """Of the rows that a search would visit, one in so many costs as much to gather as all cost to select from."""
 _GATHER_ROWS = 200_000
 """Never gather more: at 128 dims a copy of 100 MB for one query."""
+
+
+class Search(Protocol):
+    """What answers top-k questions over N rows of D dims: see `Searcher.search`."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def dims(self) -> int: ...
+
+    def search(
+        self, queries: Vectors, k: int, exclude: Sequence[Rows] | None = None, *, allow: Allow = None
+    ) -> Hits: ...  # fmt: skip
 
 
 class Searcher:
@@ -53,12 +67,15 @@ class Searcher:
             raise SearchError(f"vectors are {list(vectors.shape)}, the index holds {[self.count, self.dims]}: not the same rows")
 
     @classmethod
-    def of(cls, snapshot: Snapshot) -> Searcher:
-        """A searcher over the snapshot's index is returned, visiting as many lists as its build found to be enough."""
-        facts = snapshot.manifest
+    def of(cls, built: Snapshot | Shard) -> Searcher:
+        """A searcher over one index is returned, visiting as many lists as its build found to be enough.
+
+        Raises SnapshotError for a divided snapshot, which has more: see `index.shards.as_built`.
+        """
+        facts, index = built.manifest, built.index
         # Vectors in fewer bits than float32 would all be decoded into memory first.
-        mapped = snapshot.vectors if facts.dtype == "float32" else None
-        return cls(snapshot.index, nprobe=int(facts.build.get("nprobe", 0)), vectors=mapped)
+        mapped = built.vectors if facts.dtype == "float32" else None
+        return cls(index, nprobe=int(facts.build.get("nprobe", 0)), vectors=mapped)
 
     def search(
         self,

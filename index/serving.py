@@ -9,44 +9,38 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, get_args
 from weakref import WeakKeyDictionary
 
 from index.certified import Certified
 from index.codes import Codes
 from index.exact import exact_search
 from index.filters import Allow, check_filters
-from index.hits import Hits, Rows, Vectors
+from index.gpu_code import gpu_reason
+from index.gpu_scan import GpuExact
+from index.hits import Hits, Rows, SearchError, Vectors
 from index.int8 import MAX_DIMS, Crew, fastest_way
-from index.search import Searcher
+from index.search import Search, Searcher
+from index.shards import joined, one_by_one
 from index.snapshot import Snapshot
 
 LEAST_ROWS = 30_000
 """With fewer, FAISS scores everything as quickly as survivors are found. Single queries, k = 2,000, one core, milliseconds of
 certified / FAISS: 20,000 x 64 .91 / 1.00, 20,000 x 128 1.14 / 1.15, 30,000 x 384 2.55 / 2.53, 50,000 x 128 1.42 / 1.82."""
 
+Device = Literal["cpu", "cuda"]
+DEVICE_VARIABLE = "BREWLINE_SEARCH_DEVICE"
+"""Where Flat snapshots are searched, "cpu" if it is not set: a GPU is not taken because it is there."""
+
 _OPENED: WeakKeyDictionary[Snapshot, Serving] = WeakKeyDictionary()
 _OPENING = threading.Lock()
 """A server opens a snapshot's changes anew when it becomes their writer; the codes are the same."""
 
 log = logging.getLogger(__name__)
-
-
-class Search(Protocol):
-    """What answers top-k questions over N rows of D dims: see `Searcher.search`."""
-
-    @property
-    def count(self) -> int: ...
-
-    @property
-    def dims(self) -> int: ...
-
-    def search(
-        self, queries: Vectors, k: int, exclude: Sequence[Rows] | None = None, *, allow: Allow = None
-    ) -> Hits: ...  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +66,11 @@ class Twin:
         return exact_search(self.vectors, queries, k, left_out)
 
 
+def exact_twin(snapshot: Snapshot) -> Search:
+    """The exact answers over a snapshot are given by what is returned, shard by shard if it is divided, without any copy."""
+    return joined(snapshot, [Twin(shard.vectors) for shard in snapshot.shards])
+
+
 @dataclass(frozen=True, slots=True)
 class Serving:
     """What answers for a snapshot, `certified` or FAISS, and `why`, for the log and for `Info`."""
@@ -84,7 +83,7 @@ class Serving:
     def of(cls, snapshot: Snapshot) -> Serving:
         """The quicker of the ways that give what the snapshot's recipe promises is opened once for an open snapshot, and logged.
 
-        Raises SearchError for vectors that hold NaN or infinity.
+        Raises SearchError for vectors that hold NaN or infinity, and where a GPU is asked for that cannot do it.
         """
         opened = _OPENED.get(snapshot)
         if opened is not None:  # without the lock: another snapshot may be being opened, and take its time
@@ -95,14 +94,28 @@ class Serving:
             return _OPENED[snapshot]
 
     @classmethod
+    def lend(cls, snapshot: Snapshot, searcher: Search, why: str) -> Serving:
+        """`searcher` answers for an open snapshot, whoever opens its changes: its vectors are searched elsewhere."""
+        with _OPENING:
+            return _OPENED.setdefault(snapshot, cls(searcher, False, why))
+
+    @classmethod
     def _open(cls, snapshot: Snapshot) -> Serving:
-        facts = snapshot.manifest
-        reason = faiss_reason(facts.recipe, facts.dtype, facts.count, facts.dims)
+        facts, device = snapshot.manifest, search_device()
+        reason = faiss_reason(facts.recipe, facts.dtype, facts.count, facts.dims, device)
+        many = f"{len(facts.shards)} shards, each by " if facts.shards else ""
         if reason:
-            found = cls(Searcher.of(snapshot), False, f"FAISS {facts.recipe}: {reason}")
+            each = scan_crew().each if many else one_by_one
+            searcher = joined(snapshot, [Searcher.of(shard) for shard in snapshot.shards], each)
+            found = cls(searcher, False, f"{many}FAISS {facts.recipe}: {reason}")
+        elif device == "cuda":
+            resident = [GpuExact(shard.vectors) for shard in snapshot.shards]
+            held = sum(scan.bytes for scan in resident) / 2**20
+            found = cls(joined(snapshot, resident), True, f"{many}certified scan of int8 codes on the GPU, {held:.0f} MiB of it")
         else:
-            certified = Certified(snapshot.vectors, crew=scan_crew())
-            found = cls(certified, True, f"certified scan of int8 codes, {certified.bytes / 2**20:.0f} MiB")
+            scans = [Certified(shard.vectors, crew=scan_crew()) for shard in snapshot.shards]
+            held = sum(scan.bytes for scan in scans) / 2**20
+            found = cls(joined(snapshot, scans), True, f"{many}certified scan of int8 codes, {held:.0f} MiB")
         log.info("snapshot %s is searched by: %s", snapshot.name, found.why)
         return found
 
@@ -116,16 +129,31 @@ def scan_crew() -> Crew:
     return Crew()
 
 
-def faiss_reason(recipe: str, dtype: Codes, count: int, dims: int) -> str:
-    """Why FAISS answers for a snapshot of `count` vectors of `dims` numbers is returned, "" if the certified scan does."""
+def search_device() -> Device:
+    """The device that BREWLINE_SEARCH_DEVICE names is returned. Raises SearchError for another, and for a GPU not there."""
+    asked = os.environ.get(DEVICE_VARIABLE) or "cpu"
+    if asked not in get_args(Device):
+        raise SearchError(f"{DEVICE_VARIABLE} is {asked!r}, expected cpu or cuda")
+    if asked == "cpu":
+        return "cpu"
+    if reason := gpu_reason():
+        raise SearchError(f"{DEVICE_VARIABLE} is cuda, but {reason}: unset it to search on the processor")
+    return "cuda"
+
+
+def faiss_reason(recipe: str, dtype: Codes, count: int, dims: int, device: Device = "cpu") -> str:
+    """Why FAISS answers for a snapshot of `count` vectors of `dims` numbers is returned, "" if the certified scan does.
+
+    On a GPU that was asked for neither the number of vectors nor the processor's int8 products matter.
+    """
     if recipe != "Flat":
         return "the recipe asks for it"
     if dtype != "float32":
         return f"vectors are kept as {dtype}, the certified scan reads float32"
-    if count < LEAST_ROWS:
+    if device == "cpu" and count < LEAST_ROWS:
         return f"{count:,} vectors, below {LEAST_ROWS:,} it is as quick"
     if dims > MAX_DIMS:
         return f"{dims} dims, the certified scan takes {MAX_DIMS}"
-    if fastest_way(dims) != "int8":
+    if device == "cpu" and fastest_way(dims) != "int8":
         return "this processor multiplies int8 wrongly or slowly"
     return ""

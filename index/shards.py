@@ -1,4 +1,4 @@
-"""One logical index over S shards: every shard is a whole snapshot, is asked for k, and one merge makes the answers one.
+"""One index over S shards: every shard is asked for k, and one merge makes the answers one.
 
 Rows are those of the whole: each shard knows which of them its own rows are, rising, so ties stand in the order in which the
 undivided index has them. Shards that are searched exactly (`Certified`) give the undivided exact index's answers bit for bit.
@@ -10,84 +10,60 @@ Legend: S shards, N rows of the whole, n rows of one shard, Q queries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from index.build import build
-from index.certified import Certified
 from index.exact import best
 from index.filters import Allow, Filter, RowSet, check_filters
 from index.hits import Hits, Rows, SearchError, Vectors, check_k, check_queries
-from index.ids import Ids, hash_ids
-from index.search import Searcher
-from index.serving import Search
-from index.snapshot import Snapshot
-from index.writer import SnapshotWriter
+from index.ids import hash_ids
+from index.search import Search, Searcher
+from index.snapshot import Snapshot, place_of
 
-ROWS_PART = "shard.rows"
-"""Which rows of the whole a shard's rows are: little-endian int64 [n], rising."""
-PLACE_FACT, WHOLE_FACT = "shard", "shard_of"
-"""Facts of a shard's manifest: its place among how many ("0/4"), and the name of the snapshot that was divided."""
+Each = Callable[[Callable[[int], Hits], list[int]], Iterable[Hits]]
+"""Asks the shards, by their places: answers come in the same order, and what a shard raises is raised."""
 
 
 class ShardError(SearchError):
     """Shards do not make up one index: one is missing, stands twice, or is of another whole. Nothing is searched."""
 
 
-@dataclass(frozen=True, eq=False)
-class Shard:
-    """A searcher over n rows, which rows of the whole these are (int64 [n], rising), and their ids."""
-
-    searcher: Search
-    rows: Rows
-    ids: Ids
+def one_by_one(ask: Callable[[int], Hits], places: list[int]) -> Iterable[Hits]:
+    """The shards are asked in the calling thread, one after the other."""
+    return map(ask, places)
 
 
 class Shards:
-    """Answers top-k questions over all shards, in rows of the whole. Holds no state between calls: threads may share it.
+    """Answers top-k questions over all shards, in rows of the whole. Threads may share it.
 
-    `threads` of its own ask that many shards at a time; FAISS shares out a batch over the processor's cores by itself.
+    `each` says on which threads the shards are asked: as many at a time as it has.
     """
 
-    def __init__(self, shards: Sequence[Shard], *, threads: int = 1) -> None:
-        """Raises ShardError unless the shards' rows are 0..N-1, each once, and their vectors equally long."""
-        self._shards = list(shards)
-        if not shards or len({shard.searcher.dims for shard in shards}) != 1:
-            raise ShardError(f"dims of the shards are {[shard.searcher.dims for shard in shards]}, expected one length")
-        self.dims, self.count = shards[0].searcher.dims, sum(len(shard.rows) for shard in shards)
-        for place, shard in enumerate(shards):
-            if not len(shard.rows) == shard.searcher.count == len(shard.ids) or (np.diff(shard.rows) <= 0).any():
+    def __init__(self, searchers: Sequence[Search], rows: Sequence[Rows], each: Each = one_by_one) -> None:
+        """`rows` int64 [n], rising, are which rows of the whole each searcher's are.
+
+        Raises ShardError unless these are 0..N-1, each once, and the shards' vectors equally long.
+        """
+        self._searchers, self._rows, self._each = list(searchers), list(rows), each
+        if len({one.dims for one in searchers}) != 1 or len(searchers) != len(rows):
+            raise ShardError(f"dims of the shards are {[one.dims for one in searchers]}, expected one length of {len(rows)}")
+        self.dims, self.count = searchers[0].dims, sum(map(len, rows))
+        for place, (searcher, own) in enumerate(zip(searchers, rows)):
+            if len(own) != searcher.count or (np.diff(own) <= 0).any():
                 raise ShardError(
-                    f"shard {place} has {shard.searcher.count} vectors, {len(shard.ids)} ids and {len(shard.rows)} rows of the "
-                    "whole: expected as many of each, the rows rising; divide the index again"
+                    f"shard {place} has {searcher.count} vectors and {len(own)} rows of the whole: expected as many of each, "
+                    "the rows rising; divide the index again"
                 )
-        if not np.array_equal(np.sort(np.concatenate([shard.rows for shard in shards])), np.arange(self.count)):
+        met = np.zeros(self.count, np.bool_)
+        for own in self._rows:
+            met[own[(own >= 0) & (own < self.count)]] = True
+        if not met.all():  # as many as there are, so none stands twice
             raise ShardError(
                 f"the shards' {self.count} rows are not 0..{self.count - 1}, each once: one is missing or twice here"
             )
-        self._pool = ThreadPoolExecutor(threads, "shard") if threads > 1 else None
-
-    @classmethod
-    def open(
-        cls, paths: Sequence[Path], *, fingerprint: str | None = None, exact: bool = False, verify: bool = True, threads: int = 1
-    ) -> Shards:
-        """The shards in these snapshot folders are one index, searched as they were built, or exactly.
-
-        Raises ShardError if they are not all shards of one whole, and what `Snapshot.open` raises.
-        """
-        snapshots = [Snapshot.open(path, verify=verify, fingerprint=fingerprint) for path in paths]
-        _check_whole(snapshots)
-        return cls(
-            [
-                Shard(Certified(one.vectors) if exact else Searcher.of(one), np.fromfile(one.part(ROWS_PART), "<i8"), one.ids)
-                for one in snapshots
-            ],
-            threads=threads,
-        )
+        self._split: WeakKeyDictionary[RowSet, list[RowSet]] = WeakKeyDictionary()
 
     def search(self, queries: Vectors, k: int, exclude: Sequence[Rows] | None = None, *, allow: Allow = None) -> Hits:
         """The best k rows of each query [Q, D] are returned, of those that `allow` holds, without its excluded rows.
@@ -98,106 +74,52 @@ class Shards:
         """
         k, queries = check_k(k), check_queries(queries, self.dims)
         filters = check_filters(exclude, allow, len(queries), self.count)
+        sets = [None if one.allowed is None else self._own_sets(one.allowed) for one in filters]
 
-        def ask(shard: Shard) -> Hits:
-            return shard.searcher.search(
-                queries, min(k, max(1, len(shard.rows))), _own_exclusions(shard, filters), allow=_own_sets(shard, filters)
-            )
+        def ask(place: int) -> Hits:
+            searcher, rows = self._searchers[place], self._rows[place]
+            own = [None if one is None else one[place] for one in sets]
+            return searcher.search(queries, min(k, max(1, len(rows))), _own_exclusions(rows, filters), allow=own)
 
-        found = list((self._pool.map if self._pool else map)(ask, self._shards))
+        found = list(self._each(ask, list(range(len(self._rows)))))
         hits = Hits.empty(len(queries), k)
         for query in range(len(queries)):
             kept = [one.counts[query] for one in found]
-            rows = [shard.rows[one.rows[query, :n]] for shard, one, n in zip(self._shards, found, kept)]
+            rows = [own[one.rows[query, :n]] for own, one, n in zip(self._rows, found, kept)]
             best(hits, query, np.concatenate(rows), np.concatenate([one.scores[query, :n] for one, n in zip(found, kept)]))
         return hits
 
-    def ids(self, rows: Rows) -> list[str]:
-        """The ids of these rows of the whole are returned in their order. Raises IndexError for a row outside [0, N)."""
-        wanted = np.asarray(rows, np.int64)
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= self.count):
-            raise IndexError(f"rows {wanted.min()}..{wanted.max()} asked, the shards have rows 0..{self.count - 1}")
-        found = [""] * len(wanted)
-        for shard in self._shards:
-            here, own = _own_rows(shard, wanted)
-            for place, item_id in zip(np.flatnonzero(here).tolist(), shard.ids.many(own)):
-                found[place] = item_id
-        return found
+    def _own_sets(self, allowed: RowSet) -> list[RowSet]:
+        """What a set of rows of the whole is in each shard's own; remembered, as what is withdrawn by day asks in every request.
 
-    def rows(self, ids: Sequence[str]) -> Rows:
-        """The row of the whole of each id is returned, int64 [len(ids)]; -1 for an id that no shard has."""
-        found = np.full(len(ids), -1, np.int64)
-        for shard in self._shards:
-            own = shard.ids.rows(ids)
-            found[own >= 0] = shard.rows[own[own >= 0]]
-        return found
+        Queries that share a set share the shard's too, which is then searched for all of them together.
+        """
+        made = self._split.get(allowed)
+        if made is None:
+            held = np.unpackbits(allowed.bits, count=allowed.count, bitorder="little").view(np.bool_)
+            made = self._split[allowed] = [RowSet.where(held[rows]) for rows in self._rows]
+        return made
+
+
+def joined(snapshot: Snapshot, searchers: Sequence[Search], each: Each = one_by_one) -> Search:
+    """What answers for a snapshot is returned, of one searcher for each of its shards: that one if it is not divided."""
+    if not snapshot.manifest.shards:
+        return searchers[0]
+    return Shards(searchers, [shard.rows for shard in snapshot.shards], each)
+
+
+def as_built(snapshot: Snapshot) -> Search:
+    """What answers for a snapshot by the indexes that its night built is returned."""
+    return joined(snapshot, [Searcher.of(shard) for shard in snapshot.shards])
 
 
 def by_hash(ids: Sequence[str], shards: int) -> list[Rows]:
     """The rows of each shard, rising, are returned; an id always goes to the same shard of as many."""
-    at = hash_ids([one.encode("utf-8", "surrogatepass") for one in ids]) % np.uint64(_some(shards))
+    if shards < 1:
+        raise ShardError(f"{shards} shards: expected at least 1")
+    at = hash_ids([one.encode("utf-8", "surrogatepass") for one in ids]) % np.uint64(shards)
     return [np.flatnonzero(at == shard) for shard in range(shards)]
 
 
-def by_range(count: int, shards: int) -> list[Rows]:
-    """0..count-1 in runs of nearly equal length, one per shard, are returned."""
-    return np.array_split(np.arange(count, dtype=np.int64), _some(shards))
-
-
-def write_shards(snapshot: Snapshot, parts: Sequence[Rows], folder: Path) -> list[Path]:
-    """A snapshot per part, of these rows of the snapshot, is in the stores `folder`/0, 1, ...; their folders are returned.
-
-    Each has an index of its own. Opaque parts are not divided: rows of the whole are still theirs.
-    """
-    ids, found = list(snapshot.ids), []
-    facts = snapshot.manifest
-    for place, rows in enumerate(parts):
-        built = build(np.ascontiguousarray(snapshot.vectors[rows], np.float32), codes=facts.dtype)
-        extra = {PLACE_FACT: f"{place}/{len(parts)}", WHOLE_FACT: snapshot.name}
-        store = folder / str(place)
-        with SnapshotWriter(store, fingerprint=facts.fingerprint, as_of=facts.as_of, extra=extra) as writer:
-            writer.vectors(np.ascontiguousarray(snapshot.vectors[rows], np.float32), facts.dtype)
-            writer.ids([ids[row] for row in rows.tolist()])
-            writer.index(built.index, recipe=str(built.recipe), facts=built.facts, recall=built.recall)
-            writer.part(ROWS_PART, rows.astype("<i8").tobytes())
-        found.append(writer.path)
-    return found
-
-
-def _check_whole(snapshots: Sequence[Snapshot]) -> None:
-    """Raises ShardError unless these are all shards of one whole, each once, whatever their order."""
-    extras = [one.manifest.extra for one in snapshots]
-    places = sorted(extra.get(PLACE_FACT, "no shard") for extra in extras)
-    wholes = {extra.get(WHOLE_FACT, "") for extra in extras}
-    if places != sorted(f"{place}/{len(snapshots)}" for place in range(len(snapshots))) or len(wholes) != 1:
-        raise ShardError(
-            f"the snapshots are shards {', '.join(places)} of {', '.join(sorted(wholes))}: expected all shards of one, each once"
-        )
-
-
-def _own_rows(shard: Shard, rows: Rows) -> tuple[np.ndarray, Rows]:
-    """Which of these rows of the whole are the shard's (bool), and what rows they are there."""
-    if not len(shard.rows):
-        return np.zeros(len(rows), np.bool_), np.zeros(0, np.int64)
-    at = np.minimum(np.searchsorted(shard.rows, rows), len(shard.rows) - 1)
-    here = shard.rows[at] == rows
-    return here, at[here]
-
-
-def _own_exclusions(shard: Shard, filters: Sequence[Filter]) -> list[Rows]:
-    return [_own_rows(shard, one.excluded)[1] for one in filters]
-
-
-def _own_sets(shard: Shard, filters: Sequence[Filter]) -> list[RowSet | None]:
-    """Queries that share a set of allowed rows share the shard's too: it is searched for all of them together."""
-    made: dict[int, RowSet] = {}
-    for one in filters:
-        if one.allowed is not None and id(one.allowed) not in made:
-            made[id(one.allowed)] = RowSet.where(one.allowed.has(shard.rows))
-    return [None if one.allowed is None else made[id(one.allowed)] for one in filters]
-
-
-def _some(shards: int) -> int:
-    if shards < 1:
-        raise ShardError(f"{shards} shards: expected at least 1")
-    return shards
+def _own_exclusions(rows: Rows, filters: Sequence[Filter]) -> list[Rows]:
+    return [place_of(rows, one.excluded)[1] for one in filters]

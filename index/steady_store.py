@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 REST_S = 1.0
 MOST_BYTES = 64 << 20
+STAMPS = 4_096
+"""Counts of writes, each shared by the keys of one hash: a few too many values are not kept, and no key costs memory for good."""
 ENTRY_BYTES = 256
 """About what an entry costs beside its value: key, links, objects."""
 
@@ -43,36 +45,41 @@ class SteadyStore:
 
     def get_many(self, kind: str, ids: Sequence[str], fingerprint: str = "") -> list[bytes | None]:
         """See KeyValueStore."""
+        keys = [(kind, one, fingerprint) for one in ids]
+        stamps = self._memory.stamps(keys)
         found = self._read(lambda: self._store.get_many(kind, ids, fingerprint))
-        for one, value in zip(ids, found):
-            self._memory.put((kind, one, fingerprint), value)
+        self._memory.read(keys, found, stamps)
         return found
 
     def get_each(self, keys: Sequence[Key]) -> list[bytes | None]:
         """See KeyValueStore."""
+        stamps = self._memory.stamps(keys)
         found = self._read(lambda: self._store.get_each(keys))
-        for key, value in zip(keys, found):
-            self._memory.put(key, value)
+        self._memory.read(keys, found, stamps)
         return found
 
     def put_many(self, kind: str, values: Mapping[str, bytes], fingerprint: str = "", ttl_s: float | None = None) -> None:
         """See KeyValueStore."""
+        keys = [(kind, one, fingerprint) for one in values]
+        stamps = self._memory.stamps(keys)
         self._write(lambda: self._store.put_many(kind, values, fingerprint, ttl_s))
-        for one, value in values.items():
-            self._memory.put((kind, one, fingerprint), value)
+        self._memory.wrote(keys, list(values.values()), stamps)
 
     def swap(self, kind: str, one: str, old: bytes | None, new: bytes, fingerprint: str = "", ttl_s: float | None = None) -> bool:
         """See KeyValueStore."""
+        keys = [(kind, one, fingerprint)]
+        stamps = self._memory.stamps(keys)
         done = self._write(lambda: self._store.swap(kind, one, old, new, fingerprint, ttl_s))
         if done:
-            self._memory.put((kind, one, fingerprint), new)
+            self._memory.wrote(keys, [new], stamps)
         return done
 
     def delete_many(self, kind: str, ids: Sequence[str], fingerprint: str = "") -> None:
         """See KeyValueStore."""
+        keys = [(kind, one, fingerprint) for one in ids]
+        stamps = self._memory.stamps(keys)
         self._write(lambda: self._store.delete_many(kind, ids, fingerprint))
-        for one in ids:
-            self._memory.put((kind, one, fingerprint), None)
+        self._memory.wrote(keys, [None] * len(keys), stamps)
 
     def ids(self, kind: str, fingerprint: str = "") -> Iterator[str]:
         """See KeyValueStore."""
@@ -140,25 +147,48 @@ class SteadyStore:
 
 
 class _Memory:
-    """Values by key up to a number of bytes; those that nobody put for longest leave first. Any thread."""
+    """Values by key up to a number of bytes; those that nobody put for longest leave first. Any thread.
+
+    Whoever asks the store takes the stamps of the keys first. A value that was read while somebody else wrote may be older than
+    what was written, so it is not kept; of two values written at once nobody here knows which one stayed, so neither is.
+    """
 
     def __init__(self, most_bytes: int) -> None:
         self._most, self._bytes = most_bytes, 0
         self._values: OrderedDict[Key, bytes] = OrderedDict()
+        self._writes = [0] * STAMPS
         self._lock = threading.Lock()
 
     def get(self, key: Key) -> bytes | None:
         with self._lock:
             return self._values.get(key)
 
-    def put(self, key: Key, value: bytes | None) -> None:
+    def stamps(self, keys: Sequence[Key]) -> list[int]:
+        """How often each key was written, or another one that shares its count."""
+        return [self._writes[hash(key) % STAMPS] for key in keys]
+
+    def read(self, keys: Sequence[Key], values: Sequence[bytes | None], stamps: Sequence[int]) -> None:
+        """The values are kept, but for those of keys that were written since the stamps."""
         with self._lock:
-            before = self._values.pop(key, None)
-            if before is not None:
-                self._bytes -= len(before) + ENTRY_BYTES
-            if value is not None:
-                self._values[key] = bytes(value)
-                self._bytes += len(value) + ENTRY_BYTES
-            while self._bytes > self._most:
-                _, oldest = self._values.popitem(last=False)
-                self._bytes -= len(oldest) + ENTRY_BYTES
+            for key, value, stamp in zip(keys, values, stamps):
+                if self._writes[hash(key) % STAMPS] == stamp:
+                    self._put(key, value)
+
+    def wrote(self, keys: Sequence[Key], values: Sequence[bytes | None], stamps: Sequence[int]) -> None:
+        """The values are kept, and nothing of keys that others wrote too since the stamps."""
+        with self._lock:
+            alone = [self._writes[hash(key) % STAMPS] == stamp for key, stamp in zip(keys, stamps)]
+            for key, value, own in zip(keys, values, alone):
+                self._writes[hash(key) % STAMPS] += 1
+                self._put(key, value if own else None)
+
+    def _put(self, key: Key, value: bytes | None) -> None:
+        before = self._values.pop(key, None)
+        if before is not None:
+            self._bytes -= len(before) + ENTRY_BYTES
+        if value is not None:
+            self._values[key] = bytes(value)
+            self._bytes += len(value) + ENTRY_BYTES
+        while self._bytes > self._most:
+            _, oldest = self._values.popitem(last=False)
+            self._bytes -= len(oldest) + ENTRY_BYTES

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from index.keyvalue import KeyValueStore, StoreError, StoreUnavailable
 
-__all__ = ["KeyValueStore", "StoreError", "StoreUnavailable", "open_store"]
+__all__ = ["KeyValueStore", "StoreError", "StoreUnavailable", "open_store", "shown_address"]
 
 PATIENCE_S = 5.0
 """What a night can wait, so that a moment's trouble does not end it. Whoever is waited for by people waits for less."""
@@ -34,3 +34,12 @@ def open_store(url: str, clock: Callable[[], float] = time.time, patience_s: flo
         return RedisStore(url, patience_s)
     scheme = url.partition(":")[0] if ":" in url else ""
     raise StoreError(f"store address of kind {scheme[:20]!r} is unknown: expected sqlite:PATH or redis://host:port/db")
+
+
+def shown_address(url: str) -> str:
+    """The address as messages may show it: without user, password and options. Raises StoreError for one that is none."""
+    if url.startswith("sqlite:"):
+        return url
+    from index.redis_store import RedisStore
+
+    return RedisStore(url, PATIENCE_S).shown

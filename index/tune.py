@@ -16,8 +16,8 @@ from index.certified_codes import coded_bytes
 from index.codes import Codes
 from index.errors import BrewlineError
 from index.hits import Vectors
-from index.search import Searcher
-from index.serving import Search, faiss_reason
+from index.search import Search, Searcher
+from index.serving import faiss_reason
 
 TARGETS = (0.8, 0.9, 0.95, 0.97, 0.99)
 """Recalls between which the frontier is drawn; the wished one is added."""

@@ -19,19 +19,22 @@ import numpy.typing as npt
 
 from index.codes import Codes, encode_rows
 from index.durable import exclusive, fsync_path, sha256_of, try_lock
-from index.ids import encode_ids
+from index.ids import Rows, encode_ids
 from index.manifest import Fact, FileFact, Manifest, Recall, SnapshotError, SnapshotTorn
 from index.snapshot import (
     BLOB_FILE,
-    CORE_FILES,
     HASHES_FILE,
     INDEX_FILE,
     MANIFEST_FILE,
     OFFSETS_FILE,
     ORDER_FILE,
+    ROWS_FILE,
     RUN_FILE,
+    SHARD_PREFIX,
     VECTORS_FILE,
     Snapshot,
+    core_files,
+    shard_file,
     snapshots_dir,
 )
 
@@ -64,8 +67,9 @@ class SnapshotWriter:
         self._lock: int | None = None
         self._shape: tuple[int, int] | None = None
         self._codes: Codes = "float32"
+        self._shards: tuple[int, ...] = ()
         self._id_count: int | None = None
-        self._index_facts: tuple[str, dict[str, Fact], Recall | None, tuple[int, int]] | None = None
+        self._index_facts: tuple[str, dict[str, Fact], Recall | None, list[tuple[int, int]]] | None = None
         self._started = 0.0
         self._path: Path | None = None
 
@@ -106,22 +110,25 @@ class SnapshotWriter:
         """The name of the finished snapshot."""
         return self.path.name
 
-    def vectors(self, vectors: npt.NDArray[Any], codes: Codes = "float32") -> None:
+    def vectors(self, vectors: npt.NDArray[Any], codes: Codes = "float32", shards: Sequence[Rows] = ()) -> None:
         """The vectors [N, D] are written in these codes, in blocks, so a mapped array of any size will do.
 
-        Raises CodesError for a vector that has no such codes.
+        With `shards`, the rows int64 of each, rising, the snapshot is divided so: each shard has a file of its own. Before the
+        indexes. Raises CodesError for a vector that has no such codes, SnapshotError unless each row is in one shard.
         """
         if vectors.ndim != 2 or vectors.dtype.kind != "f" or vectors.shape[1] == 0:
             raise SnapshotError(f"vectors are {vectors.dtype}{list(vectors.shape)}, expected floats [N, D] with D > 0")
-        count, dims = vectors.shape
-        path = self._beside() / VECTORS_FILE
-        descr = encode_rows(np.zeros((0, dims), np.float32), codes).dtype.str
-        header = {"descr": descr, "fortran_order": False, "shape": (count, dims)}
-        with _disk(path), path.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for start in range(0, count, _BLOCK_ROWS):
-                file.write(encode_rows(vectors[start : start + _BLOCK_ROWS], codes).data)
-        self._shape, self._codes = (count, dims), codes
+        folder = self._beside()
+        if not shards:
+            _write_vectors(folder / VECTORS_FILE, vectors, None, codes)
+        elif not np.array_equal(np.sort(np.concatenate(shards)), np.arange(len(vectors))):
+            raise SnapshotError(f"the shards hold {sum(map(len, shards))} rows, expected 0..{len(vectors) - 1}, each once")
+        for place, rows in enumerate(shards):
+            with _disk(folder):
+                np.save(folder / shard_file(place, ROWS_FILE), rows.astype("<i8"))
+            _write_vectors(folder / shard_file(place, VECTORS_FILE), vectors, rows, codes)
+        self._shape, self._codes = (vectors.shape[0], vectors.shape[1]), codes
+        self._shards = tuple(len(rows) for rows in shards)
 
     def ids(self, ids: Sequence[str]) -> None:
         """The ids of the rows are written. Raises SnapshotError for one that is not UTF-8 text."""
@@ -136,14 +143,22 @@ class SnapshotWriter:
 
     def index(self, index: Any, *, recipe: str, facts: Mapping[str, Fact] | None = None, recall: Recall | None = None) -> None:
         """The FAISS index over the same rows is written, with how it was built and how well it recalls."""
+        self.indexes([index], recipe=recipe, facts=facts, recall=recall)
+
+    def indexes(
+        self, indexes: Sequence[Any], *, recipe: str, facts: Mapping[str, Fact] | None = None, recall: Recall | None = None
+    ) -> None:
+        """The FAISS index of each shard is written, or the only one, with how they were built and how well they recall."""
         import faiss
 
-        path = self._beside() / INDEX_FILE
-        try:
-            faiss.write_index(index, str(path))
-        except RuntimeError as error:
-            raise SnapshotError(f"FAISS cannot write {path}: {error}") from None
-        self._index_facts = (recipe, dict(facts or {}), recall, (int(index.ntotal), int(index.d)))
+        for place, index in enumerate(indexes):
+            path = self._beside() / (shard_file(place, INDEX_FILE) if self._shards else INDEX_FILE)
+            try:
+                faiss.write_index(index, str(path))
+            except RuntimeError as error:
+                raise SnapshotError(f"FAISS cannot write {path}: {error}") from None
+        shapes = [(int(index.ntotal), int(index.d)) for index in indexes]
+        self._index_facts = (recipe, dict(facts or {}), recall, shapes)
 
     def part(self, name: str, content: bytes | Path) -> None:
         """An opaque part is written from bytes or copied from a file."""
@@ -160,8 +175,9 @@ class SnapshotWriter:
         Raises SnapshotError for a name that is taken or that is not a plain lower-case file name.
         """
         path = self._beside() / name
-        if _PART_NAME.fullmatch(name) is None or name in CORE_FILES:
-            raise SnapshotError(f"{name!r} cannot name a part: expected a-z, 0-9, . _ - and none of {sorted(CORE_FILES)}")
+        taken = core_files(0)
+        if _PART_NAME.fullmatch(name) is None or name in taken or name.startswith(SHARD_PREFIX):
+            raise SnapshotError(f"{name!r} cannot name a part: expected a-z, 0-9, . _ -, no shard-..., none of {sorted(taken)}")
         if path.exists():
             raise SnapshotError(f"part {name!r} is written twice")
         return path
@@ -175,10 +191,11 @@ class SnapshotWriter:
         if self._shape is None or self._id_count is None or self._index_facts is None:
             raise SnapshotError("a snapshot needs vectors, ids and an index: write all three before the block ends")
         recipe, facts, recall, indexed = self._index_facts
-        if self._shape != indexed or self._shape[0] != self._id_count:
+        expected = [(count, self._shape[1]) for count in self._shards or self._shape[:1]]
+        if expected != indexed or self._shape[0] != self._id_count:
             raise SnapshotError(
-                f"vectors are {self._shape[0]} x {self._shape[1]}, the index holds {indexed[0]} x {indexed[1]} "
-                f"and there are {self._id_count} ids: they must be of the same rows"
+                f"vectors are {_by(expected)}, the index holds {_by(indexed)} and there are {self._id_count} ids: "
+                "they must be of the same rows"
             )
         files = {path.name: FileFact(sha256_of(path), path.stat().st_size) for path in sorted(folder.iterdir())}
         return Manifest(
@@ -193,6 +210,7 @@ class SnapshotWriter:
             parent=self._parent,
             extra=self.extra,
             dtype=self._codes,
+            shards=self._shards,
         )
 
     def _commit(self, folder: Path) -> Path:
@@ -216,6 +234,21 @@ class SnapshotWriter:
         folder.rename(target)
         fsync_path(target.parent)
         return target
+
+
+def _write_vectors(path: Path, vectors: npt.NDArray[Any], rows: Rows | None, codes: Codes) -> None:
+    """The file holds these rows of the vectors (None: all), in these codes."""
+    count, dims = len(vectors) if rows is None else len(rows), vectors.shape[1]
+    descr = encode_rows(np.zeros((0, dims), np.float32), codes).dtype.str
+    with _disk(path), path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": (count, dims)})
+        for start in range(0, count, _BLOCK_ROWS):
+            some = slice(start, start + _BLOCK_ROWS)
+            file.write(encode_rows(vectors[some if rows is None else rows[some]], codes).data)
+
+
+def _by(shapes: Sequence[tuple[int, int]]) -> str:
+    return " + ".join(f"{count} x {dims}" for count, dims in shapes)
 
 
 @contextmanager

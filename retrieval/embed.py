@@ -74,7 +74,7 @@ def embed_changed(
         rows = previous.catalog.rows(tonight.items.item_id)
         same = np.flatnonzero(rows >= 0)
         same = same[_reads_as(tonight, same, previous, rows[same], encoder.writer.quantizer, hysteresis)]
-        vectors[same], digests[same] = previous.snapshot.vectors[rows[same]], _digests(previous, rows[same])
+        vectors[same], digests[same] = previous.snapshot.vectors_at(rows[same]), _digests(previous, rows[same])
         for name, column in numbers.items():
             column[same] = previous.numbers[name][rows[same]]
     new = np.flatnonzero(digests == "")
@@ -138,7 +138,7 @@ def _kept(previous: Opened | None, row: int, digest: str) -> Vectors | None:
     """Yesterday's vector of a row (-1: it has none) if its tokens had this digest: words beyond the budget are not read."""
     if previous is None or row < 0 or previous.catalog.digest(row) != digest:
         return None
-    return previous.snapshot.vectors[row]
+    return previous.snapshot.vectors_at(np.array([row]))[0]
 
 
 def _made_by_day(made: Mapping[str, tuple[str, Vectors]], item_id: str, digest: str, dims: int) -> Vectors | None:

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +32,7 @@ from index.codes import Codes
 from index.drift import Drift, drift, drift_gate
 from index.live import trim_folded
 from index.publish import collect_garbage, publish
+from index.shards import by_hash
 from index.snapshot import Snapshot
 from index.writer import SnapshotWriter
 from retrieval.catalog import CATALOG_PART, TOKENS_PART, write_catalog, write_tokens
@@ -45,10 +45,11 @@ from retrieval.live_catalog import ItemTokens
 from retrieval.load_members import load_members, member_queries
 from retrieval.members import MemberStore
 from retrieval.moments import NightError
+from retrieval.night_clock import NightClock
 from retrieval.popular import POPULAR_PART, write_popular
 from retrieval.records import ItemWords
 from retrieval.taken_over import CHANGES_PART, TakenOver, cut_of, ended, facts_of, take_over
-from retrieval.tonight import Tonight, checked_words
+from retrieval.tonight import Rows, Tonight, checked_words
 from retrieval.yesterday import Yesterday, alone, clear_pointers
 
 if TYPE_CHECKING:
@@ -67,12 +68,18 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class SnapshotForm:
     """What a night's snapshot keeps the items' vectors in, which changed numbers are worth a new one and, if `hybrid` is given,
-    that it also holds a lexical index and a popularity list, to be merged so. `plan` is what index is built."""
+    that it also holds a lexical index and a popularity list, to be merged so. `plan` is what index is built, of each of so many
+    `shards` that the items are divided into; with one nothing is."""
 
     codes: Codes = "float32"
     hybrid: HybridSettings | None = None
     hysteresis: Hysteresis = EXACT
     plan: Plan = BY_SIZE
+    shards: int = 1
+
+    def divided(self, ids: Sequence[str]) -> Sequence[Rows]:
+        """The rows of each shard, by the hash of the id; none if the snapshot is not to be divided."""
+        return by_hash(ids, self.shards) if self.shards > 1 else ()
 
 
 PLAIN = SnapshotForm()
@@ -85,8 +92,9 @@ class NightReport:
     Up to `live_position` of the log, `put` items and `withdrawn` ids won over the folder; `removed` old snapshots are gone.
 
     `predecessor` is the snapshot published before, "" if there was none, or "unreadable: " and why; `items_before` is its count,
-    which the count gate compared with, None where there was nothing to compare with. `hysteresis` is in buckets. Of the
-    predecessor's best `overlap_k` items the share `overlap` is among tonight's (mean over some members), None without comparison.
+    which the count gate compared with, None where there was nothing to compare with, and `shards_before` what it was divided in
+    (1: not; 0: there was nothing). `hysteresis` is in buckets. Of the predecessor's best `overlap_k` items the share `overlap` is
+    among tonight's (mean over some members), None without comparison.
     """
 
     snapshot: str
@@ -109,6 +117,8 @@ class NightReport:
     encoder: str
     ranker: str
     index: str
+    shards: int
+    shards_before: int
     recall: float | None
     recall_k: int
     overlap: float | None
@@ -142,7 +152,7 @@ def nightly(
     Raises BuildError for a plan that does not fit, NightError, StoreBusy while another night works on the store, GateFailed
     (nothing is published then), LogDamaged, and what the parts raise.
     """
-    spent = _Clock()
+    spent = NightClock()
     told = progress or _silent
     if members is not None and members.fingerprint != encoder.fingerprint:
         raise NightError(f"the member store is opened for encoder {members.fingerprint}, tonight's is {encoder.fingerprint}")
@@ -152,7 +162,7 @@ def nightly(
         taken = take_over(store_dir, yesterday, as_of, cut_of(dataset, as_of), clock)
         changed, put, gone = taken.over(dataset)
         tonight = Tonight.of(changed, as_of, put, gone)
-        form.plan.require(len(tonight.items), encoder.dims)
+        form.plan.require(len(tonight.items) // form.shards, encoder.dims)
         with spent("embed"):
             made = taken.made(encoder.fingerprint)
             embedded = embed_changed(tonight, encoder, yesterday.opened, told, form.codes, made, form.hysteresis)
@@ -186,7 +196,7 @@ def _report(
     ranker: str,
     hysteresis: Hysteresis,
     moved: Drift | None,
-    clock: _Clock,
+    clock: NightClock,
 ) -> NightReport:
     facts = snapshot.manifest
     return NightReport(
@@ -210,6 +220,8 @@ def _report(
         encoder=facts.fingerprint,
         ranker=ranker,
         index=facts.recipe,
+        shards=len(snapshot.shards),
+        shards_before=0 if yesterday.snapshot is None else len(yesterday.snapshot.shards),
         recall=None if facts.recall is None else facts.recall.mean,
         recall_k=0 if facts.recall is None else facts.recall.k,
         overlap=None if moved is None else moved.mean,
@@ -234,7 +246,7 @@ def _write(
     told: Progress,
     form: SnapshotForm,
 ) -> Snapshot:
-    plan = form.plan
+    plan, shards = form.plan, form.divided(tonight.items.item_id)
     built = build(
         embedded.vectors,
         recipe=plan.recipe,
@@ -243,14 +255,15 @@ def _write(
         k=plan.k,
         target=plan.target,
         queries=queries,
+        shards=shards,
         progress=lambda done, of: told("index", done, of),
     )
     facts = facts_of(taken)
     told_of = facts | form.hysteresis.facts()
     with SnapshotWriter(store_dir, fingerprint=encoder.fingerprint, as_of=tonight.as_of, parent=parent, extra=told_of) as writer:
-        writer.vectors(embedded.vectors, form.codes)
+        writer.vectors(embedded.vectors, form.codes, shards)
         writer.ids(tonight.items.item_id)
-        writer.index(built.index, recipe=str(built.recipe), facts=built.facts | plan.facts(), recall=built.recall)
+        writer.indexes(built.indexes, recipe=str(built.recipe), facts=built.facts | plan.facts(), recall=built.recall)
         writer.part(CATALOG_PART, write_catalog(tonight.items, tonight.numbers, embedded.digests, tonight.as_of))
         if form.hysteresis != EXACT:
             writer.part(EMBEDDED_PART, write_embedded(embedded.numbers))
@@ -272,23 +285,6 @@ def _tokens(tonight: Tonight, ranker: ItemTokens, told: Progress) -> list[list[i
         found += ranker.item_tokens(records[some], {name: column[some] for name, column in tonight.numbers.items()})
         told("ranker tokens", len(found), len(records))
     return found
-
-
-class _Clock:
-    """Seconds by stage, and since it was made."""
-
-    def __init__(self) -> None:
-        self.spent: dict[str, float] = {"embed": 0.0, "index": 0.0, "members": 0.0}
-        self._start = time.perf_counter()
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.spent[stage] += time.perf_counter() - start
-
-    def total(self) -> float:
-        return time.perf_counter() - self._start
 
 
 def _silent(stage: str, done: int, of: int) -> None:

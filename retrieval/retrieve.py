@@ -118,7 +118,7 @@ class Retriever:
         """float64 [C]: the cosine of a member's vector [D] and each row's, whatever found the rows."""
         found = np.empty((len(rows), len(vector)), np.float32)
         older = rows < self.moment.first_live
-        found[older] = self.moment.snapshot.vectors[rows[older]]
+        found[older] = self.moment.snapshot.vectors_at(rows[older])
         for place in np.flatnonzero(~older).tolist():
             found[place] = self.moment.vector(int(rows[place]))
         return np.asarray(found @ vector, np.float64)

@@ -202,6 +202,10 @@ def _show_table(snapshot: Snapshot) -> Table:
     table.add_row("as of", moment_words(facts.as_of))
     table.add_row("encoder", facts.fingerprint)
     table.add_row("index", f"{facts.recipe} ({', '.join(f'{key} {value}' for key, value in facts.build.items())})")
+    if facts.shards:
+        table.add_row(
+            "shards", f"{len(facts.shards)} of {min(facts.shards):,} to {max(facts.shards):,} items, each with that index"
+        )
     measured = (
         "not measured" if recall is None else f"@{recall.k} mean {recall.mean}, 5th percentile {recall.p5}, on {recall.source}"
     )

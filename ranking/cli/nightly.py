@@ -37,6 +37,15 @@ AsOf = Annotated[str, typer.Option(help="now, end (of the data), seconds, or an 
 RecipeFile = Annotated[
     Path | None, typer.Option(help="The index to build, from `brewline index tune --out`. Default: by size.", metavar="FILE")
 ]
+WithHybrid = Annotated[
+    bool, typer.Option("--hybrid", help="Also write a lexical index and a popularity list, for `serve --hybrid`.")
+]
+Shards = Annotated[
+    int,
+    typer.Option(
+        help="Divide the items into so many parts, each with its own index; `serve` merges their answers.", min=1, max=1_000
+    ),
+]
 LeastOverlap = Annotated[
     float,
     typer.Option(help="Of yesterday's best 2,000 this share must be found again, or nothing is published; 0: any.", min=0, max=1),
@@ -49,15 +58,14 @@ def nightly(
     store: Annotated[Path, typer.Option(help="Where snapshots are kept; made if missing.", metavar="DIR")],
     ranker: RankerFolder = None,
     members: MembersUrl = None,
-    hybrid: Annotated[
-        bool, typer.Option("--hybrid", help="Also write a lexical index and a popularity list, for `serve --hybrid`.")
-    ] = False,
+    hybrid: WithHybrid = False,
     hybrid_weights: HybridWeights = None,
     dims: Dims = None,
     codes: Annotated[CodesChoice, typer.Option(help="What the items' vectors are kept in.")] = CodesChoice.float32,
     hysteresis: Buckets = DEFAULT_HYSTERESIS,
     metrics: MetricsFile = None,
     recipe: RecipeFile = None,
+    shards: Shards = 1,
     least_overlap: LeastOverlap = 0,
     keep: Keep = 7,
     as_of: AsOf = "now",
@@ -74,6 +82,7 @@ def nightly(
         brewline nightly data/ --encoder encoder/ --store store/ --members redis://localhost/0 --as-of 2026-01-31
         brewline nightly data/ --encoder encoder/ --store store/ --hybrid --dims 64 --codes int8
         brewline nightly data/ --encoder encoder/ --store store/ --recipe recipe.json --least-overlap 0.5
+        brewline nightly data/ --encoder encoder/ --store store/ --shards 8
     """
     from index.store import open_store
     from index.tune import read_choice
@@ -86,7 +95,7 @@ def nightly(
     from retrieval.refresh import nightly as run
 
     plan = BY_SIZE if recipe is None else read_choice(recipe)
-    form = SnapshotForm(codes.value, hybrid_settings(hybrid, hybrid_weights), Hysteresis(hysteresis), plan)
+    form = SnapshotForm(codes.value, hybrid_settings(hybrid, hybrid_weights), Hysteresis(hysteresis), plan, shards)
     if metrics is not None:
         check_metrics(metrics)
     dataset = read_dataset(data)
@@ -151,6 +160,8 @@ def _table(report: NightReport) -> Table:
     )
     recall = "not measured" if report.recall is None else f"recall@{report.recall_k} {report.recall:.4f} against exact search"
     table.add_row("index", f"{report.index}, {recall}")
+    if report.shards > 1 or report.shards_before > 1:
+        table.add_row("shards", _shards(report))
     if report.overlap is not None:
         table.add_row("overlap", f"{report.overlap:.4f} of the best {report.overlap_k:,} of the night before")
     table.add_row("vectors", f"{report.dims:,} x {report.codes}{', with a lexical index and a popularity list' * report.hybrid}")
@@ -158,3 +169,11 @@ def _table(report: NightReport) -> Table:
     table.add_row("ranker", report.ranker or "none: only retrieval can be served")
     table.add_row("took", f"{report.seconds:.1f} s")
     return table
+
+
+def _shards(report: NightReport) -> str:
+    told = f"{report.shards} by the hash of the id, an index of that kind in each" if report.shards > 1 else "none"
+    if report.shards_before in (0, report.shards):
+        return told
+    before = f"{report.shards_before} shards" if report.shards_before > 1 else "not divided"
+    return f"{told}; {before} the night before: items changed places, no vector changed for it"

@@ -25,7 +25,7 @@ from google.protobuf.message import Message
 
 from index.errors import BrewlineError
 from index.publish import current
-from index.snapshot import read_manifest
+from index.snapshot import Snapshot, read_manifest
 from ranking.serving import answers
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving.answers import Call
@@ -37,7 +37,6 @@ from ranking.serving.cluster_app_parts import (
     RankerReplica,
     ShardReplica,
     far_stack,
-    shard_folders,
 )
 from ranking.serving.service import code_version
 from ranking.serving.stack import NotServable, Stack, default_members
@@ -63,11 +62,11 @@ class ClusterAppError(BrewlineError):
 class ClusterSettings:
     """Folders that every machine sees under the same path, and the most replicas of each deployment.
 
-    `shards` holds the stores 0, 1, ... of `index.shards.write_shards`; `exact` searches them exactly whatever their index is.
+    The shards are those of the published snapshot (`brewline nightly --shards`), one if it is not divided; `exact` searches them
+    exactly whatever their index is. Of the snapshot a machine needs only what its replicas open.
     """
 
     store: str
-    shards: str
     encoder: str
     ranker: str = ""
     members: str = ""
@@ -82,7 +81,7 @@ class ClusterSettings:
     def read(cls, given: Mapping[str, Any]) -> ClusterSettings:
         """The settings of a Serve configuration, whose values may be words. Raises ClusterAppError."""
         kinds = {one.name: str(one.type) for one in fields(cls)}
-        unknown, lacking = sorted(set(given) - set(kinds)), sorted({"store", "shards", "encoder"} - set(given))
+        unknown, lacking = sorted(set(given) - set(kinds)), sorted({"store", "encoder"} - set(given))
         if unknown or lacking:
             raise ClusterAppError(f"unknown settings {unknown}, missing {lacking}; known are {', '.join(kinds)}")
         try:
@@ -163,9 +162,10 @@ class Ingress:
                 loop, (encoder, shards, ranker) = asyncio.get_running_loop(), self._handles
                 asks = [_asking(one, loop, self._settings.timeout_s) for one in (encoder, *shards)]
                 judge = None if ranker is None else _asking(ranker, loop, self._settings.timeout_s)
-                folders = Path(self._settings.shards)
+                if judge is not None:  # what its answers are made of: read for the first time by the loop, it would stop the loop
+                    await loop.run_in_executor(self._threads, import_module, "ranking.ranker")
                 self._stack = await loop.run_in_executor(
-                    self._threads, far_stack, self._settings.source, folders, asks[0], asks[1:], judge
+                    self._threads, far_stack, self._settings.source, asks[0], asks[1:], judge
                 )
             return self._stack
 
@@ -219,7 +219,7 @@ def _asking(handle: Any, loop: asyncio.AbstractEventLoop, timeout_s: float) -> A
 def application(args: dict[str, Any]) -> Any:
     """The Serve application of these settings (`ClusterSettings`), ready for `serve.run` or a Serve configuration.
 
-    Raises ClusterAppError without Ray or with settings that are none, NotServable or ShardError if the night is not there.
+    Raises ClusterAppError without Ray or with settings that are none, NotServable if the night is not there.
     """
     settings = ClusterSettings.read(args)
     try:
@@ -235,10 +235,11 @@ def application(args: dict[str, Any]) -> Any:
         options = {"ray_actor_options": {"num_cpus": 1}, "max_ongoing_requests": 1, "max_queued_requests": QUEUED}
         return serve.deployment(name=name, autoscaling_config=scaling(most, 1.0), **options)(kind).bind(*given)
 
-    encoder = model(EncoderReplica, "encoder", settings.most_encoders, settings.encoder, read_manifest(published).dims)
+    night = Snapshot(published, read_manifest(published))
+    encoder = model(EncoderReplica, "encoder", settings.most_encoders, settings.encoder, night.manifest.dims)
     shards = [
-        model(ShardReplica, f"shard-{place}", settings.most_searches, str(folder), settings.exact)
-        for place, folder in enumerate(shard_folders(Path(settings.shards), published.name))
+        model(ShardReplica, f"shard-{place}", settings.most_searches, str(published), place, settings.exact)
+        for place in range(len(night.shards))
     ]
     ranker = model(RankerReplica, "ranker", settings.most_rankers, settings.ranker) if settings.ranker else None
     ingress = serve.deployment(

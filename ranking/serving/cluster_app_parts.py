@@ -2,26 +2,28 @@
 
 A far part answers through an `Ask`, whatever carries the question; the parts that are asked are the classes of the single server
 (`Encoder`, `Searcher` or `Certified`, `Ranker`), and so is what asks them (`Stack`, `Recommender`, `Shards`). So are the answers.
+Whoever searches a shard opens that shard's files of the snapshot and no others; whoever asks opens all but the shards'.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from index.certified import Certified
-from index.filters import Allow
+from index.filters import Allow, RowSet
 from index.hits import Hits, Rows, Vectors
 from index.publish import current
 from index.search import Searcher
 from index.serving import Serving
-from index.shards import PLACE_FACT, ROWS_PART, WHOLE_FACT, Shard, ShardError, Shards
-from index.snapshot import Snapshot, read_manifest, snapshots_dir
+from index.shards import ShardError, Shards
+from index.snapshot import Shard, Snapshot
 from ranking.pipeline import Recommender
 from ranking.serving.stack import NotServable, Origin, Stack, load_encoder, load_ranker, open_members, require_pair
 from ranking.serving.swap_look import Source, look
@@ -79,15 +81,15 @@ class EncoderReplica:
 
 
 class ShardReplica:
-    """One shard of an index, searched as it was built, or exactly."""
+    """One shard of a snapshot, searched as it was built, or exactly. A snapshot that is not divided has one, 0."""
 
-    def __init__(self, folder: str, exact: bool) -> None:
-        self._snapshot = Snapshot.open(Path(folder))
-        self._search = Certified(self._snapshot.vectors) if exact else Searcher.of(self._snapshot)
+    def __init__(self, folder: str, place: int, exact: bool) -> None:
+        self._shard = Shard.open(Path(folder), place)
+        self._search = Certified(self._shard.vectors) if exact else Searcher.of(self._shard)
 
     def name(self) -> str:
-        """The snapshot's name, which is made of its content."""
-        return self._snapshot.name
+        """The snapshot's name, which is made of its content, and which shard of it this is."""
+        return self._shard.name
 
     def search(self, queries: Vectors, k: int, exclude: Sequence[Rows] | None, allow: Allow) -> Hits:
         """See `Searcher.search`; rows are the shard's own."""
@@ -139,11 +141,11 @@ class FarEncoder:
 class FarSearch:
     """A shard that is searched elsewhere: a `Search`."""
 
-    def __init__(self, ask: Ask, snapshot: Snapshot) -> None:
-        """Raises ShardError if the replicas hold another shard than the folder here."""
-        self._ask, self.count, self.dims = ask, snapshot.manifest.count, snapshot.manifest.dims
-        if (name := ask("name")) != snapshot.name:
-            raise ShardError(f"the replicas search shard {name}, the folder here holds {snapshot.name}: deploy both of one night")
+    def __init__(self, ask: Ask, shard: Shard) -> None:
+        """`shard` is not opened. Raises ShardError if the replicas hold another one."""
+        self._ask, self.count, self.dims = ask, shard.count, shard.manifest.dims
+        if (name := ask("name")) != shard.name:
+            raise ShardError(f"the replicas search shard {name}, the snapshot here has {shard.name}: deploy both of one night")
 
     def search(self, queries: Vectors, k: int, exclude: Sequence[Rows] | None = None, *, allow: Allow = None) -> Hits:
         """See `Searcher.search`."""
@@ -187,11 +189,27 @@ class FarRanker:
         return cast("list[list[int]]", self._ask("item_tokens", items, numbers))
 
 
+class FarRetriever(Retriever):
+    """A retriever whose vectors are elsewhere."""
+
+    def cosines(self, vector: Vectors, rows: Rows) -> np.ndarray:
+        """See `Retriever.cosines`; of the night's rows the shards are asked, which score what is wanted and nothing else."""
+        found, older = np.empty(len(rows), np.float64), rows < self.moment.first_live
+        if older.any():
+            wanted = np.unique(rows[older])
+            allow = RowSet.of(wanted, self.moment.first_live)
+            hits = self.moment.searcher.search(vector[None], len(wanted), allow=allow)
+            order = np.argsort(hits.rows[0])
+            found[older] = hits.scores[0, order][np.searchsorted(wanted, rows[older])]
+        for place in np.flatnonzero(~older).tolist():
+            found[place] = float(self.moment.vector(int(rows[place])) @ vector)
+        return found
+
+
 @dataclass(frozen=True)
 class FarStack(Stack):
-    """A night whose models and shards are elsewhere; catalogue, members and today's changes are here."""
+    """A night whose models and shards are elsewhere; catalogue, ids, members and today's changes are here."""
 
-    serving: Serving
     actions: tuple[str, ...]
     looking: threading.Lock
 
@@ -201,69 +219,41 @@ class FarStack(Stack):
         return next(iter(self.actions), "")
 
     def now(self) -> Stack:
-        """The stack of the present moment, searched by the shards. Any thread may ask. Raises LogDamaged."""
+        """The stack of the present moment. Any thread may ask. Raises LogDamaged."""
         with self.looking:
-            moment, catalog = self.today.now()
-        retriever = replace(self.recommender.retriever, moment=replace(moment, serving=self.serving), catalog=catalog)
-        return replace(self, catalog=catalog, recommender=replace(self.recommender, retriever=retriever))
+            return super().now()
 
 
-def far_stack(source: Source, shards: Path, encoder: Ask, searches: Sequence[Ask], ranker: Ask | None) -> FarStack:
-    """The current night of a store, its encoder, ranker and shards asked from afar; `searches` stand as folders 0, 1, ... do.
+def far_stack(source: Source, encoder: Ask, searches: Sequence[Ask], ranker: Ask | None) -> FarStack:
+    """The current night of a store, its encoder, ranker and shards asked from afar; `searches` in the order of the shards.
 
-    Raises what `open_stack` raises where parts are of different nights, and ShardError.
+    Vectors and indexes are not opened and need not be here. Raises what `open_stack` raises where parts are of different nights,
+    and ShardError.
     """
     published = current(source.store)
     if published is None:
         raise NotServable(f"{source.store}: nothing was published; run `brewline nightly` first")
     seen, reader, judge = look(source), FarEncoder(encoder), None if ranker is None else FarRanker(ranker)
-    snapshot = Snapshot.open(published, fingerprint=reader.fingerprint)
+    snapshot = Snapshot.open(published, fingerprint=reader.fingerprint, searched_here=False)
     as_encoder, as_ranker = cast("Encoder", reader), cast("Ranker | None", judge)
     if as_ranker is not None:
         require_pair(as_ranker, as_encoder)
         Catalog.open(snapshot).require_ranker(as_ranker.fingerprint)
+    Serving.lend(snapshot, _far_shards(snapshot, searches), f"{len(searches)} shards")
     today = Today(snapshot, source.store, as_encoder, as_ranker)
     today.read_anew()
-    found = _far_shards(shard_folders(shards, snapshot.name), searches)
-    serving = Serving(found, False, f"{len(searches)} shards")
     moment, catalog = today.now()
-    retriever = Retriever(as_encoder, replace(moment, serving=serving), catalog)
     connection = open_members(source.members)
     members, origin = MemberStore(connection, reader.fingerprint), Origin(source, seen, as_encoder, connection, None)
-    line = Recommender(retriever, as_ranker)
+    line = Recommender(FarRetriever(as_encoder, moment, catalog), as_ranker)
     stack = (snapshot, catalog, as_encoder, as_ranker, members, line, today, origin)
-    return FarStack(*stack, serving, reader.actions, threading.Lock())
+    return FarStack(*stack, reader.actions, threading.Lock())
 
 
-def shard_folders(folder: Path, whole: str) -> list[Path]:
-    """The parts of a snapshot of this name, in their order, as `write_shards` laid them into the stores 0, 1, ... of a folder.
-
-    Raises ShardError if one is missing.
-    """
-    found: list[Path] = []
-    while (store := folder / str(len(found))).is_dir():
-        parts = [path for path in sorted(snapshots_dir(store).glob("*/")) if _part_of(path) == (whole, len(found))]
-        if not parts:
-            raise ShardError(f"{store} holds no part {len(found)} of {whole}: divide the published snapshot by write_shards")
-        found.append(parts[0])
-    count = int(read_manifest(found[0]).extra[PLACE_FACT].partition("/")[2]) if found else 0
-    if not found or count != len(found):
-        raise ShardError(f"{folder} holds {len(found)} parts of {whole}, expected {count or 'the stores 0, 1, ...'}")
-    return found
-
-
-def _part_of(folder: Path) -> tuple[str, int]:
-    """The name of the snapshot that was divided, and which part of it this is. Raises what reading a manifest raises."""
-    facts = read_manifest(folder).extra
-    return facts.get(WHOLE_FACT, ""), int(facts.get(PLACE_FACT, "-1").partition("/")[0])
-
-
-def _far_shards(folders: Sequence[Path], searches: Sequence[Ask]) -> Shards:
-    """The shards of one night behind their replicas. Raises ShardError."""
-    if len(folders) != len(searches):
-        raise ShardError(f"{len(searches)} shards are deployed, {len(folders)} folders are there: deploy again")
-    made = []
-    for folder, ask in zip(folders, searches):
-        shard = Snapshot.open(folder, verify=False)  # the replica verifies what it searches; here ids and rows are mapped
-        made.append(Shard(FarSearch(ask, shard), np.fromfile(shard.part(ROWS_PART), "<i8"), shard.ids))
-    return Shards(made, threads=AT_ONCE * len(made))
+def _far_shards(snapshot: Snapshot, searches: Sequence[Ask]) -> Shards:
+    """The shards of one night behind their replicas, all asked at the same time. Raises ShardError."""
+    if len(snapshot.shards) != len(searches):
+        raise ShardError(f"{len(searches)} shards are deployed, {snapshot.name} has {len(snapshot.shards)}: deploy again")
+    threads = ThreadPoolExecutor(AT_ONCE * len(searches), "shard")
+    far = [FarSearch(ask, shard) for ask, shard in zip(searches, snapshot.shards)]
+    return Shards(far, [shard.rows for shard in snapshot.shards], threads.map)

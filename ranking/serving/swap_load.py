@@ -147,7 +147,7 @@ def _warm(fresh: Stack, *, ranker: bool) -> None:
     """Every page of the vectors is mapped, and filters, search and, if it is new, the ranker have run once."""
     _touch(fresh.snapshot)
     recommender = fresh.now().recommender
-    vector = np.array(fresh.snapshot.vectors[0], np.float32)
+    vector = np.array(fresh.snapshot.vectors_at(np.zeros(1, np.int64))[0], np.float32)
     for name in ATTRIBUTES:
         recommender.retriever.catalog.attribute(name).rows([""])
     nobody = Wanted(blocked_creators=frozenset({"nobody"}))
@@ -160,9 +160,10 @@ def _warm(fresh: Stack, *, ranker: bool) -> None:
 
 def _touch(snapshot: Snapshot) -> None:
     """The vectors are in memory, and a request that reads one waits for no disk; as far as there is room."""
-    bytes_of = snapshot.vectors.reshape(-1).view(np.uint8)
-    for start in range(0, len(bytes_of), 1 << 26):
-        bytes_of[start : start + (1 << 26) : PAGE].max()
+    for shard in snapshot.shards:
+        bytes_of = shard.vectors.reshape(-1).view(np.uint8)
+        for start in range(0, len(bytes_of), 1 << 26):
+            bytes_of[start : start + (1 << 26) : PAGE].max()
 
 
 @contextmanager

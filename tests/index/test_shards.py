@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -14,11 +16,10 @@ from hypothesis import strategies as st
 from index.build import Recipe, build
 from index.certified import Certified
 from index.filters import FilterError, RowSet
-from index.hits import Hits, SearchError
-from index.ids import Ids
+from index.hits import Hits, Rows, SearchError
+from index.int8 import Crew
 from index.search import Searcher
-from index.shards import Shard, ShardError, Shards, by_hash, by_range, write_shards
-from index.snapshot import Snapshot
+from index.shards import ShardError, Shards, by_hash, one_by_one
 
 Array = npt.NDArray[np.float32]
 
@@ -32,22 +33,21 @@ def names(count: int) -> list[str]:
     return [f"item-{row}" for row in range(count)]
 
 
-def assembled(vectors: Array, parts: list[npt.NDArray[np.int64]], exact: bool, threads: int = 1) -> Shards:
-    def searcher(rows: npt.NDArray[np.int64]) -> Searcher | Certified:
+def by_range(count: int, shards: int) -> list[Rows]:
+    return np.array_split(np.arange(count), shards)
+
+
+def assembled(vectors: Array, parts: list[Rows], exact: bool, threads: int = 1) -> Shards:
+    def searcher(rows: Rows) -> Searcher | Certified:
         return Certified(vectors[rows]) if exact else Searcher(build(vectors[rows], recipe=Recipe(), k=5).index)
 
-    ids = names(len(vectors))
-    return Shards([Shard(searcher(rows), rows, Ids.of([ids[row] for row in rows])) for rows in parts], threads=threads)
+    each = one_by_one if threads == 1 else Crew(threads).each
+    return Shards([searcher(rows) for rows in parts], parts, each)
 
 
 def true_top(vectors: Array, query: Array, k: int, permitted: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     rows = np.flatnonzero(permitted)
     return rows[np.lexsort((rows, -(vectors[rows] @ query)))][:k]
-
-
-def same(found: Hits, wanted: Hits) -> None:
-    for name in ("rows", "scores", "counts"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
 
 
 @settings(max_examples=60, deadline=None)
@@ -82,29 +82,11 @@ def test_shards_answer_what_numpy_finds_in_the_whole(
         assert (hits.rows[query, len(wanted) :] == -1).all()
 
 
-def test_written_shards_are_the_undivided_exact_index_bit_for_bit(
-    make_snapshot: Callable[..., Snapshot], unit: Callable[..., Array], tmp_path: Path
-) -> None:
-    vectors, queries = unit(300, 24), unit(9, 24, 1)
-    vectors[200:220] = vectors[40:60]  # ties across shards
-    whole = make_snapshot(vectors=vectors)
-    wanted = Certified(whole.vectors).search(queries, 120)
-    for parts in (by_hash(list(whole.ids), 4), by_range(300, 3)):
-        paths = write_shards(whole, parts, tmp_path / f"{len(parts)}")
-        shards = Shards.open(paths[::-1], fingerprint="encoder-one", exact=True)
-        same(shards.search(queries, 120), wanted)
-        assert shards.ids(wanted.rows[0]) == whole.ids.many(wanted.rows[0])
-        np.testing.assert_array_equal(shards.rows(["item-299", "no such item", "item-7"]), [299, -1, 7])
-        approximate = Shards.open(paths).search(queries, 120)
-        np.testing.assert_array_equal(approximate.rows, Searcher.of(whole).search(queries, 120).rows)
-
-
 def test_over_ivf_the_answer_is_the_merge_of_what_the_shards_find(unit: Callable[..., Array]) -> None:
     vectors, queries = unit(400, 8), unit(5, 8, 1)
     parts = by_range(400, 2)
     searchers = [Searcher(build(vectors[rows], recipe=Recipe(lists=8), k=20).index, nprobe=2) for rows in parts]
-    ids = names(400)
-    shards = Shards([Shard(one, rows, Ids.of([ids[row] for row in rows])) for one, rows in zip(searchers, parts)])
+    shards = Shards(searchers, parts)
     hits, found = shards.search(queries, 30), [one.search(queries, 30) for one in searchers]
     for query in range(5):
         rows = np.concatenate([found[0].rows[query], found[1].rows[query] + 200])
@@ -122,21 +104,21 @@ def test_an_id_stays_in_its_shard_and_shards_are_about_equal() -> None:
     assert all(set(few) <= set(many) for few, many in zip(fewer, parts))
 
 
-def test_shards_that_do_not_make_up_one_index_are_refused(
-    make_snapshot: Callable[..., Snapshot], tmp_path: Path, unit: Callable[..., Array]
-) -> None:
-    whole = make_snapshot(40)
-    paths, others = (write_shards(whole, by_range(40, n), tmp_path / str(n)) for n in (3, 2))
-    for wrong in (paths[:2], [*paths[:2], paths[1]], [*paths[:2], others[1]], [whole.path], []):
-        with pytest.raises(ShardError, match=r"expected (all shards of one|one length)"):
-            Shards.open(wrong)
+def test_shards_that_do_not_make_up_one_index_are_refused(unit: Callable[..., Array]) -> None:
     vectors = unit(6, 8)
     with pytest.raises(ShardError, match=r"not 0\.\.5, each once"):
         assembled(vectors, [np.array([0, 1, 2]), np.array([2, 3, 4])], exact=True)
     with pytest.raises(ShardError, match="the rows rising"):
         assembled(vectors, [np.array([0, 2, 1]), np.array([3, 4, 5])], exact=True)
+    for searchers, rows in (
+        ([], []),
+        ([Certified(vectors)], []),
+        ([Certified(vectors[:, :4]), Certified(vectors)], [None, None]),
+    ):
+        with pytest.raises(ShardError, match="expected one length"):
+            Shards(searchers, rows)
     with pytest.raises(ShardError, match="0 shards"):
-        by_range(4, 0)
+        by_hash(["a"], 0)
 
 
 def test_a_filter_of_another_index_and_a_failing_shard_give_no_answer(unit: Callable[..., Array]) -> None:
@@ -144,15 +126,28 @@ def test_a_filter_of_another_index_and_a_failing_shard_give_no_answer(unit: Call
     shards = assembled(vectors, by_range(20, 2), exact=True)
     with pytest.raises(FilterError, match="made for another snapshot"):
         shards.search(unit(1, 8), 3, allow=RowSet.every(19))
-    with pytest.raises(IndexError, match=r"rows 0\.\.19"):
-        shards.ids(np.array([20]))
 
     class Broken(Certified):
         def search(self, *_: object, **__: object) -> Hits:
             raise SearchError("gone")
 
-    ids = names(20)
-    kinds = zip((Certified, Broken), by_range(20, 2))
-    parts = [Shard(kind(vectors[rows]), rows, Ids.of(ids[rows[0] : rows[-1] + 1])) for kind, rows in kinds]
+    parts = by_range(20, 2)
     with pytest.raises(SearchError, match="gone"):
-        Shards(parts).search(unit(1, 8), 3)
+        Shards([kind(vectors[rows]) for kind, rows in zip((Certified, Broken), parts)], parts).search(unit(1, 8), 3)
+
+
+def test_shards_are_asked_by_a_crew_of_as_many_threads_as_it_has_and_each_computes_with_one(unit: Callable[..., Array]) -> None:
+    vectors, seen = unit(70, 8), []
+
+    class Watched(Certified):
+        def search(self, *given: Any, **named: Any) -> Hits:
+            seen.append((threading.current_thread().name, faiss.omp_get_max_threads()))
+            return super().search(*given, **named)
+
+    parts, crew = by_range(70, 7), Crew(2)
+    each = [Watched(vectors[rows], threads=1) for rows in parts]
+    hits = Shards(each, parts, crew.each).search(vectors[:3], 9)
+    np.testing.assert_array_equal(hits.rows, Certified(vectors, threads=1).search(vectors[:3], 9).rows)
+    names = {name for name, _ in seen}
+    assert len(seen) == 7 and len(names) <= 2 and all(name.startswith("scan") for name in names)
+    assert {cores for _, cores in seen} == {1}
