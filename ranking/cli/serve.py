@@ -10,12 +10,14 @@ import typer
 
 from ranking.cli.member_store import MembersUrl
 from ranking.cli.output import emit
+from ranking.cli.serve_workers import serve_workers
 
 if TYPE_CHECKING:
     from ranking.serving.security_tls import TlsFiles
     from ranking.serving.server import ServeSettings
     from ranking.serving.stack import Stack
     from ranking.serving.traces import Traces
+    from ranking.serving.web import Web
 
 Ranker = Annotated[Path | None, typer.Option(help="The ranker of the snapshot; without it only Retrieve answers.", metavar="DIR")]
 Hybrid = Annotated[bool, typer.Option("--hybrid", help="Find candidates with the hybrid first stage that the night wrote.")]
@@ -79,11 +81,22 @@ ShadowShare = Annotated[
         max=1,
     ),
 ]
+Workers = Annotated[
+    int,
+    typer.Option(
+        help="Serve from so many processes at one port: each has its models and its queue, all share the snapshot's pages and "
+        "the cores, and what is changed through one of them is in the next answer of all.",
+        min=1,
+        max=64,
+    ),
+]
+Worker = Annotated[Path | None, typer.Option(hidden=True, help="The socket of this worker, for the parent of several.")]
 Ui = Annotated[bool, typer.Option("--ui", help="Open a page that looks at this server, for browsers on this machine only.")]
 UiPort = Annotated[int, typer.Option(help="The port of the page; 0 takes a free one.", min=0, max=65535)]
 
 
 def serve(
+    context: typer.Context,
     store: Annotated[Path, typer.Option(help="The snapshot store that `brewline nightly` wrote.", metavar="DIR")],
     encoder: Annotated[Path, typer.Option(help="The encoder that made the snapshot.", metavar="DIR")],
     ranker: Ranker = None,
@@ -109,6 +122,8 @@ def serve(
     ui: Ui = False,
     ui_port: UiPort = 50080,
     shadow_share: ShadowShare = 0.0,
+    workers: Workers = 1,
+    worker: Worker = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout as soon as it answers.")] = False,
 ) -> None:
     """Serve recommendations over gRPC until SIGTERM or Ctrl-C. Models that did not make the snapshot are refused.
@@ -120,25 +135,42 @@ def serve(
     changed with `brewline ask upsert`, `withdraw` and `record`; of several servers over one store one takes changes of items.
     Tomorrow's night, a rollback and other models are served without a restart, as soon as they fit together.
     """
-    from ranking.serving.current import Current
-    from ranking.serving.server import ServeSettings, check_address, serve_until_signal
-    from ranking.serving.stack import open_stack
-    from ranking.serving.web import Web
-    from retrieval.data.exported_journal import JOURNAL_DIR
+    if workers > 1:
+        return serve_workers(context)
+    from ranking.serving.server import ServeSettings
 
     settings = ServeSettings(
         *(host, port, insecure_public, most_waiting, drain_seconds),
         tls=_tls(tls_cert, tls_key, client_ca),
         tokens=tokens,
-        journal=None if no_journal else store / JOURNAL_DIR,
+        journal=None if no_journal else _journal(store),
         most_wait_s=most_wait_ms / 1e3,
         most_together=most_together,
         least_depth=least_fanout,
         swap_poll_s=swap_poll_seconds,
-        web=None if metrics_port is None else Web(metrics_host, metrics_port),
+        web=_web(metrics_host, metrics_port),
         traces=_traces(traces),
-        page=Web("127.0.0.1", ui_port) if ui else None,
+        page=_web("127.0.0.1", ui_port if ui else None),
+        worker=worker,
     )
+    return _serve(settings, as_json, store, encoder, ranker, members, hybrid=hybrid, shadow_share=shadow_share)
+
+
+def _serve(
+    settings: ServeSettings,
+    as_json: bool,
+    store: Path,
+    encoder: Path,
+    ranker: Path | None,
+    members: str | None,
+    *,
+    hybrid: bool,
+    shadow_share: float,
+) -> None:
+    from ranking.serving.current import Current
+    from ranking.serving.server import check_address, serve_until_signal
+    from ranking.serving.stack import open_stack
+
     check_address(settings)  # a taken port or a wrong key is said at once, not after the models are loaded
     current = Current(open_stack(store, encoder, ranker, members, hybrid=hybrid, shadow_share=shadow_share))
     serve_until_signal(current, settings, lambda bound: _ready(current.stack, settings, bound, as_json=as_json))
@@ -147,14 +179,26 @@ def serve(
 def _ready(stack: Stack, settings: ServeSettings, bound: int, *, as_json: bool) -> None:
     metrics = "" if settings.web is None else settings.web.address
     page = "" if settings.page is None else settings.page.address
-    sys.stderr.write(_ready_line(stack, settings.host, bound) + "\n")
-    if metrics:
-        sys.stderr.write(f"meters: {metrics}/metrics\n")
-    if page:
-        sys.stderr.write(f"page: {page}/\n")
-    sys.stderr.flush()
+    if settings.worker is None:  # a worker's parent speaks for all
+        words = _ready_line(stack, settings.host, bound) + "\n"
+        words += f"meters: {metrics}/metrics\n" if metrics else ""
+        words += f"page: {page}/\n" if page else ""
+        sys.stderr.write(words)
+        sys.stderr.flush()
     if as_json:
         emit({**_ready_facts(stack, settings.host, bound), "metrics": metrics, "page": page}, as_json=True, table=lambda: None)
+
+
+def _journal(store: Path) -> Path:
+    from retrieval.data.exported_journal import JOURNAL_DIR
+
+    return store / JOURNAL_DIR
+
+
+def _web(host: str, port: int | None) -> Web | None:
+    from ranking.serving.web import Web
+
+    return None if port is None else Web(host, port)
 
 
 def _traces(address: str) -> Traces | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TypeVar
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -46,9 +47,17 @@ class Look:
             found[labels.get(by, "")] = found.get(labels.get(by, ""), 0.0) + value
         return found
 
-    def one(self, name: str) -> float | None:
-        """The first sample of a meter; None if the server does not tell it."""
-        return next((value for _, value in self.samples(name)), None)
+    def most(self, name: str, by: str) -> dict[str, float]:
+        """The largest sample of a meter by one label: what each of several workers says of the one store."""
+        found: dict[str, float] = {}
+        for labels, value in self.samples(name):
+            found[labels.get(by, "")] = max(value, found.get(labels.get(by, ""), value))
+        return found
+
+    def one(self, name: str, of: Callable[[list[float]], float] = sum) -> float | None:
+        """The samples of a meter as one number (of one server, or of its workers together); None if there is none."""
+        found = [value for _, value in self.samples(name)]
+        return of(found) if found else None
 
     def buckets(self, name: str, only: Mapping[str, str]) -> dict[float, float]:
         """The cumulative counts of a histogram by upper bound, summed over the labels that are not in `only`."""
@@ -104,12 +113,12 @@ def compared(before: Look, now: Look) -> dict[str, object]:
         "codes": _rates(before, now, "brewline_requests_total", "code", seconds),
         "rejected": _rates(before, now, "brewline_rejected_total", "reason", seconds),
         "degraded": _rates(before, now, "brewline_degraded_total", "reason", seconds),
-        "queue": {"length": now.one("brewline_queue_length"), "oldest_seconds": now.one("brewline_queue_oldest_seconds")},
+        "queue": {"length": now.one("brewline_queue_length"), "oldest_seconds": now.one("brewline_queue_oldest_seconds", max)},
         "cache": _cache(before, now),
-        "snapshot": {**info, "age_seconds": now.sums("brewline_snapshot_age_seconds", "since")},
-        "items": now.sums("brewline_items", "which"),
+        "snapshot": {**info, "age_seconds": now.most("brewline_snapshot_age_seconds", "since")},
+        "items": now.most("brewline_items", "which"),
         "swaps": now.sums("brewline_swaps_total", "result"),
-        "recall": now.one("brewline_recall"),
+        "recall": now.one("brewline_recall", fmean),
         "drift": {" ".join(labels.values()): value for labels, value in now.samples("brewline_score_drift")},
         "memory_bytes": now.one("process_resident_memory_bytes"),
         "cpu": _cpu(before, now, seconds),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -186,8 +186,10 @@ def question_of(stack: Stack, request: pb.RecommendRequest, call: Call, *, stale
         return Question(sizes, task, wanted, asker_of(stack, request.member, instruction, stale=stale), exclude, weights)
 
 
-def recommend(stack: Stack, request: pb.RecommendRequest, call: Call) -> pb.RecommendResponse:
-    """The answer to Recommend; `call.early` is set as soon as the candidates are known."""
+def recommend(
+    stack: Stack, request: pb.RecommendRequest, call: Call, mark: Callable[[pb.RecommendResponse], None] | None = None
+) -> pb.RecommendResponse:
+    """The answer to Recommend; `call.early` is set as soon as the candidates are known. `mark` may say of both what they lack."""
     question = question_of(stack, request, call, stale=True)
 
     def answer(ranked: Ranked) -> pb.RecommendResponse:
@@ -205,6 +207,8 @@ def recommend(stack: Stack, request: pb.RecommendRequest, call: Call) -> pb.Reco
         )
         publish_weights(response, question.weights, ranked)
         mark_stale(question.asker, response)
+        if mark is not None:
+            mark(response)
         return response
 
     def early(ranked: Ranked) -> None:

@@ -46,21 +46,15 @@ class Journal:
     def put(self, make: Make, size: int, count: int = 1) -> None:
         """What `make` will return (about `size` bytes, `count` records) is written soon, or counted as lost. Never waits."""
         with self._changed:
-            if self._closing or self._bytes + size > self._most:
-                self._lose(count, "more comes than the disk takes")
-                return
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="brewline-journal", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError as error:  # no room for one more; the next record tries again
-                    self._lose(count, str(error))
-                    self._tell(at_once=False)
-                    return
-                self._thread = thread
-            self._waiting.append((make, count))
-            self._bytes += size
-            self._changed.notify()
+            why = self._begin(size)
+            if why:
+                self._lose(count, why)
+            else:
+                self._waiting.append((make, count))
+                self._bytes += size
+                self._changed.notify()
+        if why:  # told from here too: the writer may hang in a write that never ends
+            self._tell(at_once=False)
 
     def miss(self, why: str) -> None:
         """A record that could not even be put is counted as lost."""
@@ -75,6 +69,23 @@ class Journal:
             self._changed.notify()
         if self._thread is not None:
             self._thread.join(CLOSE_S)
+
+    def counts(self) -> dict[tuple[str, ...], float]:
+        """Records by what became of them, for a meter."""
+        return {("written",): self.written, ("lost",): self.lost}
+
+    def _begin(self, size: int) -> str:
+        """There is a writer, and room for so many bytes; returns why not, else ""."""
+        if self._closing or self._bytes + size > self._most:
+            return "more comes than the disk takes"
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="brewline-journal", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # no room for one more; the next record tries again
+                return str(error)
+            self._thread = thread
+        return ""
 
     def _run(self) -> None:
         closing = False
@@ -113,15 +124,16 @@ class Journal:
 
     def _tell(self, *, at_once: bool) -> None:
         now = time.monotonic()
-        if self._untold and (at_once or now - self._told_at >= TELL_S):
-            with self._changed:
-                count, self._untold, self._told_at = self._untold, 0, now
-            log.warning(
-                "%d records of what was served are lost to the journal %s (%s); answers go on, --no-journal stops it",
-                count,
-                self._file.folder,
-                self._why,
-            )
+        with self._changed:
+            if not self._untold or not (at_once or now - self._told_at >= TELL_S):
+                return
+            count, why, self._untold, self._told_at = self._untold, self._why, 0, now
+        log.warning(
+            "%d records of what was served are lost to the journal %s (%s); answers go on, --no-journal stops it",
+            count,
+            self._file.folder,
+            why,
+        )
 
 
 class _DayFile:
@@ -156,11 +168,12 @@ class _DayFile:
             self._sync()
 
     def close(self) -> None:
-        """The file is on the disk, as far as the disk allows, and closed."""
+        """The file is on the disk, as far as the disk allows, and closed. Raises OSError; then it is given up all the same."""
         if self._day:
             self._sync()
-            os.close(self._descriptor)
-            self._day = ""
+            # Forgotten first: after a close that fails the number may be that of another file of this process.
+            descriptor, self._day, self._descriptor = self._descriptor, "", -1
+            os.close(descriptor)
 
     def _sync(self) -> None:
         """The file and its name are on the disk, or a warning says that they may not be: the lines are written all the same."""

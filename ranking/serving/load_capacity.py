@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from ranking.serving.load import CODES, LoadError, Measured, Progress, Target, arrivals, closed_load, figures, open_load, quantile
@@ -28,10 +29,11 @@ class NoCapacity(LoadError):
 
 @dataclass(frozen=True)
 class Unloaded:
-    """One caller after another: 99th percentile in ms, and answers per second."""
+    """One caller after another: 99th percentile in ms of so many requests, and answers per second."""
 
     p99_ms: float
     rate: float
+    requests: int
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,18 @@ class Capacity:
             "capacity_exceeded_at": self.too_much,
             "p99_ms_unloaded": self.unloaded.p99_ms,
             "rate_unloaded": self.unloaded.rate,
+            "requests_unloaded": self.unloaded.requests,
             "tried": self.tried,
         }
 
 
 def unloaded(target: Target, seconds: float, progress: Progress | None = None) -> Unloaded:
-    """What one caller sees who asks one thing after another. Raises LoadError if anything but answers in full comes back."""
+    """What one caller sees who asks one thing after another, for `seconds` or, if that was too short, for as long as a probe may
+    last. Raises LoadError if anything but answers in full comes back."""
     found = closed_load(target, 1, seconds, progress)
+    if found.at.size < PROBE_REQUESTS:
+        lasts = seconds * min(PROBE_REQUESTS / max(found.at.size, 1), MOST_STRETCH)
+        found = closed_load(target, 1, lasts, progress)
     p99 = found.whole_p99
     if not math.isfinite(p99):
         seen = figures(found)
@@ -65,7 +72,7 @@ def unloaded(target: Target, seconds: float, progress: Progress | None = None) -
             f"of {seen['sent']} requests one by one {seen['failed']} failed and {seen['degraded']} were degraded "
             f"({seen['codes']}); give a longer --deadline-ms or a smaller --fanout"
         )
-    return Unloaded(p99, found.goodput)
+    return Unloaded(p99, found.goodput, int(found.at.size))
 
 
 def find_capacity(probe: Probe, idle: Unloaded) -> Capacity:
@@ -113,11 +120,12 @@ def _between(low: float, high: float) -> float:
 
 
 def prober(target: Target, seconds: float, seed: int, *, even: bool, progress: Progress | None = None) -> Probe:
-    """A probe of `find_capacity`: open loop for `seconds`, or longer where the rate is low."""
+    """A probe of `find_capacity`: open loop for `seconds`, or longer where the rate is low. No two have the same arrivals."""
+    seeds = count(seed)
 
     def probe(rate: float) -> Measured:
         lasts = min(max(seconds, PROBE_REQUESTS / rate), MOST_STRETCH * seconds)
-        return open_load(target, arrivals(rate, lasts, seed, even=even), lasts, progress)
+        return open_load(target, arrivals(rate, lasts, next(seeds), even=even), lasts, progress)
 
     return probe
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from index.publish import current
 from index.snapshot import Snapshot
-from index.store import open_store
+from index.store import open_store, shown_address
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving.load import LoadError
 from ranking.serving.messages import member_message
@@ -47,12 +47,13 @@ def requests_of(store: Path, members: str | None, wish: RequestWish) -> list[byt
     if folder is None:
         raise LoadError(f"--store {store}: nothing was published; run `brewline nightly` first")
     snapshot = Snapshot.open(folder, verify=False)
-    catalog, kept = Catalog.open(snapshot), open_store(members or default_members(store))
+    address = members or default_members(store)
+    catalog, kept = Catalog.open(snapshot), open_store(address)
     try:
         ids = sorted(islice(kept.ids(RECORD), MOST_IDS))
         if not ids:
             raise LoadError(
-                f"the member store {members or default_members(store)} holds no members to ask for; "
+                f"the member store {shown_address(address)} holds no members to ask for; "
                 "run `brewline nightly` with this --members"
             )
         rng = np.random.default_rng(wish.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import signal
 import subprocess
@@ -21,6 +22,8 @@ START_S = 300.0
 """Models and indexes of any size are loaded by then."""
 STOP_S = 60.0
 POLL_S = 0.5
+MEMBERS = "BREWLINE_MEMBERS"
+"""The variable that `ranking.cli.member_store` reads: a URL with a password among the words of a command shows in `ps`."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,12 @@ class ServerWish:
         words = ["--store", str(self.store), "--encoder", str(self.encoder), "--port", "0", "--json"]
         words += ["--no-journal"]  # what nobody saw must not teach tomorrow's models
         words += [] if self.ranker is None else ["--ranker", str(self.ranker)]
-        words += [] if self.members is None else ["--members", self.members]
         return [sys.executable, "-m", "ranking.cli.main", "serve", *words, *self.options]
+
+    def environment(self) -> dict[str, str]:
+        """What the server reads beside its command line: this process's own, and the address of the members."""
+        own = {name: value for name, value in os.environ.items() if name != MEMBERS}
+        return own if self.members is None else {**own, MEMBERS: self.members}
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ def served(wish: ServerWish) -> Iterator[Served]:
     """The server runs inside the block and is gone after it, by SIGTERM. Raises LoadError if it does not start or stop."""
     with (
         tempfile.TemporaryFile("w+") as words,
-        subprocess.Popen(wish.command(), stdout=subprocess.PIPE, stderr=words, text=True) as process,
+        subprocess.Popen(wish.command(), stdout=subprocess.PIPE, stderr=words, text=True, env=wish.environment()) as process,
     ):
         try:
             yield Served(_address(process, words), process, words)

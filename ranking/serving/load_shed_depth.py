@@ -39,12 +39,15 @@ class Depth:
         fewer = pb.RecommendRequest()
         fewer.CopyFrom(request)
         fewer.fanout = depth
-        response = answers.recommend(stack, fewer, call)
-        if response.candidates == depth:  # else there were no more, and nothing is missing
-            detail = f"{depth:,} candidates were ranked and {sizes.fanout:,} asked for, because the queue was {pressure:.0%} full"
-            response.degraded = response.degraded or pb.FEWER_CANDIDATES
-            response.degraded_detail = "; ".join(filter(None, (response.degraded_detail, detail)))
-        return response
+
+        def mark(response: pb.RecommendResponse) -> None:
+            if response.candidates == depth:  # else there were no more, and nothing is missing
+                full = f"because the queue was {pressure:.0%} full"
+                detail = f"{depth:,} candidates took part and {sizes.fanout:,} were asked for, {full}"
+                response.degraded = response.degraded or pb.FEWER_CANDIDATES
+                response.degraded_detail = "; ".join(filter(None, (response.degraded_detail, detail)))
+
+        return answers.recommend(stack, fewer, call, mark)
 
 
 def lowered(fanout: int, least: int, pressure: float) -> int:

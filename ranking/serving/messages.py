@@ -64,6 +64,8 @@ def read_ids(ids: pb.Ids, field: str) -> list[str]:
 
 def unpack_ids(ids: pb.Ids, field: str = "ids") -> list[str]:
     """The ids of the packed form. Raises BadRequest with what does not fit."""
+    if not (ids.packed or ids.ends):
+        return []
     if len(ids.ends) % 4:
         raise BadRequest(f"{field}.ends: {len(ids.ends)} bytes are no whole number of uint32")
     ends = np.frombuffer(ids.ends, "<u4").astype(np.int64)
@@ -78,9 +80,11 @@ def unpack_ids(ids: pb.Ids, field: str = "ids") -> list[str]:
 
 def pack_ids(ids: Sequence[str]) -> pb.Ids:
     """The packed form of ids: UTF-8 end to end, and uint32 ends."""
-    encoded = [item_id.encode() for item_id in ids]
-    ends = np.cumsum([len(one) for one in encoded], dtype=np.int64).astype("<u4")
-    return pb.Ids(packed=b"".join(encoded), ends=ends.tobytes())
+    text = "".join(ids)
+    packed = text.encode()
+    # Where nothing but ASCII is there, and that is nearly always, letters are bytes.
+    lengths = map(len, ids) if len(packed) == len(text) else (len(one.encode()) for one in ids)
+    return pb.Ids(packed=packed, ends=np.cumsum(np.fromiter(lengths, np.int64, len(ids))).astype("<u4").tobytes())
 
 
 def read_description(message: pb.Member, instruction: str, catalog: Catalog, action: str) -> MemberView:

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import signal
-import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from index.errors import BrewlineError
 from ranking.serving import audit, recommender_pb2, recommender_pb2_grpc
+from ranking.serving.address import CannotListen, bound, cannot_listen
 from ranking.serving.current import Current
 from ranking.serving.health import HealthService
 from ranking.serving.intake import Intake
@@ -38,6 +39,7 @@ from ranking.serving.ui import Page
 from ranking.serving.watching import Watching
 from ranking.serving.web import Web
 from ranking.serving.worker import MOST_TOGETHER, Worker
+from ranking.serving.workers_peers import Peers
 
 LAST_WORDS_S = 0.5
 """Seconds that answers which are ready have at least to leave the server."""
@@ -45,16 +47,13 @@ LAST_WORDS_S = 0.5
 log = logging.getLogger(__name__)
 
 
-class CannotListen(BrewlineError):
-    """The address is taken, not allowed, or not one of this machine's."""
-
-
 @dataclass(frozen=True)
 class ServeSettings:
     """Where to listen, whom to believe and how much to bear. Port 0 takes a free one; `tokens` is a file of hashes.
 
     `journal` is the folder in which what was served is noted; None notes nothing. A new night is looked for every `swap_poll_s`
-    seconds, 0: only when asked. `web` is where meters are told, `traces` who makes spans, `page` where people may look.
+    seconds, 0: only when asked. `web` is where meters are told, `traces` who makes spans, `page` where people may look. `worker`
+    is the socket of one of several processes at this address (`workers_peers`), which ends when its standard input does.
     """
 
     host: str = "127.0.0.1"
@@ -73,6 +72,17 @@ class ServeSettings:
     web: Web | None = None
     traces: Traces | None = None
     page: Web | None = None
+    worker: Path | None = None
+
+
+@dataclass(frozen=True)
+class Front:
+    """What answers: the gRPC server, not yet listening, the service in it, its health, and the page if there is one."""
+
+    server: grpc.aio.Server
+    service: RecommenderService
+    health: HealthService
+    page: Page | None
 
 
 async def run_server(
@@ -90,15 +100,18 @@ async def run_server(
     worker = Worker(settings.most_waiting, settings.most_wait_s, settings.most_together)
     journal = None if settings.journal is None else Journal(settings.journal)
     watching = Watching(current, code_version(), settings.web, settings.traces)
-    server, health, page = make_server(current, worker, settings, watching, journal)
-    port = listen(server, settings)
+    peers = None if settings.worker is None else Peers(settings.worker)
+    front = make_server(current, worker, settings, watching, journal, peers)
     watcher = Watcher(current, worker, settings.swap_poll_s, asked or asyncio.Event())
     try:
         await worker.submit(current.stack.warm)
-        await server.start()
-        watching.start(health.state)
-        if page is not None:
-            await page.start()
+        if peers is not None:
+            await peers.start(front.service.take)
+        port = listen(front.server, settings)  # not sooner: where several listen, callers would be sent to one that is cold
+        await front.server.start()
+        watching.start(front.health.state)
+        if front.page is not None:
+            await front.page.start()
         ready(port)
         watcher.start()
         await stop.wait()
@@ -106,10 +119,12 @@ async def run_server(
         await watcher.stop()
         log.info("draining", extra={"seconds": settings.drain_s})
         until = time.monotonic() + settings.drain_s
-        if page is not None:
-            await page.stop()
+        if front.page is not None:
+            await front.page.stop()
         await worker.drain(settings.drain_s)  # still listening: probes hear NOT_SERVING, and new requests UNAVAILABLE
-        await server.stop(max(until - time.monotonic(), LAST_WORDS_S))
+        await front.server.stop(max(until - time.monotonic(), LAST_WORDS_S))
+        if peers is not None:
+            await peers.stop()
         await asyncio.to_thread(worker.close)
         current.stack.today.close()
         if current.stack.origin.shadow is not None:
@@ -121,17 +136,23 @@ async def run_server(
 
 
 def make_server(
-    current: Current, worker: Worker, settings: ServeSettings, watching: Watching, journal: Journal | None = None
-) -> tuple[grpc.aio.Server, HealthService, Page | None]:
-    """A server with the recommender, health and reflection, not yet listening, its health, and its page. Raises TokenError."""
+    current: Current,
+    worker: Worker,
+    settings: ServeSettings,
+    watching: Watching,
+    journal: Journal | None = None,
+    peers: Peers | None = None,
+) -> Front:
+    """A server with the recommender, health and reflection, not yet listening. Raises TokenError."""
     book = None if settings.tokens is None else TokenBook(settings.tokens)
     if book is not None or settings.tls is not None or not is_loopback(settings.host):
         audit.always_heard()
-    service = RecommenderService(current, worker, tokens=book is not None, least_depth=settings.least_depth)
+    service = RecommenderService(current, worker, tokens=book is not None, least_depth=settings.least_depth, peers=peers)
     inside = [watching.observe, Gate(book), Door(service), Intake()]
     server = grpc.aio.server(
         options=[
-            ("grpc.so_reuseport", 0),  # else a second server would share the port silently instead of failing
+            # Unasked, a second server would share the port silently instead of failing.
+            ("grpc.so_reuseport", int(settings.worker is not None)),
             ("grpc.max_receive_message_length", settings.most_request_bytes),
             ("grpc.max_send_message_length", -1),
         ],
@@ -139,6 +160,9 @@ def make_server(
     )
     recommender_pb2_grpc.add_RecommenderServicer_to_server(service, server)
     watching.telemetry.registry.register(service.gathered)
+    if journal is not None:
+        told = "Records of what was served, by what became of them."
+        watching.telemetry.readings.add("brewline_journal_records_total", told, journal.counts, ("result",), counter=True)
     health = HealthService(service, worker)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     names = [
@@ -148,7 +172,7 @@ def make_server(
     ]
     reflection.enable_server_reflection(names, server)
     page = None if settings.page is None else Page(settings.page, current, service, inside, book)
-    return server, health, page
+    return Front(server, service, health, page)
 
 
 def check_address(settings: ServeSettings) -> None:
@@ -171,14 +195,7 @@ def check_address(settings: ServeSettings) -> None:
         check_tls(settings.tls)
     if settings.tokens is not None:
         read_tokens(settings.tokens)
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        # gRPC would write its own words to stderr beside ours, so the question is put to the system first.
-        with socket.socket(family, socket.SOCK_STREAM) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind((settings.host, settings.port))
-    except OSError as error:
-        raise _cannot(settings, error) from error
+    bound(settings.host, settings.port, shared=settings.worker is not None).close()
 
 
 def listen(server: grpc.aio.Server, settings: ServeSettings) -> int:
@@ -190,15 +207,7 @@ def listen(server: grpc.aio.Server, settings: ServeSettings) -> int:
             return int(server.add_secure_port(f"{host}:{settings.port}", server_credentials(settings.tls)))
         return int(server.add_insecure_port(f"{host}:{settings.port}"))
     except RuntimeError as error:
-        raise _cannot(settings, error) from error
-
-
-def _cannot(settings: ServeSettings, error: Exception) -> CannotListen:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return CannotListen(
-        f"cannot listen on {settings.host}:{settings.port} ({reason}); choose another --port (0 takes a free one), "
-        "or stop the server that has it"
-    )
+        raise cannot_listen(settings.host, settings.port, error) from error
 
 
 def serve_until_signal(current: Current, settings: ServeSettings, ready: Callable[[int], None]) -> None:
@@ -215,7 +224,21 @@ def serve_until_signal(current: Current, settings: ServeSettings, ready: Callabl
         for number, event in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, asked)):
             with contextlib.suppress(NotImplementedError):  # Windows has no handlers on the loop
                 loop.add_signal_handler(number, event.set)
+        if settings.worker is not None:
+            _stop_with_parent(loop, stop)
         await run_server(current, settings, warmed, stop, asked)
 
     asyncio.run(main())
     leave()
+
+
+def _stop_with_parent(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    """`stop` is set when the process that holds the other end of the standard input is gone, however it ended."""
+    inlet = sys.stdin.fileno()
+
+    def heard() -> None:
+        if not os.read(inlet, 1):
+            loop.remove_reader(inlet)
+            stop.set()
+
+    loop.add_reader(inlet, heard)

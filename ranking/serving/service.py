@@ -8,11 +8,12 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import NoReturn, Protocol, TypeVar, cast
+from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 import grpc
+from google.protobuf.message import Message
 from prometheus_client import Histogram
 
 from ranking.serving import answers, changes, recommender_pb2_grpc
@@ -31,6 +32,7 @@ from ranking.serving.stack import Stack
 from ranking.serving.status import Late, Overloaded, message_of, status_of
 from ranking.serving.visit import visit
 from ranking.serving.worker import Failed, Worker
+from ranking.serving.workers_peers import Change, Peers
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -54,13 +56,29 @@ class Work(Protocol[Request, Response]):
     def __call__(self, stack: Stack, request: Request, call: Call, /) -> Response: ...
 
 
-class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
-    """Answers from the current stack, in the order that the worker's queue gives. `tokens`: callers are told apart by theirs."""
+ITEM_CHANGES: dict[str, tuple[type[Message], type[Message], Work[Any, Any]]] = {
+    "UpsertItems": (pb.UpsertItemsRequest, pb.UpsertItemsResponse, changes.upsert_items),
+    "WithdrawItems": (pb.WithdrawItemsRequest, pb.WithdrawItemsResponse, changes.withdraw_items),
+}
+"""Calls that one process of a store carries out for all: request, response, work."""
 
-    def __init__(self, current: Current, worker: Worker, *, tokens: bool = False, least_depth: int = LEAST_DEPTH) -> None:
+
+class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
+    """Answers from the current stack, in the order that the worker's queue gives. `tokens`: callers are told apart by theirs.
+    `peers`: other processes answer at the same address, and one of them may be who writes changes of items."""
+
+    def __init__(
+        self,
+        current: Current,
+        worker: Worker,
+        *,
+        tokens: bool = False,
+        least_depth: int = LEAST_DEPTH,
+        peers: Peers | None = None,
+    ) -> None:
         self._current = current
         self._worker = worker
-        self._tokens = tokens
+        self._tokens, self._peers = tokens, peers
         self._depth = Depth(worker.pressure, least_depth)
         self._since = time.monotonic()
         self._requests = 0
@@ -146,11 +164,33 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
         self._requests += 1
         call, caller = _call(context), self._caller(context)
         try:
-            response = cast(Response, await self._in_time(self._job(method, work, request, call, caller), call))
+            response = cast(Response, await self._run(method, work, request, call, caller))
         except Exception as error:
             await self._refuse(method, error, call, caller, context)
         _told(method, grpc.StatusCode.OK, call, caller)
         return response
+
+    async def _run(self, method: str, work: Work[Request, Response], request: Request, call: Call, caller: str) -> object:
+        """What comes of a request in this process; of a change of items, in whichever worker writes them."""
+
+        def here() -> Awaitable[Any]:
+            return self._in_time(self._job(method, work, request, call, caller), call)
+
+        if self._peers is None or method not in ITEM_CHANGES:
+            return await here()
+        change = Change(method, cast(Message, request).SerializeToString(), caller, call.request_id, call.deadline)
+        try:
+            return await self._peers.change(change, ITEM_CHANGES[method][1], here)
+        finally:
+            call.started = call.started or call.arrived  # a neighbour's queue is not this one's
+
+    async def take(self, change: Change) -> Message:
+        """What comes in this process of a change that another worker was sent. Raises what the change raises."""
+        asked, _, work = ITEM_CHANGES[change.method]
+        call = Call(change.request_id, time.monotonic(), change.deadline)
+        return cast(
+            Message, await self._in_time(self._job(change.method, work, asked.FromString(change.raw), call, change.caller), call)
+        )
 
     async def _in_time(self, job: Job, call: Call) -> object:
         """The answer, or one without ranking if that is all there is at the deadline. Raises Late, and what the work raises."""

@@ -41,6 +41,14 @@ class Draining(BrewlineError):
     """The server is going down and takes no new work."""
 
 
+class Handed(BrewlineError):
+    """A worker beside this one, to which a change was handed, refused it with the status of this name, in these words."""
+
+    def __init__(self, code: str, words: str) -> None:
+        super().__init__(words)
+        self.code = grpc.StatusCode[code]
+
+
 Code = grpc.StatusCode
 TABLE: tuple[tuple[type[BrewlineError], grpc.StatusCode], ...] = (
     (BadRequest, Code.INVALID_ARGUMENT),
@@ -76,11 +84,13 @@ TABLE: tuple[tuple[type[BrewlineError], grpc.StatusCode], ...] = (
 
 def status_of(error: BaseException) -> grpc.StatusCode:
     """The status of an error: the first row of the table that it is an instance of, INTERNAL if there is none."""
+    if isinstance(error, Handed):
+        return error.code
     return next((code for kind, code in TABLE if isinstance(error, kind)), Code.INTERNAL)
 
 
 def message_of(error: BaseException, request_id: str) -> str:
     """What the caller may read: our own words for our own errors, and for a bug only the name of the log entry."""
-    if status_of(error) is Code.INTERNAL:
+    if status_of(error) is Code.INTERNAL and not isinstance(error, Handed):
         return f"internal error; the server's log has it under request id {request_id}"
     return str(error)

@@ -38,7 +38,7 @@ TURNED_AWAY = ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "UNAVAILABLE")
 
 
 class Telemetry:
-    """All meters of one server, in a registry of their own. `note` feeds them; the rest is looked up by a scrape."""
+    """All meters of one server, in a registry of their own. `note` feeds them; the rest, `readings`, is looked up by a scrape."""
 
     def __init__(self, current: Current, inside: set[Visit], version: str) -> None:
         """`inside` holds the calls on their way; another thread may change it at any time."""
@@ -51,7 +51,7 @@ class Telemetry:
         self._degraded = _counter("brewline_degraded_total", "Answers that lack something.", "reason", registry)
         told = "Calls that were in order and not answered, by error."
         self._rejected = _counter("brewline_rejected_total", told, "reason", registry)
-        readings = Readings(registry)
+        self.readings = readings = Readings(registry)
         self._add_queue(readings)
         self._add_scores(readings)
         add_stack(readings, current, version)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import cache
 from itertools import islice
 
 import pyarrow as pa
@@ -28,6 +29,8 @@ LOOK_S = 0.3
 TOGETHER = 50_000
 """Titles that are compared at once."""
 NEWEST_LIVE = 1_000
+CASED = 0x1_F000
+"""No letter beyond it has a case."""
 
 Json = dict[str, object]
 
@@ -94,14 +97,21 @@ def find_items(stack: Stack, words: str) -> Json:
 def _night(catalog: Catalog, wanted: list[str]) -> Iterator[int | None]:
     """The rows of the night whose title holds every word; None after each part of the column, so that the caller may stop."""
     titles = catalog.columns.raw["title"]
-    longest = max(wanted, key=len)
+    longest, odd = max(wanted, key=len), _odd_letters()
     for start in range(0, len(titles), TOGETHER):
         part = titles.slice(start, TOGETHER)
-        near = pc.match_substring(part, longest, ignore_case=True)
+        near = pc.or_(pc.match_substring(part, longest, ignore_case=True), pc.match_substring_regex(part, odd))
         for row in pc.indices_nonzero(near).cast(pa.int64()).to_pylist():
             if _holds(catalog.title(start + row), wanted):
                 yield start + row
         yield None
+
+
+@cache
+def _odd_letters() -> str:
+    """A pattern of the letters that folding turns into others than their small ones ("ß" into "ss"): what a title with one of
+    them holds is not to be seen before it is folded."""
+    return "[" + "".join(one for one in map(chr, range(CASED)) if one.casefold() != one.lower() or len(one.lower()) > 1) + "]"
 
 
 def _holds(title: str, wanted: list[str]) -> bool:

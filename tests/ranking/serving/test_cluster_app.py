@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,17 +18,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from google.protobuf import json_format
 
 from index.publish import current
-from index.shards import ShardError, by_hash, by_range, write_shards
-from index.snapshot import Snapshot
+from index.shards import ShardError
+from index.snapshot import Shard, Snapshot
+from index.store import open_store
+from ranking.ranker import Ranker
 from ranking.serving import answers
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving.answers import Call
 from ranking.serving.batch import retrieve_batch
-from ranking.serving.cluster_app import SERVICER, ClusterAppError, ClusterSettings, application
 from ranking.serving.cluster_app_parts import (
     Ask,
     EncoderReplica,
@@ -33,20 +36,23 @@ from ranking.serving.cluster_app_parts import (
     RankerReplica,
     ShardReplica,
     far_stack,
-    shard_folders,
 )
-from ranking.serving.stack import Stack, default_members, open_stack
+from ranking.serving.stack import PROBE, Stack, default_members, open_stack
 from ranking.serving.swap_look import Source
+from retrieval.data.schema import Dataset
+from retrieval.encoder import Encoder
 from retrieval.fingerprint import FingerprintMismatch
-from retrieval.members import UnknownMember
+from retrieval.members import MemberStore, UnknownMember
+from retrieval.moments import end_of
+from retrieval.refresh import SnapshotForm, nightly
 
-ROOT = Path(__file__).parents[3]
 RAY = importlib.util.find_spec("ray") is not None
 SHARDS = 3
 DIMS = 32
 """Of the night's encoder."""
 ON_RAY = """
-import json, sys
+import json, re, sys
+from pathlib import Path
 import grpc
 import ray
 from google.protobuf import json_format
@@ -68,9 +74,17 @@ with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             told.append(json_format.MessageToDict(found))
         except grpc.RpcError as error:
             told.append([error.code().name, error.details()])
+opened = {}  # kind of replica -> files of the snapshot that it has mapped
+for process in Path("/proc").glob("[0-9]*"):
+    try:
+        title, maps = ((process / name).read_text(errors="replace") for name in ("cmdline", "maps"))
+    except OSError:
+        continue
+    if kind := re.search(r"ServeReplica:brewline:([a-z0-9-]+)", title):
+        opened.setdefault(kind[1], []).extend(re.findall(r"/snapshots/[^/]+/(\\S+)", maps))
 serve.shutdown()
 ray.shutdown()
-print("told:" + json.dumps(told))
+print("told:" + json.dumps([*told, opened]))
 """
 WORKS: dict[str, Callable[[Stack, Any, Call], Any]] = {
     "Recommend": answers.recommend,
@@ -86,23 +100,38 @@ def here(replica: object) -> Ask:
 
 
 @pytest.fixture(scope="module")
-def shards(night: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    published = current(night / "store")
-    assert published is not None
-    snapshot = Snapshot.open(published)
-    write_shards(snapshot, by_hash(list(snapshot.ids), SHARDS), folder)
-    return folder
+def divided(night: Path, tiny_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the same night, in three shards. Shared: do not write into it."""
+    store = tmp_path_factory.mktemp("divided")
+    reader, judge = Encoder.load(night / "encoder1"), Ranker.load(night / "ranker1")
+    members = MemberStore(open_store(default_members(store)), reader.fingerprint)
+    nightly(tiny_dataset, reader, judge, store, end_of(tiny_dataset), members, form=SnapshotForm(shards=SHARDS))
+    return store
 
 
-def apart(night: Path, shards: Path, store: Path | None = None, ranker: str = "ranker1", encoder: str = "encoder1") -> FarStack:
-    store = store or night / "store"
+@pytest.fixture(scope="module")
+def whole(night: Path, divided: Path) -> Stack:
+    """The divided night behind the single server."""
+    return open_stack(divided, night / "encoder1", night / "ranker1", None)
+
+
+def served(store: Path) -> Snapshot:
+    path = current(store)
+    assert path is not None
+    return Snapshot.open(path)
+
+
+def searches_of(store: Path) -> list[Ask]:
+    snapshot = served(store)
+    return [here(ShardReplica(str(snapshot.path), place, True)) for place in range(len(snapshot.shards))]
+
+
+def apart(
+    night: Path, store: Path, ranker: str = "ranker1", encoder: str = "encoder1", searches: list[Ask] | None = None
+) -> FarStack:
     source = Source(store, night / encoder, night / ranker, default_members(store))
-    published = current(store)
-    assert published is not None
-    searches = [here(ShardReplica(str(folder), True)) for folder in shard_folders(shards, published.name)]
-    reader = EncoderReplica(str(night / encoder), DIMS)
-    return far_stack(source, shards, here(reader), searches, here(RankerReplica(str(night / ranker))))
+    asked = searches_of(store) if searches is None else searches
+    return far_stack(source, here(EncoderReplica(str(night / encoder), DIMS)), asked, here(RankerReplica(str(night / ranker))))
 
 
 def requests(stack: Stack) -> list[tuple[str, str, dict[str, Any]]]:
@@ -141,6 +170,11 @@ def _plain(name: str, value: Any) -> Any:
     return comparable(value)
 
 
+def unnamed(answers: list[Any]) -> str:
+    """Answers as text, without the name of the snapshot."""
+    return re.sub(r"\d{8}-[0-9a-f]{12}", "SNAPSHOT", json.dumps(answers, sort_keys=True))
+
+
 def single(stack: Stack, asked: Sequence[tuple[str, str, dict[str, Any]]]) -> list[Any]:
     found: list[Any] = []
     for method, kind, fields in asked:
@@ -152,16 +186,46 @@ def single(stack: Stack, asked: Sequence[tuple[str, str, dict[str, Any]]]) -> li
     return found
 
 
-def test_the_parts_answer_as_the_whole(night: Path, shards: Path, stack: Stack) -> None:
+def test_one_server_answers_from_shards_as_from_the_undivided_night(stack: Stack, whole: Stack) -> None:
     asked = requests(stack)
-    whole, parts = single(stack, asked), single(apart(night, shards), asked)
-    assert parts == whole
-    assert [len(one.get("results", {}).get("items", [])) for one in whole[:3]] == [10, 5, 9]
+    undivided, answers = single(stack, asked), single(whole, asked)
+    assert unnamed(answers) == unnamed(undivided) and len(whole.snapshot.shards) == SHARDS
+    assert [len(one.get("results", {}).get("items", [])) for one in answers[:3]] == [10, 5, 9]
+    assert whole.now().recommender.retriever.moment.serving.why.startswith("3 shards, each by FAISS Flat: ")
 
 
-def test_many_threads_may_ask_at_once(night: Path, shards: Path, stack: Stack) -> None:
-    far, asked = apart(night, shards), requests(stack)[3:4]
-    expected, seen = single(stack, asked), []
+def test_the_parts_answer_as_the_whole_and_who_asks_them_needs_no_vectors(
+    night: Path, divided: Path, whole: Stack, tmp_path: Path
+) -> None:
+    rest = tmp_path / "rest"
+    shutil.copytree(divided, rest, ignore=shutil.ignore_patterns("*.vectors.npy", "*.faiss"))
+    asked = requests(whole)
+    far = apart(night, rest, searches=searches_of(divided))
+    assert single(far, asked) == single(whole, asked)
+    here, there = whole.now().recommender.retriever, far.now().recommender.retriever
+    vector, rows = here.encoder.members([PROBE])[0], np.random.default_rng(0).permutation(60)[:20]
+    np.testing.assert_allclose(there.cosines(vector, rows), here.cosines(vector, rows), atol=1e-6)
+    assert there.cosines(vector, rows[:0]).shape == (0,)
+
+
+def test_a_replica_opens_its_own_shard_only(divided: Path, tmp_path: Path) -> None:
+    snapshot = served(divided)
+    copy = tmp_path / snapshot.name
+    shutil.copytree(snapshot.path, copy, ignore=shutil.ignore_patterns("shard-0.*", "shard-2.*", "ids.*", "catalog*"))
+    replica = ShardReplica(str(copy), 1, exact=False)
+    assert replica.name() == f"{snapshot.name}/1"
+    found = replica.search(Shard.open(copy, 1).vectors[:2].copy(), 3, None, None)
+    assert found.rows[:, 0].tolist() == [0, 1]
+
+
+def test_a_night_that_is_not_divided_is_one_shard(night: Path, stack: Stack) -> None:
+    asked = requests(stack)[3:4]
+    assert single(apart(night, night / "store"), asked) == single(stack, asked)
+
+
+def test_many_threads_may_ask_at_once(night: Path, divided: Path, whole: Stack) -> None:
+    far, asked = apart(night, divided), requests(whole)[3:4]
+    expected, seen = single(whole, asked), []
     threads = [threading.Thread(target=lambda: seen.append(single(far, asked))) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -170,100 +234,62 @@ def test_many_threads_may_ask_at_once(night: Path, shards: Path, stack: Stack) -
     assert seen == [expected] * 8
 
 
-def test_what_is_withdrawn_by_day_is_in_no_answer(night: Path, shards: Path, copied: Path) -> None:
+def test_what_is_withdrawn_by_day_is_in_no_answer(night: Path, divided: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "store"
+    shutil.copytree(divided, copied)
     writer = open_stack(copied, night / "encoder1", night / "ranker1", None)
-    far = apart(night, shards, copied)
+    far = apart(night, copied)
     first = far.now().recommender.retriever
     best = first.retrieve(first.encoder.members([answers.asker_of(far, pb.Member(id="m3"), "").view])[0], 5).ids
     writer.today.withdraw(best[:2])
     writer.today.close()
-    second = apart(night, shards, copied).now().recommender.retriever
-    found = second.retrieve(second.encoder.members([answers.asker_of(far, pb.Member(id="m3"), "").view])[0], 60).ids
-    assert not set(found) & set(best[:2]) and set(best[2:]) <= set(found)
+    for second in (apart(night, copied), open_stack(copied, night / "encoder1", night / "ranker1", None)):
+        now = second.now().recommender.retriever
+        found = now.retrieve(now.encoder.members([answers.asker_of(far, pb.Member(id="m3"), "").view])[0], 60).ids
+        assert not set(found) & set(best[:2]) and set(best[2:]) <= set(found)
+        second.today.close()
+    far.today.close()
 
 
-def test_parts_of_different_nights_are_refused(night: Path, shards: Path, tmp_path: Path) -> None:
+def test_parts_of_different_nights_are_refused(night: Path, divided: Path) -> None:
     with pytest.raises(FingerprintMismatch):
-        apart(night, shards, ranker="ranker2")
-    published = current(night / "store")
-    assert published is not None
-    snapshot = Snapshot.open(published)
-    write_shards(snapshot, by_range(len(snapshot.ids), SHARDS), tmp_path)
-    for folder in (tmp_path / "0", tmp_path / "nowhere"):
-        with pytest.raises(ShardError, match="holds 0 parts"):
-            shard_folders(folder, snapshot.name)
-    with pytest.raises(ShardError, match="no part 0 of another"):
-        shard_folders(tmp_path, "another")
-    encoder, source = (
-        EncoderReplica(str(night / "encoder1"), DIMS),
-        Source(night / "store", night / "encoder1", None, default_members(night / "store")),
-    )
-    wrong = [here(ShardReplica(str(folder), True)) for folder in reversed(shard_folders(tmp_path, snapshot.name))]
+        apart(night, divided, ranker="ranker2")
+    searches = searches_of(divided)
     with pytest.raises(ShardError, match="the replicas search shard"):
-        far_stack(source, tmp_path, here(encoder), wrong, None)
+        apart(night, divided, searches=searches[::-1])
     with pytest.raises(ShardError, match="2 shards are deployed"):
-        far_stack(source, tmp_path, here(encoder), wrong[:2], None)
-
-
-def test_a_set_that_is_not_whole_is_refused(night: Path, shards: Path, tmp_path: Path) -> None:
-    subprocess.run(["cp", "-r", shards / "0", tmp_path / "0"], check=True)
-    with pytest.raises(ShardError, match=f"holds 1 parts of .*, expected {SHARDS}"):
-        apart(night, tmp_path)
-
-
-def test_settings_are_read_or_refused() -> None:
-    told = ClusterSettings.read(
-        {"store": "s", "shards": "d", "encoder": "e", "exact": "false", "most_rankers": "3", "timeout_s": 1}
-    )
-    assert (told.exact, told.most_rankers, told.timeout_s, told.source.ranker) == (False, 3, 1.0, None)
-    for wrong in (
-        {"store": "s"},
-        {**vars(told), "colour": "red"},
-        {**vars(told), "most_rankers": "many"},
-        {**vars(told), "exact": "so"},
-    ):
-        with pytest.raises(ClusterAppError):
-            ClusterSettings.read(wrong)
-
-
-def test_the_example_is_an_application() -> None:
-    config = yaml.safe_load((ROOT / "examples/deploy/serve.yaml").read_text(encoding="utf-8"))
-    (app,) = config["applications"]
-    assert config["grpc_options"]["grpc_servicer_functions"] == [SERVICER]
-    assert app["import_path"] == f"{application.__module__}:{application.__name__}"
-    settings = ClusterSettings.read(app["args"])
-    assert settings.ranker and config["grpc_options"]["request_timeout_s"] > settings.timeout_s, "our own word comes first"
-    module, _, name = SERVICER.rpartition(".")
-    assert callable(vars(importlib.import_module(module))[name])
-
-
-@pytest.mark.skipif(RAY, reason="Ray is installed")
-def test_without_ray_the_error_says_what_to_install() -> None:
-    with pytest.raises(ClusterAppError, match=r"pip install 'brewline\[cluster\]'"):
-        application({"store": "s", "shards": "d", "encoder": "e"})
+        apart(night, divided, searches=searches[:2])
+    with pytest.raises(ShardError, match="3 shards are deployed"):
+        apart(night, night / "store", searches=searches)
 
 
 @pytest.mark.skipif(not RAY, reason="needs Ray Serve (extra cluster)")
-def test_a_local_ray_answers_as_one_process(night: Path, shards: Path, stack: Stack) -> None:
+def test_a_local_ray_answers_as_one_process(night: Path, divided: Path, whole: Stack) -> None:
     """In a process of its own: Ray asks the machine for its address, which the guard of these tests forbids."""
     with socket.socket() as one, socket.socket() as other:
         one.bind(("127.0.0.1", 0))
         other.bind(("127.0.0.1", 0))
         ports = [str(found.getsockname()[1]) for found in (one, other)]
-    settings = {"store": str(night / "store"), "shards": str(shards), "encoder": str(night / "encoder1"), "timeout_s": 60}
-    asked = requests(stack)
+    settings = {"store": str(divided), "encoder": str(night / "encoder1"), "timeout_s": 60}
+    asked = requests(whole)
     words = [
         json.dumps({**settings, "ranker": str(night / "ranker1")}),
         json.dumps([*asked, ("Info", "InfoRequest", {})]),
         *ports,
     ]
-    done = subprocess.run([sys.executable, "-c", ON_RAY, *words], capture_output=True, text=True, timeout=200, check=False)
+    quiet = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_RAY, *words], capture_output=True, text=True, timeout=400, check=False, env=quiet
+    )
     assert done.returncode == 0, done.stderr[-4_000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("told:")]
-    *told, about = json.loads(line.removeprefix("told:"))
-    assert comparable(told) == single(stack, asked)
+    *told, about, opened = json.loads(line.removeprefix("told:"))
+    assert comparable(told) == single(whole, asked)
     assert (int(about["items"]), about["index"], about["requests"]) == (
-        len(stack.catalog),
+        len(whole.catalog),
         f"{SHARDS} shards",
         str(len(asked) + 1),
     )
+    files = {kind: {name for name in names if name.endswith((".vectors.npy", ".faiss"))} for kind, names in opened.items()}
+    shards = {f"shard-{place}": {f"shard-{place}.vectors.npy"} for place in range(SHARDS)}
+    assert files == {"encoder": set(), "ranker": set(), "ingress": set(), **shards} and "catalog.arrow" in opened["ingress"]

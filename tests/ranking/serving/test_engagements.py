@@ -17,6 +17,8 @@ import redis
 
 from index.store import open_store
 from ranking.serving.client import Client, ServiceError
+from ranking.serving.load import LoadError
+from ranking.serving.load_requests import RequestWish, requests_of
 from ranking.serving.stack import MEMBERS_FILE, Stack, open_stack
 from retrieval.data.schema import Dataset
 from retrieval.members import RECORD, VECTOR, MemberStore
@@ -201,3 +203,11 @@ def test_a_store_that_is_gone_is_said_and_loses_nothing(night: Path, url: str, s
     again = MemberStore(open_store(f"sqlite:{tmp_path / 'other.sqlite'}"), stack.encoder.fingerprint)
     record = again.get("m1").record
     assert record.seen == ["i1"] and decode_record(encode_record(record), "m1") == record
+
+
+def test_a_store_without_members_is_named_without_its_password(night: Path, redis_url: str) -> None:
+    redis.Redis(unix_socket_path=redis_url.removeprefix("unix://")).flushall()
+    address = redis_url.replace("unix://", "unix://default:secret@")
+    with pytest.raises(LoadError, match=f"member store {redis_url} holds no members") as caught:
+        requests_of(night / "store", address, RequestWish("retrieve"))
+    assert "secret" not in str(caught.value)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ranking.serving.journal import Journal
+from ranking.serving.journal import Journal, _DayFile
 from retrieval.data.exported_journal import Done, Record, read_journal
 from retrieval.data.refusals import Refusals
 
@@ -108,11 +108,13 @@ def test_more_than_may_wait_is_lost_counted_and_told_once(tmp_path: Path, caplog
     with caplog.at_level(logging.WARNING):
         for n in range(50):
             journal.put(lambda n=n: [one(str(n))], 100)  # type: ignore[misc]
+        told = [entry.message for entry in caplog.records if "lost" in entry.message]
+        assert len(told) == 1 and "--no-journal" in told[0], "heard while the writer hangs, and not for each record"
         gate.set()
         journal.close()
-    assert (journal.written, journal.lost) == (11, 40) and len(found(tmp_path)[0]) == 11
-    told = [entry.message for entry in caplog.records if "lost" in entry.message]
-    assert len(told) == 1 and told[0].startswith("40 records") and "--no-journal" in told[0]
+    assert journal.counts() == {("written",): 11, ("lost",): 40} and len(found(tmp_path)[0]) == 11
+    told = [entry.message.split()[0] for entry in caplog.records if "lost" in entry.message]
+    assert told == ["1", "39"]
 
 
 def test_a_place_that_cannot_be_written_and_a_record_that_cannot_be_made(
@@ -161,6 +163,20 @@ def test_a_disk_that_cannot_sync_costs_no_record_that_it_took(
     ]
     os.close(out)
     os.close(into)
+
+
+def test_a_file_that_cannot_be_closed_is_never_written_again(tmp_path: Path) -> None:
+    """Its number may be that of somebody else's file by then."""
+    file = _DayFile(tmp_path / "journal")
+    file.append("2024-01-19", b"first\n")
+    os.close(file._descriptor)  # so that closing it fails
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        file.append("2024-01-20", b"second\n")
+    with (tmp_path / "others").open("wb"):  # the number is free, and taken
+        file.append("2024-01-19", b"third\n")
+        file.close()
+    assert (tmp_path / "others").read_bytes() == b""
+    assert sorted(path.read_bytes() for path in (tmp_path / "journal").iterdir()) == [b"first\n", b"third\n"]
 
 
 def test_the_name_of_a_new_file_is_on_the_disk_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ranking.cli.ask import app
+from ranking.cli.export_log import ExportError, exported
 from ranking.pipeline import Degraded
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving import recommender_pb2_grpc
@@ -21,10 +24,11 @@ from ranking.serving.journal import Journal
 from ranking.serving.journal_served import RECORD_BYTES, SERVICE, Served
 from ranking.serving.load_requests import RequestWish, requests_of
 from ranking.serving.messages import pack_ids
-from ranking.serving.stack import Stack, open_stack
-from retrieval.data.exported_journal import Done, Record, Shown, read_journal
+from ranking.serving.stack import MEMBERS_FILE, Stack, open_stack
+from ranking.serving.web import Web
+from retrieval.data.exported_journal import JOURNAL_DIR, Done, Record, Shown, read_journal
 from retrieval.data.refusals import Refusals
-from retrieval.data.schema import MemberView
+from retrieval.data.schema import Dataset, MemberView
 from retrieval.recent import RECENT, Told, decode_told
 from retrieval.records import Entry
 
@@ -114,10 +118,30 @@ def test_the_member_store_keeps_what_the_journal_keeps(opened: Stack, start: Sta
 
 def test_a_journal_that_cannot_be_written_costs_no_answer(opened: Stack, start: Start, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    port, _ = start(opened, journal=tmp_path / "file")
+    port, _ = start(opened, journal=tmp_path / "file", web=(web := Web("127.0.0.1", 0)))
     with Client(f"127.0.0.1:{port}") as client:
         assert client.recommend("m1", 5).degraded is Degraded.NONE
         assert client.record("m1", [Told("e1", Entry("i1", 5, "like"))]).recorded == 1
+    deadline = time.monotonic() + 20
+    while 'brewline_journal_records_total{result="lost"} 1.0' not in metrics(web):
+        assert time.monotonic() < deadline, "what is lost is counted where somebody looks"
+        time.sleep(0.02)
+
+
+def metrics(web: Web) -> str:
+    with urllib.request.urlopen(f"{web.address}/metrics", timeout=20) as page:
+        text: str = page.read().decode()
+    return text
+
+
+def test_an_export_without_its_member_store_is_refused_and_makes_none(copied: Path, tiny_dataset: Dataset) -> None:
+    (copied / JOURNAL_DIR).mkdir()
+    members = copied / MEMBERS_FILE
+    members.rename(copied / "elsewhere")
+    with pytest.raises(ExportError, match=f"no member store at sqlite:{members}; give --members"):
+        exported(copied, tiny_dataset, None, 1_705_795_200, 1_705_795_200, None)
+    assert not members.exists()
+    assert exported(copied, tiny_dataset, f"sqlite:{copied / 'elsewhere'}", 1_705_795_200, 1_705_795_200, None).dataset
 
 
 class _Details(grpc.HandlerCallDetails):

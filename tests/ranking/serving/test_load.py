@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 
 from index.errors import BrewlineError
 from ranking.cli.main import app
+from ranking.cli.member_store import MEMBERS_VARIABLE
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving.load import Floats, LoadError, Measured, Target, arrivals, closed_load, figures, open_load, quantile
-from ranking.serving.load_capacity import NoCapacity, Unloaded, find_capacity, overload_figures
+from ranking.serving.load_capacity import NoCapacity, Unloaded, find_capacity, overload_figures, prober, unloaded
 from ranking.serving.load_requests import RequestWish, requests_of
 from ranking.serving.load_server import ServerWish, served
 from ranking.serving.load_swap import Move, seen_swaps, swap_figures
@@ -152,14 +153,25 @@ def one_server(rate: float) -> Measured:
 
 
 def test_the_search_finds_a_capacity_that_is_known() -> None:
-    found = find_capacity(one_server, Unloaded(10.0, 60.0))
+    found = find_capacity(one_server, Unloaded(10.0, 60.0, 300))
     assert 92 < found.rate <= 101 and found.too_much / found.rate < 1.09
     assert all(row["borne"] == (row["rate"] < 100.2) for row in found.tried)
     facts = overload_figures(one_server(500), found)
     assert facts["times_capacity"] == pytest.approx(500 / found.rate) and facts["rejected"] == {}
     assert facts["goodput_over_capacity"] < 0.2, "a queue that refuses nothing answers nobody in time"
     with pytest.raises(NoCapacity, match="something else running"):
-        find_capacity(one_server, Unloaded(1.0, 60.0))
+        find_capacity(one_server, Unloaded(1.0, 60.0, 300))
+
+
+def test_what_is_compared_with_is_no_maximum_of_a_few(stalling: tuple[Stalling, str]) -> None:
+    handler, address = stalling
+    target = Target(address, "Retrieve", [REQUEST], 20.0)
+    idle = unloaded(target, 0.5)
+    assert handler.asked > idle.requests > 20, "ten requests and a stall were too few, and it was asked for longer"
+    probe = prober(target, 0.2, 7, even=False)
+    one, two = probe(50.0), probe(50.0)
+    assert one.at.size and not np.array_equal(one.at[:5], two.at[:5]), "a rate that is tried again is not the same bursts again"
+    assert find_capacity(one_server, Unloaded(10.0, 60.0, 100)).figures()["requests_unloaded"] == 100
 
 
 def test_requests_are_of_the_members_and_the_same_again(night: Path) -> None:
@@ -172,6 +184,17 @@ def test_requests_are_of_the_members_and_the_same_again(night: Path) -> None:
     assert all(pb.RetrieveRequest.FromString(raw).member.description.history for raw in cold)
     with pytest.raises(LoadError, match="holds no members"):
         requests_of(store, "sqlite::memory:", RequestWish("retrieve"))
+
+
+def test_a_server_is_told_its_member_store_where_ps_does_not_look(night: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "redis://default:secret@127.0.0.1:1/0"
+    wish = ServerWish(night / "store", night / "encoder1", members=url)
+    assert "secret" not in " ".join(wish.command()) and wish.environment()[MEMBERS_VARIABLE] == url
+    monkeypatch.setenv(MEMBERS_VARIABLE, url)
+    assert MEMBERS_VARIABLE not in replace(wish, members=None).environment(), "the store's own members answer then"
+    there = replace(wish, members=f"sqlite:{night}/nowhere/members")
+    with pytest.raises(LoadError, match=r"did not start.*nowhere/members cannot be opened"), served(there):
+        pass
 
 
 def bench(*words: object) -> Result:

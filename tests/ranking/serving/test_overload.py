@@ -19,8 +19,9 @@ from ranking.pipeline import Recommender
 from ranking.ranker import Ranker
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving import recommender_pb2_grpc
+from ranking.serving.answers import Call
 from ranking.serving.load_shed import GATHERED_S, STRICT_S, Patience
-from ranking.serving.load_shed_depth import lowered
+from ranking.serving.load_shed_depth import Depth, lowered
 from ranking.serving.load_shed_door import caller_of
 from ranking.serving.queue_fair import Job
 from ranking.serving.queue_forecast import Kind
@@ -180,12 +181,20 @@ def test_under_load_fewer_candidates_are_ranked_openly(stack: Stack, start: Star
         answers = [answer for found in pool.map(ask, range(6)) for answer in found]
     fewer = [answer for answer in answers if answer.degraded == pb.FEWER_CANDIDATES]
     assert fewer and {answer.candidates for answer in fewer} <= {20, 12}
-    assert all(f"{answer.candidates} candidates were ranked" in answer.degraded_detail for answer in fewer)
-    assert all("40 asked for" in answer.degraded_detail for answer in fewer)
+    assert all(f"{answer.candidates} candidates took part and 40 were" in answer.degraded_detail for answer in fewer)
     assert {answer.candidates for answer in answers if answer.degraded == pb.NONE} == {40}
     assert min(ranker.ranked) >= 12 and all(answer.results.count == 5 for answer in answers)
     after = stub.Recommend(ASK)
     assert (after.degraded, after.candidates) == (pb.NONE, 40)
+
+
+def test_an_answer_that_had_to_leave_early_says_how_few_candidates_there_were(stack: Stack) -> None:
+    now = time.monotonic()
+    call = Call("r", now, now + 60, now)
+    answer = Depth(lambda _: 1.0, least=12).recommend(stack, ASK, call)
+    assert call.early is not None and call.early.degraded == pb.RETRIEVAL_ORDER and answer.degraded == pb.FEWER_CANDIDATES
+    for one in (answer, call.early):
+        assert one.candidates == 12 and "12 candidates took part and 40 were asked for" in one.degraded_detail
 
 
 def test_a_stop_says_so_first_and_answers_what_it_took(stack: Stack, start: Start, stub_of: Callable[[int], Stub]) -> None:

@@ -21,7 +21,7 @@ from ranking.fusion_rows import FeatureRows, training_pool
 from ranking.prompts import RankBudgets, RankPrompts
 from ranking.ranker import Ranker, RankerFacts, labels_of, save_ranker
 from ranking.scored import score_rows
-from ranking.served_evidence import FOUND, HYBRID_FOUND, HYBRID_RANKED, RANKED, evaluate_served
+from ranking.served_evidence import FOUND, HYBRID_FOUND, HYBRID_RANKED, RANKED, evaluate_served, write_served
 from ranking.served_evidence_table import served_table
 from ranking.serving.client import Client
 from ranking.serving.stack import open_stack
@@ -170,3 +170,28 @@ def test_a_sample_and_the_hybrid_say_what_they_are(shop: Path, tiny_dataset: Dat
     with (console := Console(width=130)).capture() as said:
         console.print(served_table(report))
     assert f"5 members, a SAMPLE of {report.facts['members_in_window']}" in said.get() and HYBRID_RANKED in said.get()
+
+
+class Killed(BaseException):
+    """A process that ends here."""
+
+
+@pytest.mark.parametrize("written", [2, 3])
+def test_a_kill_leaves_no_list_under_another_ones_name(
+    shop: Path, tiny_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    report = evaluate_served(tiny_dataset, Encoder.load(shop / "encoder"), Ranker.load(shop / "text"), "frozen", sample=5)
+    left, really = [written], pq.write_table
+
+    def until_killed(*how: object) -> None:
+        really(*how)
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+
+    monkeypatch.setattr(pq, "write_table", until_killed)
+    with pytest.raises(Killed):
+        write_served(report, tiny_dataset, tmp_path)
+    assert report.ranked is not None
+    ids = [[tiny_dataset.items.item_id[row] for row in rows[rows >= 0]] for rows in report.ranked.rows]
+    assert pq.read_table(tmp_path / "ranked.parquet")["item_ids"].to_pylist() == ids

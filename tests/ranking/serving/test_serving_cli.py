@@ -11,13 +11,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from click.testing import Result
 from typer import Typer
 from typer.testing import CliRunner
 
 from index.errors import BrewlineError
-from ranking.cli import ask, index, nightly
+from ranking.cli import ask, index, nightly, serve
 from ranking.serving.stack import open_stack
 from retrieval.data.schema import MemberView
 
@@ -29,6 +28,7 @@ def run(*words: object) -> Result:
     """The command's result; an error that is not ours fails the test."""
     app = Typer()
     app.command()(nightly.nightly)
+    app.command()(serve.serve)
     app.add_typer(ask.app, name="ask")
     app.add_typer(index.app, name="index")
     result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "150"})
@@ -166,7 +166,6 @@ def test_serve_says_when_it_is_ready_and_ends_gently(night: Path, port: int) -> 
 
 
 def test_a_taken_port_is_said_before_anything_is_loaded(night: Path, port: int, tmp_path: Path) -> None:
-    from ranking.cli.serve import serve
-
-    with pytest.raises(BrewlineError, match="Address already in use"):
-        serve(store=tmp_path / "no", encoder=night / "encoder1", port=port, host="127.0.0.1", most_waiting=1, drain_seconds=1.0)
+    for more in ((), ("--workers", "2")):
+        words = refused("serve", "--store", tmp_path / "no", "--encoder", night / "encoder1", "--port", port, *more)
+        assert "Address already in use" in words

@@ -24,14 +24,17 @@ from typer.testing import CliRunner
 from index.errors import BrewlineError
 from ranking.cli.main import app
 from ranking.pace import Pace
+from ranking.served_evidence import night_catalog
 from ranking.serving.client import Client
 from ranking.serving.security_tls import TlsFiles
 from ranking.serving.server import CannotListen, ServeSettings, check_address
 from ranking.serving.stack import Stack, open_stack
 from ranking.serving.tokens import make_token
 from ranking.serving.ui import CALLS, MOST_MS, page_bytes, policy_of
+from ranking.serving.ui_look import _night
 from ranking.serving.web import MOST_BODY, Web
-from retrieval.data.schema import Item, MemberView
+from retrieval.counts import Counts
+from retrieval.data.schema import DAY, Dataset, Item, MemberView
 
 Start = Callable[..., tuple[int, Callable[[], None]]]
 ROOT = Path(__file__).parents[3]
@@ -136,6 +139,16 @@ def test_members_and_items_are_found_in_bounds(night: Path, copied: Path, start:
     card = asked(web, "/api/member", {"id": "m5"})[1]
     assert gone.item_id in card["hidden"] and gone.item_id not in [done["item_id"] for done in card["history"]]
     assert asked(web, "/api/member", {"id": "nobody"})[1]["code"] == "NOT_FOUND"
+
+
+def test_titles_of_the_night_are_found_however_they_are_written(tiny_dataset: Dataset) -> None:
+    titles = ["Straße 5", "STRASSE 6", "\ufb01lter", "ÉCLAIR", "\u212aelvin and ΣΟΦΟΣ", "Sofa"]
+    items = replace(tiny_dataset.items, title=[*titles, *tiny_dataset.items.title[len(titles) :]])
+    catalog = night_catalog(replace(tiny_dataset, items=items), Counts.from_dataset(tiny_dataset).as_of(DAY), DAY)
+    wanted = {"STRASSE": [0, 1], "straße 5": [0], "Filter": [2], "éclair": [3], "kelvin σοφος": [4], "sof": [5]}
+    for words, rows in wanted.items():
+        found = [row for row in _night(catalog, words.casefold().split()) if row is not None]
+        assert [row for row in found if row < len(titles)] == rows, words
 
 
 def test_looking_leaves_nothing_in_the_journal(stack: Stack, start: Start, tmp_path: Path) -> None:
