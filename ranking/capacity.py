@@ -133,7 +133,9 @@ class Plan:
         return sum(stage.machines(prices) for stage in self.stages)
 
     def sliced(self, shards: int, replicas: int) -> Plan:
-        """So much of it that it can be simulated: the same lines, each as full, fewer of them."""
+        """So much of it that it can be simulated: the same lines, each as full, fewer of them; itself if that is not less."""
+        if shards >= self.stages[1].shards and replicas >= self.stages[1].replicas:
+            return self
         rate = self.load.rate * min(1.0, replicas / self.stages[1].replicas)
         made = []
         for one in self.stages:

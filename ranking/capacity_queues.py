@@ -73,9 +73,9 @@ class Times:
 def spread(seconds: np.ndarray, mass: np.ndarray, step: float) -> Times:
     """A distribution of these values [n] with these probabilities [n]; each is shared out between the two cells around it."""
     place = seconds / step
-    low = np.floor(place).astype(np.int64)
-    high = place - low
-    cells = np.bincount(low, mass * (1 - high), CELLS + 1) + np.bincount(low + 1, mass * high, CELLS + 1)
+    low = np.minimum(np.floor(place), CELLS).astype(np.int64)
+    high = np.clip(place - low, 0, 1)
+    cells = np.bincount(low, mass * (1 - high), CELLS + 2) + np.bincount(low + 1, mass * high, CELLS + 2)
     return Times(step, cells[:CELLS])
 
 

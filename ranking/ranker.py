@@ -24,7 +24,7 @@ from ranking.fusion_features import Asked, features
 from ranking.prefill.engine import Engine
 from ranking.prefill.load import ready
 from ranking.prefill.request import Limits, Request
-from ranking.prompts import RANK_TEMPLATE, RankBudgets, RankLayout, RankPrompts, label_id
+from ranking.prompts import RANK_TEMPLATE, LabelWordError, RankBudgets, RankLayout, RankPrompts, label_id
 from ranking.shots import Shots, shots_facts, shots_of
 from ranking.tasks import LABEL, Task, task_named
 from retrieval.data.schema import Item, MemberView
@@ -73,19 +73,18 @@ class Ranker:
     def load(cls, folder: Path, *, device: str = "cpu", backend: str | None = None, max_tokens: int = 8192) -> Ranker:
         """The ranker of a complete folder; `max_tokens` bounds one forward pass.
 
-        Raises RankerError, MissingPart, TokenizerError, QuantizerError, CheckpointError, BackendMissing (a named attention
-        backend that cannot run), each saying what was seen and what was expected.
+        Raises RankerError, LabelWordError, MissingPart, TokenizerError, QuantizerError, CheckpointError, BackendMissing (a named
+        attention backend that cannot run), each saying what was seen and what was expected.
         """
         facts = read_facts(folder)
         fingerprint = folder_fingerprint(folder, _parts(folder))
         tokens = Tokens.load(folder)
         prompts = RankPrompts(tokens, Quantizer.load(folder / QUANTIZER), facts.budgets, facts.layout, facts.shots)
-        for task in facts.tasks.values():
-            found = (label_id(tokens, task.positive), label_id(tokens, task.negative))
-            if found != facts.labels[task.name]:
+        for name, found in labels_of(tokens, facts.tasks).items():
+            if found != facts.labels[name]:
                 raise RankerError(
-                    f"{folder}: the tokenizer reads the answers of task {task.name!r} as {found}, {FACTS} says "
-                    f"{facts.labels[task.name]}; the two files are of different rankers"
+                    f"{folder}: the tokenizer reads the answers of task {name!r} as {found}, {FACTS} says "
+                    f"{facts.labels[name]}; the two files are of different rankers"
                 )
         model = load_llama(folder, causal_lm=True)
         rows = len(model.get_input_embeddings().weight)
@@ -245,5 +244,12 @@ def _parts(folder: Path) -> tuple[str, ...]:
 
 
 def labels_of(tokens: Tokens, tasks: Mapping[str, Task]) -> dict[str, tuple[int, int]]:
-    """The (positive, negative) token ids of each task. Raises LabelWordError."""
-    return {name: (label_id(tokens, task.positive), label_id(tokens, task.negative)) for name, task in tasks.items()}
+    """The (positive, negative) token ids of each task, two different ones. Raises LabelWordError."""
+    found = {name: (label_id(tokens, task.positive), label_id(tokens, task.negative)) for name, task in tasks.items()}
+    for name, (yes, no) in found.items():
+        if yes == no:
+            raise LabelWordError(
+                f'this tokenizer reads "{tasks[name].positive}" and "{tasks[name].negative}", the answers of task {name!r}, as '
+                "one token; choose words that it tells apart"
+            )
+    return found

@@ -211,17 +211,19 @@ def write_served(report: ServedReport, dataset: Dataset, folder: Path, command: 
     """Writes what `retrieval.evidence.saved.write_report` writes, and into ranked.parquet both orders.
 
     `item_ids`, `scores` (probabilities) are the ranker's, `retrieved_ids`, `retrieved_scores` the first stage's. The hybrid's
-    files stand in a folder of their own.
+    files stand in a folder of their own. Whenever it is killed, `item_ids` are the ranker's or not there.
     """
     write_report(report, dataset, folder, command)
     if report.retrieved is not None:
         path = folder / RANKED_FILE
+        beside = path.with_suffix(".tmp")
         ours = pq.read_table(path)
-        write_ranked(path, report.retrieved, report.queries, dataset.members, dataset.items)
-        theirs = pq.read_table(path)
+        write_ranked(beside, report.retrieved, report.queries, dataset.members, dataset.items)
+        theirs = pq.read_table(beside)
         for name in ("item_ids", "scores"):
             ours = ours.append_column(f"retrieved_{name.removeprefix('item_')}", theirs[name])
-        pq.write_table(ours, path)
+        pq.write_table(ours, beside)
+        beside.replace(path)
     for form in report.apart:
         if isinstance(form, ServedReport):
             write_served(form, dataset, folder / form_folder(form.own.name), command)

@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from ranking.tasks import STRICT, Task, TaskError, impression_actions, task_named
+from ranking.tasks import ENGAGE, LABEL, STRICT, Task, TaskError, impression_actions, task_named
 from retrieval.data.schema import Dataset
 
 LONGEST = 1 << 20
@@ -37,8 +37,12 @@ def read_tasks(path: Path) -> dict[str, Task]:
     try:
         if path.stat().st_size > LONGEST:
             raise TaskError(f"{path}: more than {LONGEST:,} bytes; expected a list of tasks")
+        text = path.read_text(encoding="utf-8")
         # BaseLoader makes words, lists and mappings only: no objects, and no `yes` that turns into True.
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        repeated = _repeated(yaml.compose(text, Loader=yaml.BaseLoader))
+        if repeated:
+            raise TaskError(f"{path}: {repeated} stands twice in one mapping; which of the two is meant?")
+        found = yaml.load(text, Loader=yaml.BaseLoader)
         tasks = TypeAdapter(_File).validate_python(found).tasks
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise TaskError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())}); docs/tasks.md shows a file") from error
@@ -83,6 +87,26 @@ def taught_tasks(dataset: Dataset, tasks: Mapping[str, Task]) -> Mapping[str, Ta
     return tasks
 
 
+def _repeated(root: yaml.Node | None) -> str:
+    """The first key that a mapping has twice, with its line; "" if none has. YAML itself would take the last one silently."""
+    waiting, seen = [root], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in seen:  # an alias is the same node again
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            keys = set[str]()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                    return f"line {key.start_mark.line + 1}: {key.value!r}"
+                keys.add(str(key.value))
+                waiting += [key, value]
+    return ""
+
+
 def _check(task: Task, where: str) -> None:
     texts = {"name": task.name, "instruction": task.instruction, "question": task.question}
     texts |= {"positive": task.positive, "negative": task.negative}
@@ -91,7 +115,11 @@ def _check(task: Task, where: str) -> None:
     for field, text in texts.items():
         if not text.strip():
             raise TaskError(f"{where}: {field} is empty; expected words")
-    if task.positive == task.negative:
+    if task.positive.strip() == task.negative.strip():
         raise TaskError(f"{where}: both answers are {task.positive!r}; expected two different words")
+    if task.name == LABEL and task.action:
+        raise TaskError(f"{where}: the task of that name is on the label column; leave `action` out, or give another name")
+    if task.name == ENGAGE and not task.action:
+        raise TaskError(f"{where}: without an action it would ask about engagements alone; give an `action`, or another name")
     if task.label not in (0, 1) or (task.action and task.label != 1):
         raise TaskError(f"{where}: label is {task.label}; expected 1, or 0 in a task without an action")

@@ -35,9 +35,8 @@ def with_changes(store_dir: Path, base: Dataset, now: int) -> tuple[Dataset, int
     before = TakenOver(Folded(folded_position(snapshot.manifest, snapshot.name)))
     if CHANGES_PART in snapshot.parts:
         before = TakenOver.parse(snapshot.part(CHANGES_PART).read_bytes())
-    folded = fold(store_dir / LIVE_DIR, before.folded.position, carried=before.folded)
-    since = {one: before.since.get(one, now) for one in folded.withdrawn}
-    grown, put, gone = TakenOver(folded, since).winning(cut_of(base, now)).over(base)
+    known = before.then(fold(store_dir / LIVE_DIR, before.folded.position), now)
+    grown, put, gone = known.winning(cut_of(base, now)).over(base)
     return without(grown, gone), len(put), len(gone)
 
 

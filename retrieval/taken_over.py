@@ -71,6 +71,13 @@ class TakenOver:
         head, _, rest = content.partition(b"\n")
         return cls(Folded.parse(rest), {one: int(at) for one, at in json.loads(head)["since"].items()})
 
+    def then(self, fresh: Folded, at: int) -> TakenOver:
+        """These changes and the ones since, whose withdrawals are taken over at a time (seconds)."""
+        touched = fresh.upserts.keys() | fresh.withdrawn
+        upserts = {one: put for one, put in self.folded.upserts.items() if one not in touched} | fresh.upserts
+        since = {one: then for one, then in self.since.items() if one not in touched} | dict.fromkeys(fresh.withdrawn, at)
+        return TakenOver(Folded(fresh.position, upserts, set(since)), since)
+
     def winning(self, cut: int) -> TakenOver:
         """The changes that a folder with this cut (seconds) cannot know."""
         upserts = {one: put for one, put in self.folded.upserts.items() if PutItem.parse(put.record).at >= cut}
@@ -100,10 +107,7 @@ def take_over(store_dir: Path, yesterday: Yesterday, as_of: int, cut: int, clock
     if begun is None:
         begun = Begun(as_of, yesterday.parent, fresh.position, int(clock()))
         write_durably(store_dir / STATE_FILE, json.dumps(asdict(begun)).encode())
-    touched = fresh.upserts.keys() | fresh.withdrawn
-    upserts = {one: put for one, put in before.folded.upserts.items() if one not in touched} | fresh.upserts
-    since = {one: at for one, at in before.since.items() if one not in touched} | dict.fromkeys(fresh.withdrawn, begun.at)
-    return TakenOver(Folded(fresh.position, upserts, set(since)), since).winning(cut)
+    return before.then(fresh, begun.at).winning(cut)
 
 
 def ended(store_dir: Path) -> None:

@@ -30,7 +30,7 @@ def search(
     shift: Annotated[
         float, typer.Option(help="How far queries lie apart from items: the length of a constant offset.", min=0)
     ] = 0,
-    methods: Annotated[str, typer.Option(help="Which to measure, by commas; also faiss-flat.")] = DEFAULT,
+    methods: Annotated[str, typer.Option(help="Which to measure, by commas; also faiss-flat, gpu-exact, gpu-torch.")] = DEFAULT,
     store: Annotated[
         Path | None,
         typer.Option(help="Vectors of the served snapshot; queries are some of them.", exists=True, file_okay=False),

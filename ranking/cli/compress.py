@@ -22,7 +22,8 @@ def compress(
     """Distill, prune and quantize a ranker step by step, with a gate after each.
 
     Every step leaves a complete ranker folder with calibrators of its own under OUT; the table is OUT/results.md. A step that
-    loses more than the plan allows ends its route, and the command with status 2. The same command goes on after a stop.
+    loses more than the plan allows ends its route, and the command with status 2. The same command goes on after a stop. Data
+    with too few answers to judge a step is refused before anything is trained (--json: under "refused").
 
     Example: `brewline ranker compress benchmarks/compress.yaml --dry-run`
     """
@@ -30,14 +31,19 @@ def compress(
     from ranking.cli.train_report import stages
     from ranking.learn import compress as chain
     from ranking.learn.compress_plan import CompressPlan
+    from ranking.learn.questions import NothingToJudge
 
     plan = CompressPlan.read(file)
     if dry_run:
         steps = chain.planned(plan)
         emit({"steps": steps}, as_json=as_json, table=lambda: _steps(steps))
         return
-    with stages() as stage:
-        found = chain.compress(plan, stage)
+    try:
+        with stages() as stage:
+            found = chain.compress(plan, stage)
+    except NothingToJudge as refusal:
+        emit({"refused": str(refusal)}, as_json=as_json, table=lambda: None)
+        raise
     emit({**found, "results": str(plan.out / chain.TABLE)}, as_json=as_json, table=lambda: _models(found))
     chain.refuse_if_stopped(found, plan)
 

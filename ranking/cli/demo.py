@@ -16,11 +16,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from index.errors import BrewlineError
+from ranking.cli import demo_chain
+from ranking.cli.demo_chain import Small
 from ranking.cli.output import console_err, emit, words
 
 MARK = ".brewline-demo"
 HEADLINE = ("recall@10", "recall@100")
 ENCODER_SHARE = 0.5
+REFUSED = 2
+"""Exit status of a command that said what is wrong; a bug ends with another one."""
 
 
 class DemoError(BrewlineError):
@@ -30,11 +34,11 @@ class DemoError(BrewlineError):
 def demo(
     data: Annotated[Path | None, typer.Option(help="A data folder of yours; without it a synthetic world is made.")] = None,
     work: Annotated[Path, typer.Option(help="Where everything is put; an older demo there is replaced.")] = Path("demo"),
-    minutes: Annotated[float, typer.Option(help="Training time, both models together.", min=0.1)] = 4.4,
+    minutes: Annotated[float, typer.Option(help="Training time of both models; going small takes a third more.", min=0.1)] = 4.4,
     seed: Annotated[int, typer.Option(help="Decides world, weights and batches.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
 ) -> None:
-    """Make or take data, train both models, publish a snapshot, serve it, ask it, and say how good it is.
+    """Make or take data, train both models, make the ranker small, publish a snapshot, serve it, ask it, and say how good it is.
 
     Examples: `brewline demo`; `brewline demo --data movietweets --minutes 20`
     """
@@ -45,11 +49,12 @@ def demo(
     if data is None:
         steps.run("A synthetic world", ["data", "world", str(folder), "--seed", str(seed)])
     checked = steps.run("What the data holds", ["data", "check", str(folder)])
-    encoder, ranker, store = work / "encoder", work / "ranker", work / "store"
+    encoder, teacher, store = work / "encoder", work / "ranker", work / "store"
     length = f"{minutes * ENCODER_SHARE:g}", f"{minutes * (1 - ENCODER_SHARE):g}"
     steps.run("The dual encoder learns", _train("encoder", folder, encoder, length[0], seed))
-    steps.run("The ranker learns", [*_train("ranker", folder, ranker, length[1], seed), "--encoder", str(encoder)])
-    models = ["--encoder", str(encoder), "--ranker", str(ranker)]
+    report = steps.run("The ranker learns", [*_train("ranker", folder, teacher, length[1], seed), "--encoder", str(encoder)])
+    small = go_small(steps, demo_chain.write_plan(work, folder, teacher, report, minutes, seed), teacher)
+    models = ["--encoder", str(encoder), "--ranker", str(small.folder)]
     quality = judge(steps, folder, models) if checked["sizes"]["events"] else {}
     steps.run("A night: embed, build, check, publish", ["nightly", str(folder), *models, "--store", str(store), "--as-of", "end"])
     from ranking.cli.demo_talk import talk
@@ -57,8 +62,16 @@ def demo(
     with steps.serving([*models, "--store", str(store)]) as port:
         answers = talk(folder, port)
     seconds = round(time.monotonic() - started, 1)
-    result = {"data": str(folder), **answers, "leads": leads(quality), **quality, "seconds": seconds}
-    emit(result, as_json=as_json, table=lambda: _tables(result))
+    result = {"data": str(folder), **answers, "chain": small.facts(), "leads": leads(quality), **quality, "seconds": seconds}
+    emit(result, as_json=as_json, table=lambda: _tables(result, small))
+
+
+def go_small(steps: Steps, plan: Path, teacher: Path) -> Small:
+    """The ranker to serve: the last model of the chain that passed its gate, at worst its teacher; the terminal says which."""
+    found = steps.run("The ranker goes small, with a gate at every step", ["ranker", "compress", str(plan)], stops=True)
+    small = demo_chain.served(found, teacher)
+    steps.console.print(words(f"  served: {small.model}; {small.why}"))
+    return small
 
 
 def judge(steps: Steps, folder: Path, models: Sequence[str]) -> dict[str, Any]:
@@ -94,12 +107,13 @@ class Steps:
         self.work, self.quiet = work, quiet
         self.console = console_err()
 
-    def run(self, title: str, arguments: Sequence[str]) -> dict[str, Any]:
-        """The JSON that the command printed. Raises DemoError if it failed; its own message is already on stderr."""
+    def run(self, title: str, arguments: Sequence[str], *, stops: bool = False) -> dict[str, Any]:
+        """The JSON that the command printed. Raises DemoError if it failed; its own message is already on stderr. A command that
+        `stops` may refuse after it has printed what it found."""
         self._announce(title, arguments)
         began = time.monotonic()
         done = subprocess.run([*_brewline(), *arguments, "--json"], stdout=subprocess.PIPE, check=False)
-        if done.returncode:
+        if done.returncode and not (stops and done.returncode == REFUSED and done.stdout):
             raise DemoError(f"`brewline {' '.join(arguments)}` ended with status {done.returncode}; see its message above")
         self.console.print(f"  done in {time.monotonic() - began:.1f} s", style="dim")
         found: dict[str, Any] = json.loads(done.stdout)
@@ -167,10 +181,13 @@ def _clear(work: Path) -> None:
     (work / MARK).touch()
 
 
-def _tables(result: dict[str, Any]) -> RenderableType:
+def _tables(result: dict[str, Any], small: Small) -> RenderableType:
     from ranking.cli.demo_talk import conversation, latencies
 
     parts: list[RenderableType] = [*map(conversation, result["conversations"]), latencies(result["latencies_ms"])]
+    if small.rows:
+        parts.append(demo_chain.side_by_side(small))
+    parts.append(words(f"The ranker that was served: {small.model}; {small.why}."))
     if result["leads"]:
         parts.append(_lead_table(result["leads"]))
     parts.append(words(f"The whole demo took {result['seconds'] / 60:.1f} minutes."))

@@ -91,6 +91,7 @@ def _ask(client: Client, question: Question) -> dict[str, Any]:
         "degraded": answer.degraded.name,
         "times_us": dict(answer.times),
         "candidates": answer.candidates,
+        "ranker": answer.ranker,
     }
 
 

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from ranking.cli.train_report import StageReport
+    from retrieval.learn.experiment import Kind
     from retrieval.learn.grid import Experiment, Run
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="Many trainings, each judged, in one results table.",
-    epilog="benchmarks/evidence.yaml is an example.",
+    epilog="benchmarks/evidence.yaml is an example, benchmarks/ranker_scaling.yaml one for rankers.",
 )
 
 
@@ -31,7 +32,8 @@ def run(
 ) -> None:
     """Train and judge every cell of an experiment: one default, some factors, some data sets, some seeds.
 
-    Each cell does what `brewline encoder train` and `brewline evaluate retrieval` do, and leaves a row in OUT/results.parquet and
+    Each cell does what `brewline encoder train` and `brewline evaluate retrieval` do, or with `kind: ranker` in the file what
+    `brewline ranker train` and `brewline evaluate ranking` do (without baselines), and leaves a row in OUT/results.parquet and
     OUT/results.md, its model in OUT/models and its lists in OUT/judged (for `brewline evaluate compare`). Rows are known by a
     digest of settings and data: the same command goes on after a stop, and runs only what is new after a change. A cell that
     fails leaves a row with the reason.
@@ -57,9 +59,16 @@ def run(
             console_err().print(words(f"[{number}/{of}] {run.words}"))
             return bars.enter_context(stages())
 
-        found = run_experiment(experiment, begin, retry=retry)
+        found = run_experiment(experiment, begin, retry=retry, kind=_kind(experiment))
     facts = {**found, "results": str(experiment.out / "results.md")}
     emit(facts, as_json=as_json, table=lambda: facts_table(facts))
+
+
+def _kind(experiment: Experiment) -> Kind:
+    from ranking.learn.experiment import RANKERS
+    from retrieval.learn.experiment import ENCODERS
+
+    return RANKERS if experiment.kind == "ranker" else ENCODERS
 
 
 def _plan(experiment: Experiment) -> tuple[dict[str, object], Group]:
@@ -69,17 +78,17 @@ def _plan(experiment: Experiment) -> tuple[dict[str, object], Group]:
 
     from ranking.cli.output import words
     from retrieval.data.read import read_dataset
-    from retrieval.learn.experiment import jobs_of, pending, predicted_seconds
+    from retrieval.learn.experiment import pending
     from retrieval.learn.results import read_rows
 
-    rows = read_rows(experiment.out)
-    jobs = jobs_of(experiment, {name: read_dataset(folder) for name, folder in experiment.data.items()})
+    rows, kind = read_rows(experiment.out), _kind(experiment)
+    jobs = kind.jobs(experiment, {name: read_dataset(folder) for name, folder in experiment.data.items()})
     waiting = pending(jobs, rows, retry=False)
     table = Table("run", "minutes", "from", box=None)
     paid = {str(row["model"]) for row in rows.values()}
     total, planned = 0.0, []
     for job in waiting:
-        seconds, source = (0.0, "trained already") if job.model in paid else predicted_seconds(job, experiment, rows)
+        seconds, source = (0.0, "trained already") if job.model in paid else kind.seconds(job, experiment, rows)
         paid.add(job.model)
         total += seconds
         planned.append({"run": job.run.words, "seconds": round(seconds), "from": source, "digest": job.digest})

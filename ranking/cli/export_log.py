@@ -42,7 +42,8 @@ class Made:
 def exported(store: Path, base: Dataset, members: str | None, now: int, until: int, cuts: Cuts | None) -> Made:
     """The base folder continued up to `until` (seconds) with all that a store and its member store (a URL) know at `now`.
 
-    Raises ExportError for a store without a journal, and what its parts raise.
+    Raises ExportError for a store without a journal, or a member store that is no file (opening it would make an empty one), and
+    what its parts raise.
     """
     from index.store import open_store
     from ranking.serving.stack import default_members
@@ -58,9 +59,12 @@ def exported(store: Path, base: Dataset, members: str | None, now: int, until: i
             f"{journal} is not there: no server of this store has noted what it showed; check STORE, or that servers run without "
             "--no-journal and may write there"
         )
+    address = members or default_members(store)
+    if address.startswith("sqlite:") and not Path(address.removeprefix("sqlite:").removeprefix("//")).is_file():
+        raise ExportError(f"no member store at {address}; give --members, the one that the servers of this store have")
     refusals = Refusals()
     grown, put, withdrawn = with_changes(store, base, now)
-    with closing(open_store(members or default_members(store))) as opened:
+    with closing(open_store(address)) as opened:
         opened.ping()
         told = export(grown, read_journal(journal, refusals), acknowledged(opened, refusals), refusals, until, cuts)
     return Made(told, put, withdrawn)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ranking.cli.compress import compress
+from ranking.cli.stages import run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -144,10 +145,13 @@ def export(
 
 
 app.command()(compress)
+app.command("stages")(run)
 
 
 def _table(report: TrainReport) -> Table:
     from rich.table import Table
+
+    from ranking.cli.train_report import places
 
     table = Table(title=f"Ranker {report.fingerprint}", title_justify="left", show_header=False)
     table.add_row("folder", report.folder)
@@ -158,6 +162,8 @@ def _table(report: TrainReport) -> Table:
     for name, measures in report.validation.items():
         words = f"AUC {measures['auc']:.4f}, calibration error {measures['calibration_error']:.4f}"
         table.add_row(f"validation: {name}", f"{words}, {measures['candidates']:,.0f} candidates")
+    for name, words in places(report.positions).items():
+        table.add_row(f"positions: {name}" if name else "positions", words)
     if report.note:
         table.add_row("note", report.note)
     return table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from rich.table import Table
@@ -50,3 +50,12 @@ def facts_table(facts: Mapping[str, object]) -> Table:
         shown = ", ".join(f"{key}: {held}" for key, held in value.items()) if isinstance(value, Mapping) else str(value)
         table.add_row(name.replace("_", " "), words(shown))
     return table
+
+
+def places(curve: Sequence[Mapping[str, object]]) -> dict[str, str]:
+    """What positions added to logits in training and add no longer: surface -> a number for each range of positions."""
+    found: dict[str, list[str]] = {}
+    for row in curve:
+        span = f"{row['first']}" if row["first"] == row["last"] else f"{row['first']}-{row['last']}"
+        found.setdefault(str(row["surface"]), []).append(f"{span} {row['logit']:+.2f}")
+    return {name: ", ".join(rows) for name, rows in found.items()}

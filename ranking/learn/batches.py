@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from ranking.learn.examples import Ints, Pool
+from ranking.learn.examples import SAMPLED, Ints, Pool
 from ranking.prefill.request import Request
 from ranking.prompts import RankPrompts, relations_of
-from ranking.shots import Shot
+from ranking.shots_past import PastShots
 from ranking.tasks import Task
 from retrieval import records
 from retrieval.counts import Counts
@@ -24,29 +24,34 @@ Choice = tuple[str, int]
 @dataclass(frozen=True)
 class Said:
     """How one group is put this time: the task in one wording, the member's own wish, the answers float32 [n] if the wish changes
-    them, and the examples (None: those of the prompts)."""
+    them, and which of them [n] it decides."""
 
     task: Task
     wish: str = ""
     label: npt.NDArray[np.float32] | None = None
-    shots: tuple[Shot, ...] | None = None
+    ruled: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Requests of one step; `label` float32 [n] and `tasks` of each request, candidates in the requests' order."""
+    """Requests of one step; `label` float32 [n] and `tasks` of each request, candidates in the requests' order; `event` int64
+    [n] as in `Pool`, SAMPLED too where a wish decided the answer: how the log came to its own is no matter there."""
 
     requests: list[Request]
     tasks: list[str]
     label: npt.NDArray[np.float32]
+    event: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 class GroupWriter:
     """Writes groups of a dataset as requests, exactly as the served ranker would write them at that moment."""
 
-    def __init__(self, dataset: Dataset, prompts: RankPrompts, tasks: Mapping[str, Task], before: int) -> None:
-        """Histories are engagements; numbers come from events strictly before `before` (seconds)."""
-        self.dataset, self.prompts, self.tasks = dataset, prompts, tasks
+    def __init__(
+        self, dataset: Dataset, prompts: RankPrompts, tasks: Mapping[str, Task], before: int, past: PastShots | None = None
+    ) -> None:
+        """Histories are engagements; numbers come from events strictly before `before` (seconds). Examples are those of the
+        prompts, or, for groups that those must not know of, the ones of each group's moment in the `past`, never the reader's."""
+        self.dataset, self.prompts, self.tasks, self._past = dataset, prompts, tasks, past
         self.counts = Counts.from_dataset(dataset, before)
         self._log = dataset.engagements
         self._order = np.argsort(self._log.member, kind="stable")
@@ -74,9 +79,15 @@ class GroupWriter:
                 row + self.prompts.suffix(relation)
                 for row, relation in zip(rows[place : place + size], self.relations(member, candidates, moment))
             ]
-            requests.append(Request(self.prefix(member, moment, put.task, put.wish, put.shots), closed))
+            requests.append(Request(self.prefix(member, moment, put.task, put.wish), closed))
             place += size
-        return Batch(requests, [task for task, _ in chosen], label.astype(np.float32))
+        event = np.concatenate(
+            [
+                pools[task].event[part] if put.ruled is None else np.where(put.ruled, SAMPLED, pools[task].event[part])
+                for (task, _), part, put in zip(chosen, parts, said)
+            ]
+        )
+        return Batch(requests, [task for task, _ in chosen], label.astype(np.float32), event)
 
     def item_rows(self, item: Ints, day: Ints) -> list[list[int]]:
         """Ids of items [n] with their numbers as of the start of days [n]."""
@@ -86,7 +97,7 @@ class GroupWriter:
         columns |= self.counts.at(item, day)
         return self.prompts.with_numbers([self._bodies[row] for row in item.tolist()], columns)
 
-    def prefix(self, member: int, moment: int, task: Task, wish: str = "", shots: Sequence[Shot] | None = None) -> list[int]:
+    def prefix(self, member: int, moment: int, task: Task, wish: str = "") -> list[int]:
         """Ids of the prefix of a member (row) at a moment (seconds), which sees nothing of the moment itself."""
         connections = self.dataset.connections_of(member, moment)
         opening = self.prompts.opening(MemberView(self.dataset.members[member], (), connections, wish), task)
@@ -95,6 +106,7 @@ class GroupWriter:
         begin = max(0, end - records.NEWEST)  # serving decides what to show from these alone
         rows = [begin + row for row in self.prompts.layout.admitted(history[begin:end])]
         shown, words = [history[row] for row in rows], [entries[row] for row in rows]
+        shots = None if self._past is None else self._past.before(task.name, moment, member)
         return self.prompts.assemble(opening, shown, words, self.prompts.examples(task, shots))
 
     def relations(self, member: int, item: Ints, moment: int) -> list[str]:

@@ -96,7 +96,7 @@ class Chain:
         """The teacher, scored as every step is."""
         folder = self.plan.out / "teacher"
         identity = {"teacher": self.teacher.fingerprint, DATA: self.ground.digest, "judged": self.plan.judged}
-        if (record := _remembered(folder, identity)) is None:
+        if (record := remembered_step(folder, identity)) is None:
             folder.mkdir(parents=True, exist_ok=True)
             facts = self._scored(self.plan.teacher, folder)
             record = {"identity": identity, "fingerprint": self.teacher.fingerprint, "steps": 0, "seconds": 0.0, **facts}
@@ -109,12 +109,12 @@ class Chain:
         for number, step in enumerate(self.plan.routes[name]):
             folder = self.plan.out / name / f"seed-{seed}" / f"{number + 1}-{step.name}"
             identity = self._identity(step, seed, parent)
-            record = _remembered(folder / WORK, identity)
+            record = remembered_step(folder / WORK, identity)
             if record is None:
                 record = self._run(step, seed, parent, folder, identity)
-            checks = judge(_measures(record["measured"]), gates) if gates else []
+            checks = judge(measures_of(record["measured"]), gates) if gates else []
             if gates and ONNX in record and (held := record[ONNX].get("measured")):
-                checks += [replace(one, metric=f"{one.metric}, onnxruntime") for one in judge(_measures(held), gates)]
+                checks += [replace(one, metric=f"{one.metric}, onnxruntime") for one in judge(measures_of(held), gates)]
             parent = _done(name, seed, step.name, folder, folder / WORK, record, checks)
             yield parent
             if parent.refused and gates:
@@ -123,6 +123,8 @@ class Chain:
     def _identity(self, step: Step, seed: int, parent: Done) -> dict[str, object]:
         """All that decides a step's bytes."""
         judged = {"calibration": self.plan.calibration, "judged": self.plan.judged}
+        if self.plan.taught is not None:  # folders of before do not name it
+            judged["taught"] = self.plan.taught
         origins = {"parent": parent.fingerprint, "root": self.teacher.fingerprint}
         return {**origins, "step": facts_of(step), "seed": seed, DATA: self.ground.digest, **judged}
 
@@ -148,7 +150,7 @@ class Chain:
     ) -> tuple[LlamaForCausalLM, int]:
         """A step's weights, and how many steps they learned."""
         if isinstance(step, Quantize):
-            return quantized(_loaded(parent.folder), step.to), 0
+            return quantized(loaded(parent.folder), step.to), 0
         learning = replace(step.learn, kl=0.0, hidden=0.0, label=1.0) if isinstance(step, Scratch) else step.learn
         ground = self.ground
         model = self._pruned(step, seed, parent) if isinstance(step, Prune) else self._student(step, seed, parent)
@@ -157,7 +159,7 @@ class Chain:
             kept = self._answers(parent.folder if step.teacher == "parent" else self.plan.teacher, learning)
         if not learning.steps:
             return model, 0
-        run = Distiller(model, ground.writer, ground.pools, ground.labels, learning, identity, seed, kept)
+        run = Distiller(model, ground.writer, ground.pools, ground.labels, learning, identity, seed, kept, ground.places)
         run.resume(work / "checkpoint")
         stage = f"{work.parent.parent.parent.name}, seed {seed}, {step.name}"
         run.run(learning.steps, lambda done, total: self.tell(stage, done, total), work / "checkpoint")
@@ -170,14 +172,14 @@ class Chain:
         torch.manual_seed(seed)
         prompts = self.teacher.prompts
         if step.base is not None:
-            model = _loaded(step.base)
+            model = loaded(step.base)
             if model.get_input_embeddings().num_embeddings < len(prompts.tokens):
                 fit_vocabulary(model, prompts.tokens)
                 smooth_buckets(model, prompts.tokens, prompts.quantizer)
             return model.to(self.plan.device)
         (config,) = configs_of([step], self.teacher.engine.model.config)
         model = LlamaForCausalLM(config)
-        vectors = self._words(config, seed) if isinstance(step, Scratch) else _loaded(parent.folder).get_input_embeddings().weight
+        vectors = self._words(config, seed) if isinstance(step, Scratch) else loaded(parent.folder).get_input_embeddings().weight
         if not start_to_compare(model, prompts.tokens, vectors, self.ground.labels):
             smooth_buckets(model, prompts.tokens, prompts.quantizer)
         return model.to(self.plan.device)
@@ -200,7 +202,7 @@ class Chain:
             for first in starts
         ]
         most = 1.0 if step.one_shot else MOST
-        return prune(_loaded(parent.folder).to(self.plan.device), step.keep, ground.labels, batches, seed=seed, most=most)
+        return prune(loaded(parent.folder).to(self.plan.device), step.keep, ground.labels, batches, seed=seed, most=most)
 
     def _answers(self, folder: Path, learning: Learning) -> Answers:
         """What the model of a folder says about all training candidates, kept under its fingerprint."""
@@ -221,14 +223,15 @@ class Chain:
             )
         engine = Engine(model, self.teacher.engine.label_ids)
         raw = {name: questions.scores(engine, self.ground.labels) for name, questions in self.ground.held.items()}
-        fitted = {name: fit(one, self.ground.held[name].label, self.plan.calibration) for name, one in raw.items()}
+        answers = {name: self.ground.expected(name, one) for name, one in raw.items()}
+        fitted = {name: fit(one, answers[name], self.plan.calibration) for name, one in raw.items()}
         enough = {name: one for name, one in fitted.items() if self.ground.held[name].rarer >= ENOUGH}
         made = {"parent": parent.fingerprint, "root": self.teacher.fingerprint, "step": facts_of(step), "learned": learned}
         training = {**before.facts.training, "compressed": {**made, "recalibrated": sorted(enough)}}
         facts = replace(before.facts, calibrators={**before.facts.calibrators, **enough}, training=training)
         head = before.head
         if head is not None and LABEL in enough:
-            head = replace(head, text=fit(raw[LABEL], self.ground.held[LABEL].label))
+            head = replace(head, text=fit(raw[LABEL], answers[LABEL]))
         return save_ranker(folder, stored(model, step.to) if isinstance(step, Quantize) else model, before.prompts, facts, head)
 
     def _scored(self, folder: Path, work: Path) -> dict[str, Any]:
@@ -268,19 +271,19 @@ class Chain:
         return {"refused": "", "bytes": facts["bytes"], "items_per_second": speed, "measured": measured}
 
 
-def _loaded(folder: Path | str) -> LlamaForCausalLM:
+def loaded(folder: Path | str) -> LlamaForCausalLM:
     """The weights of a folder, with gradients and unfused."""
     model: LlamaForCausalLM = load_llama(folder, causal_lm=True)
     return model.eval()
 
 
-def _measures(held: Mapping[str, Mapping[str, float | None]]) -> dict[str, Measure]:
+def measures_of(held: Mapping[str, Mapping[str, float | None]]) -> dict[str, Measure]:
     """Measures as a record holds them, where null is what could not be measured."""
     known = {name: {part: np.nan if value is None else value for part, value in one.items()} for name, one in held.items()}
     return {name: Measure(**one) for name, one in known.items()}
 
 
-def _remembered(folder: Path, identity: Mapping[str, object]) -> dict[str, Any] | None:
+def remembered_step(folder: Path, identity: Mapping[str, object]) -> dict[str, Any] | None:
     """The record of a finished step, None if there is none. Raises TrainingError if it is of another step."""
     path = folder / RECORD
     if not path.is_file():

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from index.errors import BrewlineError
 from ranking.learn.chain import RECORD, WORK, Chain, Done, Progress
 from ranking.learn.compress_plan import CompressPlan, PlanError, Quantize, Step, config_of, configs_of
 from ranking.learn.compress_table import Comparison, compared, markdown, row_of
+from ranking.learn.examples import sampled
+from ranking.learn.loop import LoopSettings
 from ranking.learn.prune import weights_of
 from ranking.learn.quantize import head_study
 from ranking.learn.questions import Ground, ground_of
@@ -53,7 +56,7 @@ def compress(plan: CompressPlan, tell: Progress) -> dict[str, Any]:
     with alone(plan.out):
         dataset, teacher = read_dataset(plan.data), Ranker.load(plan.teacher)  # its words; weights go to the device when asked
         check_provenance(plan.teacher, teacher.facts.training, dataset)
-        ground = ground_of(dataset, teacher, plan.judged)
+        ground = _taught(ground_of(dataset, teacher, plan.judged), plan.taught)
         chain = Chain(plan, dataset, ground, teacher, tell)
         root = chain.root()
         table = Table(plan, ground, root, _head_rows(plan, ground))
@@ -62,6 +65,20 @@ def compress(plan: CompressPlan, tell: Progress) -> dict[str, Any]:
                 for step in chain.route(route, seed, root):
                     table.add(step)
         return table.write(table.comparisons())
+
+
+def _taught(ground: Ground, candidates: int | None) -> Ground:
+    """The ground with about that many candidates of the first task to learn from (None: all), and of each further task the share
+    that a round of training holds of it."""
+    if candidates is None:
+        return ground
+    found = {}
+    for place, (name, pool) in enumerate(ground.pools.items()):
+        wanted = candidates if place == 0 else round(candidates * LoopSettings.others)
+        kept = np.zeros(len(pool), bool)
+        kept[[group for _, group in sampled(pool, wanted)]] = True
+        found[name] = pool.only(kept)
+    return replace(ground, pools=found)
 
 
 def _head_rows(plan: CompressPlan, ground: Ground) -> list[dict[str, object]]:

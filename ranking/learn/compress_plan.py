@@ -104,7 +104,8 @@ Step = Distill | Scratch | Prune | Quantize
 class CompressPlan:
     """What a file asks for. `routes` name -> steps, each from the one before, the first from `teacher`; every route runs once
     for each seed. `budget`: training steps that every route must sum to (None: not compared). `judged`: candidates at most that
-    gates and table look at. `compare`: pairs of routes whose last trained models are set side by side."""
+    gates and table look at, `taught` those of the first task that teachers are asked about and students learn from (None: all).
+    `compare`: pairs of routes whose last trained models are set side by side."""
 
     __pydantic_config__ = FORBID
 
@@ -120,6 +121,7 @@ class CompressPlan:
     compare: list[tuple[str, str]] = field(default_factory=list)
     calibration: Method = "platt"
     judged: int = 20_000
+    taught: int | None = None
     device: str = "cpu"
 
     @classmethod
@@ -159,8 +161,8 @@ def _with_defaults(found: Any) -> Any:
 
 def _wrong(plan: CompressPlan) -> str:
     """What types cannot refuse, in words; "" if nothing."""
-    if not plan.routes or not all(plan.routes.values()) or not plan.seeds or plan.judged < 1:
-        return "no routes, a route without steps, no seeds or nothing to judge on; there is nothing to do"
+    if not plan.routes or not all(plan.routes.values()) or not plan.seeds or min(plan.judged, plan.taught or 1) < 1:
+        return "no routes, a route without steps, no seeds, nothing to judge on or to learn from; there is nothing to do"
     unknown = {*plan.ungated, *(name for pair in plan.compare for name in pair)} - plan.routes.keys()
     if unknown:
         return f"unknown routes {', '.join(sorted(unknown))}; known are {', '.join(plan.routes)}"
@@ -184,7 +186,7 @@ def _plain(name: str) -> bool:
 
 
 def configs_of(steps: list[Step], teacher: LlamaConfig) -> list[LlamaConfig]:
-    """The configuration after each step. Raises PruneError for a cut that cannot be, QuantizeError for fp8 without a GPU."""
+    """The configuration after each step. Raises PruneError for a cut that cannot be, and the errors of `check_fp8`."""
     found = [teacher]
     for step in steps:
         if isinstance(step, Prune):

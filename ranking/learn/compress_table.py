@@ -42,18 +42,19 @@ def row_of(one: Done, root: Done, label: Labels, member: Labels) -> dict[str, An
     low, high, lost = _lost(label, member, *(each.test.astype(np.float64) for each in (one, root)))
     row: dict[str, Any] = {"route": one.route, "seed": one.seed, "step": one.name, "folder": str(one.folder)}
     row |= {name: one.record[name] for name in ("fingerprint", "parameters", "outside_embeddings", "bytes", "steps", "seconds")}
-    row |= {"items_per_second": one.record["items_per_second"], **_metrics(one.test, one.said, label, member)}
+    row |= {"items_per_second": one.record["items_per_second"], **metrics_of(one.test, one.said, label, member)}
     row |= {"auc_lost": lost, "auc_lost_low": low, "auc_lost_high": high}
     row |= {"gate": [check.facts() for check in one.checks], "refused": one.refused}
     if ONNX in one.record:
         row[ONNX] = {name: held for name, held in one.record[ONNX].items() if name != "measured"}
         if not one.record[ONNX]["refused"]:
             with np.load(one.folder / WORK / f"{ONNX}-{SCORES}") as held:
-                row[ONNX] |= _metrics(held["test"], held["said"], label, member)
+                row[ONNX] |= metrics_of(held["test"], held["said"], label, member)
     return row
 
 
-def _metrics(raw: npt.NDArray[np.floating], said: npt.NDArray[np.floating], label: Labels, member: Labels) -> dict[str, float]:
+def metrics_of(raw: npt.NDArray[np.floating], said: npt.NDArray[np.floating], label: Labels, member: Labels) -> dict[str, float]:
+    """Every metric of raw scores and probabilities [n]."""
     _, code = np.unique(member, return_inverse=True)
     columns = (np.asarray(label, np.float64), np.asarray(raw, np.float64), np.asarray(said, np.float64), code)
     return {name: metric(*columns) for name, metric in METRICS.items()}

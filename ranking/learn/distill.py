@@ -29,6 +29,7 @@ from transformers import LlamaForCausalLM
 from ranking.learn.batches import Choice, GroupWriter
 from ranking.learn.examples import Pool
 from ranking.learn.loop import Labels, LoopSettings, Trainer, answers, layers_of
+from ranking.learn.positions import Places
 from ranking.prefill.llama import Layers
 from retrieval.learn.checkpoint import TrainingError, check_identity, write_json
 
@@ -147,12 +148,14 @@ class Distiller(Trainer):
         identity: Mapping[str, object],
         seed: int,
         kept: Answers | None,
+        places: Places | None = None,
     ) -> None:
-        """`identity` as in `ranking.learn.loop.Trainer`; raises TrainingError if the losses need answers that are not there."""
+        """`identity` and `places` as in `ranking.learn.loop.Trainer`. Raises TrainingError if the losses need answers that are
+        not there."""
         if (learning.taught and kept is None) or (learning.hidden > 0 and kept is not None and not kept.states):
             raise TrainingError("the losses ask for a teacher's answers or states, and none are kept; set kl and hidden to 0")
         whole = {**identity, "learning": asdict(learning)}
-        super().__init__(model, writer, pools, labels, learning.steps, learning.loop, whole, seed)
+        super().__init__(model, writer, pools, labels, learning.steps, learning.loop, whole, seed, None, places)
         self.learning, self.kept = learning, kept
         self._projection: nn.Parameter | None = None
         if kept is not None and learning.hidden > 0:
@@ -174,7 +177,10 @@ class Distiller(Trainer):
         batch = self.writer.write(self.pools, chosen)
         state, logit = self.read(batch)
         wanted = self.learning
-        loss = wanted.label * functional.binary_cross_entropy_with_logits(logit, torch.from_numpy(batch.label).to(logit.device))
+        label = torch.from_numpy(batch.label).to(logit.device)
+        placed = self.placed(batch, logit)
+        self.note(batch, placed, label)
+        loss = wanted.label * functional.binary_cross_entropy_with_logits(placed, label)
         if self.kept is None or not wanted.taught:
             return loss, {}
         said, shown = self.kept.read(chosen)

@@ -188,12 +188,12 @@ def _any_answers(dataset: Dataset, task: Task) -> tuple[Ints, npt.NDArray[np.int
         return event, np.ones(len(event), np.int8)
     shown = log.actions.index(IMPRESSION) if IMPRESSION in log.actions else -1
     event = np.flatnonzero((log.action == shown) & (log.request >= 0))
-    wanted = np.array([action_kind(action) == task.action for action in log.actions])
+    wanted = np.array([action_kind(action) == task.action for action in log.actions], bool)
     did = np.flatnonzero(wanted[log.action] & (log.request >= 0))
-    return event, np.isin(_shown_key(log, event), _shown_key(log, did)).astype(np.int8)
+    return event, np.isin(shown_key(log, event), shown_key(log, did)).astype(np.int8)
 
 
-def _shown_key(log: Events, event: Ints) -> npt.NDArray[np.void]:
+def shown_key(log: Events, event: Ints) -> npt.NDArray[np.void]:
     """One comparable value for (request, member, item) of each event."""
     columns = np.stack([log.request[event], log.member[event], log.item[event]], 1).astype(np.int32)
     return np.ascontiguousarray(columns).view(np.dtype((np.void, 12)))[:, 0]

@@ -19,6 +19,8 @@ from ranking.fusion import Blend, Head, centre_of, fit_blend
 from ranking.fusion_features import feature_names
 from ranking.fusion_rows import FeatureRows, base_rate, training_pool
 from ranking.learn.examples import Pool
+from ranking.learn.positions import Answers, Positions, at_mean_place_alone
+from ranking.tasks import LABEL
 from ranking.trees import Boosting, Trees, grow
 from retrieval.data.schema import Dataset
 
@@ -30,20 +32,22 @@ def blend_facts(
     pool: Pool,
     groups: Sequence[int],
     text: npt.NDArray[np.floating],
-    label: npt.NDArray[np.integer],
+    label: Answers,
     calibrator: Calibrator,
     encoder: Path | None,
     seed: int,
+    positions: Positions | None = None,
 ) -> Mapping[str, object] | None:
     """The blend for scores [n] of the text model on groups of the validation window, as facts; None without enough labels.
 
-    `encoder` saw nothing of that window, nor did `calibrator` need more than these scores.
+    `encoder` saw nothing of that window, nor did `calibrator` need more than these scores. Where there are `positions`, labels
+    are those expected at the mean place (`ranking.learn.positions` says why).
     """
     if min(label.sum(), len(label) - label.sum()) < ENOUGH:
         return None
     cut = dataset.meta.cut_valid
     base = base_rate(dataset, cut)
-    trees = trees_before(dataset, cut, base, seed)
+    trees = trees_before(dataset, cut, base, seed, positions)
     if trees is None:
         return None
     rows = FeatureRows(dataset, dataset.meta.cut_test, base)
@@ -61,6 +65,7 @@ def head_of(
     calibrator: Calibrator,
     encoder: Path | None,
     seed: int,
+    positions: Positions | None = None,
 ) -> Head:
     """The head to serve: trees of everything before the test cut under the blend. Raises FusionError.
 
@@ -69,7 +74,7 @@ def head_of(
     """
     cut = dataset.meta.cut_test
     base = base_rate(dataset, cut)
-    trees = trees_before(dataset, cut, base, seed) or Trees.nothing(base)
+    trees = trees_before(dataset, cut, base, seed, positions) or Trees.nothing(base)
     head = Head(tuple(dataset.items.numbers), base, trees, calibrator, Blend.from_facts(blend))
     if encoder is None or not head.reads_cosine:
         return head
@@ -83,11 +88,14 @@ def _cosines(rows: FeatureRows, pool: Pool, groups: Sequence[int], encoder: Path
     return rows.cosines(pool, groups, Encoder.load(encoder))
 
 
-def trees_before(dataset: Dataset, cut: int, base: float, seed: int) -> Trees | None:
+def trees_before(dataset: Dataset, cut: int, base: float, seed: int, positions: Positions | None = None) -> Trees | None:
     """Trees of the labelled events before a time (seconds), each as it was known then; None without enough labels."""
     settings = Boosting()
     pool = training_pool(dataset, cut, settings.most, seed)
     if min(pool.label.sum(dtype=int), len(pool.label) - pool.label.sum(dtype=int)) < ENOUGH:
         return None
     rows = FeatureRows(dataset, cut, base).of(pool, range(len(pool)))
-    return grow(rows, pool.label.astype(np.float64), settings, seed)
+    label = pool.label.astype(np.float64)
+    if positions is not None:
+        label = at_mean_place_alone(pool.label, base, positions.shifts(LABEL, pool.event))
+    return grow(rows, label, settings, seed)

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 from ranking.learn.attention import training_mixer
 from ranking.learn.batches import Batch, GroupWriter, Order
 from ranking.learn.examples import Pool
+from ranking.learn.positions import WORDS_FIRST, Places, Positions
 from ranking.learn.variety import Variety
 from ranking.prefill.llama import Layers
 from ranking.prefill.plan import plan
@@ -58,11 +59,14 @@ class Trainer(Loop):
         identity: Mapping[str, object],
         seed: int,
         variety: Variety | None = None,
+        places: Places | None = None,
     ) -> None:
         """`labels` task -> (positive, negative) token ids; `pools` the groups to learn from, the main task first; `identity`
-        as in `retrieval.learn.loop.Loop`; without a `variety` every group is put as it is served."""
+        as in `retrieval.learn.loop.Loop`; without a `variety` every group is put as it is served, without `places` positions
+        are not taken out."""
         own = {"seed": seed, "groups": [*map(len, pools.values())]}
         super().__init__(model, settings, steps, {**identity, **own})
+        self.positions = None if places is None else Positions(places, model.device)
         self.writer, self.pools, self.labels, self.seed, self.variety = writer, pools, labels, seed, variety
         self.order = Order(pools, settings.others, settings.candidates, seed, settings.temperature)
         self.tokens = 0
@@ -71,8 +75,12 @@ class Trainer(Loop):
     def again(self, steps: int, learning_rate: float) -> Trainer:
         """A run of another length and rate over the same groups, from a copy of the weights as they are."""
         settings = replace(self.settings, learning_rate=learning_rate)
-        model = copy.deepcopy(self.model)
-        return Trainer(model, self.writer, self.pools, self.labels, steps, settings, self.identity, self.seed, self.variety)
+        model, places = copy.deepcopy(self.model), None if self.positions is None else self.positions.places
+        parts = (self.writer, self.pools, self.labels)
+        found = Trainer(model, *parts, steps, settings, self.identity, self.seed, self.variety, places)
+        if self.positions is not None and found.positions is not None:
+            found.positions.restore(self.positions.state())
+        return found
 
     def step_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss of the next groups of the order."""
@@ -82,11 +90,22 @@ class Trainer(Loop):
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The mean log-loss of the batch's answers, from the logits of the two answer words in float32."""
-        label, logits = torch.from_numpy(batch.label).to(self.model.device), self.read(batch)[1]
+        label, logits = torch.from_numpy(batch.label).to(self.model.device), self.placed(batch, self.read(batch)[1])
         if self.variety is not None and self.variety.corrections:
             added = [self.variety.corrections.get(task, 0.0) for task in batch.tasks]
-            logits = logits + torch.tensor(np.repeat(added, [len(one.items) for one in batch.requests])).to(logits)
+            each = np.where(batch.event >= 0, np.repeat(added, [len(one.items) for one in batch.requests]), 0.0)
+            logits = logits + torch.from_numpy(each).to(logits)
+        self.note(batch, logits, label)
         return functional.binary_cross_entropy_with_logits(logits, label)
+
+    def note(self, batch: Batch, logits: torch.Tensor, label: torch.Tensor) -> None:
+        """What the answers [n] say of places is known from the next step on, once the words had time to learn."""
+        if self.positions is not None and self.done >= WORDS_FIRST * self.steps:
+            self.positions.learn(batch, logits, label)
+
+    def placed(self, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
+        """The logits [n] with what the places of the candidates add."""
+        return logits if self.positions is None else logits + self.positions.added(batch)
 
     def read(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The `answers` of a batch, whose tokens count as read."""
@@ -94,11 +113,14 @@ class Trainer(Loop):
         return answers(self._layers, self.labels, batch)
 
     def state(self) -> dict[str, Any]:
-        """The place in the order, and the tokens read."""
-        return {"cursor": list(self.order.cursor), "tokens": self.tokens}
+        """The place in the order, the tokens read, and what is known of positions."""
+        places = {} if self.positions is None else {"positions": self.positions.state()}
+        return {"cursor": list(self.order.cursor), "tokens": self.tokens, **places}
 
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Go to the place in the order that a checkpoint names."""
+        if self.positions is not None:
+            self.positions.restore(facts["positions"])
         self.tokens, self.order.cursor = facts["tokens"], (facts["cursor"][0], facts["cursor"][1])
 
 

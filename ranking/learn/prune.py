@@ -1,4 +1,4 @@
-"""MLP neurons, key heads with their query heads, and layers leave a ranker; what is left is an ordinary smaller LLaMA.
+"""MLP neurons, key heads with their query heads, layers and hidden dims leave a ranker; an ordinary smaller LLaMA is left.
 
 What a structure is worth is measured on real groups, by what its absence does to the scores (not to the loss: near convergence
 its gradient is noise, and it would need labels):
@@ -7,6 +7,7 @@ its gradient is noise, and it would need labels):
     widths    first-order Taylor (arXiv 1906.10771): for a structure S, (sum over its output weights of w * d/dw sum_i e_i z_i)^2
               with random signs e_i = +-1, added up over batches. w * d/dw summed over output columns is the derivative by a gate
               on S; the signs make the square an unbiased estimate of sum_i (change of z_i)^2: candidates do not cancel.
+    hidden    `ranking.learn.narrow`, first of all
 
 Widths are uniform over the layers, so that stock transformers loads the result; each layer keeps its own best structures.
 
@@ -26,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from index.errors import BrewlineError
 from ranking.learn.batches import Batch
 from ranking.learn.loop import Labels, answers, layers_of
+from ranking.learn.narrow import narrowed
 
 MOST = 0.3
 """Share of the weights outside the embeddings that one step may take; more costs what training does not bring back."""
@@ -48,6 +50,7 @@ class Keep:
     mlp: int | None = None
     kv_heads: int | None = None
     layers: int | None = None
+    hidden: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,21 +65,23 @@ class Kept:
 def pruned_config(config: LlamaConfig, keep: Keep, most: float = MOST) -> LlamaConfig:
     """The configuration of the smaller model. Raises PruneError if a size cannot be, or if more than `most` would leave."""
     had = {"mlp": config.intermediate_size, "kv_heads": config.num_key_value_heads, "layers": config.num_hidden_layers}
+    had["hidden"] = config.hidden_size
     asked = asdict(keep)
     wanted = {name: size if asked[name] is None else asked[name] for name, size in had.items()}
     wrong = [f"{name} {wanted[name]} of {had[name]}" for name in had if not 0 < wanted[name] <= had[name]]
     if wrong or wanted == had:
         raise PruneError(f"cannot keep {', '.join(wrong) or 'everything'}; each of {had} may get smaller, and one must")
     each = config.num_attention_heads // config.num_key_value_heads
-    if config.hidden_size % (wanted["kv_heads"] * each):
-        fits = [count for count in range(1, had["kv_heads"]) if config.hidden_size % (count * each) == 0]
+    if wanted["hidden"] % (wanted["kv_heads"] * each):
+        fits = [count for count in range(1, had["kv_heads"] + 1) if wanted["hidden"] % (count * each) == 0]
         raise PruneError(
             f"{wanted['kv_heads']} key heads leave {wanted['kv_heads'] * each} query heads, which do not divide the width "
-            f"{config.hidden_size}, and stock transformers refuses that; keep one of {fits}"
+            f"{wanted['hidden']}, and stock transformers refuses that; keep one of {fits}"
         )
     facts = config.to_dict()
     facts |= {"intermediate_size": wanted["mlp"], "num_hidden_layers": wanted["layers"], "head_dim": config.head_dim}
     facts |= {"num_key_value_heads": wanted["kv_heads"], "num_attention_heads": wanted["kv_heads"] * each}
+    facts["hidden_size"] = wanted["hidden"]
     smaller = LlamaConfig(**facts)
     before, after = weights_of(config)[1], weights_of(smaller)[1]
     if after < (1 - most) * before:
@@ -106,6 +111,9 @@ def prune(
     config = pruned_config(model.config, keep, most)
     if not batches:
         raise PruneError("no groups to measure on what each structure is worth")
+    if config.hidden_size < model.config.hidden_size:
+        narrow = LlamaConfig(**(model.config.to_dict() | {"hidden_size": config.hidden_size}))
+        model = narrowed(model, narrow, labels, batches, seed)
     return cut(model, config, choose(model, config, labels, batches, seed))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -20,12 +20,14 @@ import torch
 
 from index.errors import BrewlineError
 from ranking.calibrate import ENOUGH
-from ranking.learn.batches import Batch, GroupWriter
+from ranking.learn.batches import Batch, GroupWriter, Said
 from ranking.learn.examples import GroupSettings, Pool, held_back, pools_of, taught
 from ranking.learn.loop import Labels, answers, layers_of
+from ranking.learn.positions import Answers, Places, PositionSettings, at_mean_place, known_shifts, places_of
 from ranking.learn.validate import sampled
 from ranking.prefill.request import Request
 from ranking.ranker import Ranker
+from ranking.shots_past import PastShots
 from ranking.tasks import taught_of
 from retrieval.data.schema import Dataset
 from retrieval.learn.checkpoint import dataset_digest
@@ -52,20 +54,21 @@ class Scoring(Protocol):
 
 @dataclass(frozen=True)
 class Questions:
-    """Groups of one task as a ranker is asked them, the answers int8 [n] and the members int64 [n]."""
+    """Groups of one task as a ranker is asked them, the answers int8 [n], members and events int64 [n]."""
 
     task: str
     requests: list[Request]
     label: npt.NDArray[np.int8]
     member: npt.NDArray[np.int64]
+    event: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, writer: GroupWriter, pool: Pool, candidates: int) -> Questions:
-        """About that many candidates' groups of a pool, always the same ones."""
+    def of(cls, writer: GroupWriter, pool: Pool, candidates: int, said: Said | None = None) -> Questions:
+        """About that many candidates' groups of a pool, always the same ones, as they are served or as `said` puts them."""
         chosen = sampled(pool, candidates)
-        batch = writer.write({pool.task: pool}, chosen)
+        batch = writer.write({pool.task: pool}, chosen, None if said is None else [said] * len(chosen))
         member = np.repeat([pool.member[group] for _, group in chosen], [len(one.items) for one in batch.requests])
-        return cls(pool.task, batch.requests, batch.label.astype(np.int8), member.astype(np.int64))
+        return cls(pool.task, batch.requests, batch.label.astype(np.int8), member.astype(np.int64), batch.event)
 
     @property
     def rarer(self) -> int:
@@ -104,7 +107,8 @@ class Questions:
 
 @dataclass(frozen=True)
 class Ground:
-    """The parts of a data set as the module says; `held` by task, `main` the first task's name."""
+    """The parts of a data set as the module says; `held` by task, `main` the first task's name; `places` where the teacher took
+    positions out (`ranking.learn.positions`), and by task what they add to the logits of the held-back candidates."""
 
     digest: str
     main: str
@@ -113,6 +117,13 @@ class Ground:
     pools: Mapping[str, Pool]
     held: Mapping[str, Questions]
     test: Questions
+    places: Places | None = None
+    shifts: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+
+    def expected(self, task: str, raw: Raw) -> Answers:
+        """The held-back answers of a task that a calibrator of these raw scores [n] is fitted on: those at the mean place."""
+        held = self.held[task]
+        return at_mean_place(raw, held.label, self.shifts[task]) if task in self.shifts else held.label
 
     @property
     def asked(self) -> Questions:
@@ -134,13 +145,14 @@ def ground_of(dataset: Dataset, teacher: Ranker, judged: int) -> Ground:
         ) from error
     tasks, main = taught_of(teacher.tasks), next(iter(teacher.tasks))
     held = held_back(dataset, seed)
-    writer = GroupWriter(dataset, teacher.prompts, tasks, meta.cut_test)
+    count = max(map(len, teacher.prompts.shots.values()), default=0)
+    writer = GroupWriter(dataset, teacher.prompts, tasks, meta.cut_test, PastShots(dataset, tasks, count, meta.cut_test))
     pools = taught(dataset, pools_of(dataset, tasks, None, meta.cut_test, GroupSettings(), seed), held)
     fresh = replace(GroupSettings(), least=1)
     window = pools_of(dataset, tasks, meta.cut_valid, meta.cut_test, fresh, seed)
     window = {name: pool.only(held[pool.member]) for name, pool in window.items()}
     asked = {name: Questions.of(writer, pool, judged) for name, pool in window.items() if len(pool)}
-    end = int(dataset.events.timestamp.max()) + 1
+    end = int(dataset.events.timestamp.max(initial=meta.cut_test)) + 1  # a folder may have no events at all
     after = pools_of(dataset, {main: tasks[main]}, meta.cut_test, end, fresh, seed)
     if main not in asked or asked[main].rarer < ENOUGH or main not in after or main not in pools:
         seen = asked[main].rarer if main in asked else 0
@@ -149,4 +161,7 @@ def ground_of(dataset: Dataset, teacher: Ranker, judged: int) -> Ground:
             f"{len(after)} tasks after the test cut; a step could not be judged. Move the cuts, or bring more events"
         )
     test = Questions.of(GroupWriter(dataset, teacher.prompts, tasks, end), after[main], judged)
-    return Ground(dataset_digest(dataset), main, teacher.facts.labels, writer, pools, asked, test)
+    known = training.get("positions")
+    places = places_of(dataset, pools, tasks, PositionSettings(ridge=float(known["ridge"]))) if known else None
+    shifts = {name: known_shifts(dataset, training, tasks[name], one.event) for name, one in asked.items()} if known else {}
+    return Ground(dataset_digest(dataset), main, teacher.facts.labels, writer, pools, asked, test, places, shifts)

@@ -1,9 +1,9 @@
-"""Settings of a ranker's training by their dotted names, for those that have no flag of their own."""
+"""Settings of a ranker's training by name: those without a flag of their own, and all of them for experiment and stage files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 import yaml
@@ -12,8 +12,31 @@ from pydantic import TypeAdapter, ValidationError
 from ranking.learn.start import RankerPlan
 from retrieval.learn.checkpoint import TrainingError
 
-GROUPS = ("layout", "groups", "loop", "budgets", "size")
+GROUPS = ("layout", "groups", "loop", "budgets", "size", "positions")
 """Parts of a plan whose settings can be named, as in `layout.grouped=true`."""
+ELSEWHERE = (*GROUPS, "tasks")
+"""Fields of a plan that are no single setting."""
+
+
+def plan_of(settings: Mapping[str, object]) -> RankerPlan:
+    """The plan with these settings, NAME or PART.NAME, and defaults for all others; one of steps and minutes says how long.
+
+    Raises TrainingError naming the setting that is unknown or has a value that it cannot have.
+    """
+    content = {**asdict(RankerPlan()), "minutes": None}
+    alone = [one.name for one in fields(RankerPlan) if one.name not in ELSEWHERE]
+    known = [*alone, *(f"{part}.{name}" for part in GROUPS for name in content[part])]
+    if unknown := sorted(set(settings) - set(known)):
+        raise TrainingError(f"unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
+    for name, value in settings.items():
+        part, _, field = name.rpartition(".")
+        (content[part] if part else content)[field] = value
+    plan = _checked(content, "settings")
+    if (plan.steps is None) == (plan.minutes is None):
+        raise TrainingError(f"settings: steps is {plan.steps} and minutes is {plan.minutes}; give one of them")
+    if not 0 < plan.share <= 1:
+        raise TrainingError(f"settings: share is {plan.share:g}; expected above 0 and at most 1")
+    return plan
 
 
 def with_settings(plan: RankerPlan, pairs: Sequence[str]) -> RankerPlan:
@@ -32,8 +55,12 @@ def with_settings(plan: RankerPlan, pairs: Sequence[str]) -> RankerPlan:
             known[field] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise TrainingError(f"--set {pair}: {' '.join(str(error).split())}; expected PART.NAME=VALUE") from error
+    return _checked(content, "--set")
+
+
+def _checked(content: Mapping[str, Any], where: str) -> RankerPlan:
     try:
         return TypeAdapter(RankerPlan).validate_python(content)
     except ValidationError as error:
         said = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:5])
-        raise TrainingError(f"--set: {said}") from error
+        raise TrainingError(f"{where}: {said}") from error

@@ -17,6 +17,7 @@ from ranking.learn.batches import GroupWriter
 from ranking.learn.compare import start_to_compare
 from ranking.learn.examples import GroupSettings, pools_of, taught, thinned
 from ranking.learn.loop import LoopSettings, Trainer
+from ranking.learn.positions import PositionSettings, places_of
 from ranking.learn.variety import Variety
 from ranking.prompts import RankBudgets, RankLayout, RankPrompts, label_token
 from ranking.ranker import labels_of
@@ -43,7 +44,8 @@ class RankerPlan:
     tokenizer, quantizer and word vectors are the start of a new model. `learning_rate` takes the
     place of the one in `loop` and of its choice on the validation window. `fusion`: a head with numbers is trained after it.
     `tasks` take the place of those that the folder can teach. `wishes` is the share of groups with an instruction made by rule
-    (`ranking.learn.wishes`); cold members get `shots` examples.
+    (`ranking.learn.wishes`); cold members get `shots` examples. `positions`: see `ranking.learn.positions`.
+    `share` of the groups are learned from, for scaling curves (late fusion's trees still read all events).
     """
 
     steps: int | None = None
@@ -64,6 +66,8 @@ class RankerPlan:
     tasks: tuple[Task, ...] = ()
     wishes: float = 0.0
     shots: int = 0
+    positions: PositionSettings = field(default_factory=PositionSettings)
+    share: float = 1.0
 
     @property
     def named_tasks(self) -> dict[str, Task]:
@@ -97,10 +101,12 @@ def start(
     if held is not None:
         pools = taught(dataset, pools, held)
     pools, corrections = thinned(pools, tasks, plan.groups.rare, plan.seed)
+    if plan.share < 1:
+        pools = {name: pool.only(_some(len(pool), plan.share, plan.seed)) for name, pool in pools.items()}
     past = PastShots(dataset, taught_of(tasks), plan.shots, before)
     model, tokens, quantizer = _parts(dataset, before, plan, tasks)
     prompts = RankPrompts(tokens, quantizer, plan.budgets, plan.layout, past.of_all(tasks, before))
-    writer = GroupWriter(dataset, prompts, tasks, before)
+    writer = GroupWriter(dataset, prompts, tasks, before, past)
     return Trainer(
         model,
         writer,
@@ -110,8 +116,15 @@ def start(
         replace(plan.loop, learning_rate=plan.rate),
         identity or {},
         plan.seed,
-        Variety(dataset.items, tasks, past, plan.wishes, plan.seed, corrections),
+        Variety(dataset.items, tasks, plan.wishes, plan.seed, corrections),
+        places_of(dataset, pools, tasks, plan.positions),
     )
+
+
+def _some(groups: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """A share of the groups, one at least; those of a smaller share are among those of a larger one."""
+    order = np.random.default_rng([seed, 14]).permutation(groups)
+    return order < max(1, round(share * groups))
 
 
 @dataclass(frozen=True)

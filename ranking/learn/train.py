@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ranking.calibrate import Calibrator
 from ranking.learn.examples import held_back, teaches
 from ranking.learn.fuse import head_of
 from ranking.learn.loop import Trainer
+from ranking.learn.positions import applies
 from ranking.learn.start import Origins, RankerPlan, origins_of, start
 from ranking.learn.validate import Progress, decide, labels_judged, recalibrated, window_pools
 from ranking.ranker import FACTS, RankerFacts, save_ranker
@@ -33,7 +34,8 @@ SAMPLED_NOTE = (
 @dataclass(frozen=True)
 class TrainReport:
     """What a training reached. `trials` learning rate -> AUC of its trial (empty: none tried); `validation` task -> AUC,
-    calibration error, candidates of the validation run (empty: nothing was there to judge); `tokens_per_second` of the refit."""
+    calibration error, candidates of the validation run (empty: nothing was there to judge); `tokens_per_second` of the refit;
+    `positions` what each place added to a logit in training (empty: no impressions with positions)."""
 
     folder: str
     fingerprint: str
@@ -46,6 +48,7 @@ class TrainReport:
     tasks: list[str]
     validation: dict[str, dict[str, float]]
     note: str
+    positions: list[dict[str, object]] = field(default_factory=list)
 
 
 def train_ranker(dataset: Dataset, out: Path, plan: RankerPlan, progress: Progress | None = None) -> TrainReport:
@@ -89,7 +92,7 @@ def train_ranker(dataset: Dataset, out: Path, plan: RankerPlan, progress: Progre
         scale = again[LABEL][1] if LABEL in again else Calibrator.from_facts(decision["scale"])
         pool, groups = labels_judged(window_pools(dataset, trainer, plan))
         encoder = None if plan.encoder is None else Path(plan.encoder)
-        head = head_of(dataset, decision["blend"], pool, groups, scale, encoder, plan.seed)
+        head = head_of(dataset, decision["blend"], pool, groups, scale, encoder, plan.seed, trainer.positions)
     with (work / "curve.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(point) + "\n" for point in trainer.curve)
     fingerprint = save_ranker(out, trainer.model, trainer.writer.prompts, facts, head)
@@ -114,13 +117,19 @@ def _report(
         tasks=list(facts.tasks),
         validation=decision["validation"],
         note=str(facts.training["note"]),
+        positions=[] if trainer.positions is None else trainer.positions.curve(),
     )
 
 
 def _identity(dataset: Dataset, plan: RankerPlan, origins: Origins) -> dict[str, object]:
     """All that decides the weights. An encoder counts by what it holds, not by where it lies."""
     held = {"encoder": origins.refit, "validation_encoder": origins.validation}
-    return {"plan": asdict(replace(plan, encoder=None)), DATA: dataset_digest(dataset), **held}
+    settings = asdict(replace(plan, encoder=None))
+    if not applies(dataset, plan.positions):
+        del settings["positions"]  # nothing of it moves a weight, and trainings begun before it existed go on
+    if plan.share == 1:
+        del settings["share"]
+    return {"plan": settings, DATA: dataset_digest(dataset), **held}
 
 
 def _facts(
@@ -133,7 +142,7 @@ def _facts(
     note: str,
 ) -> RankerFacts:
     # How the length was asked for is no fact about the model: --minutes and --steps that end at one length are one model.
-    asked = ("steps", "minutes", "base", "encoder", "learning_rate", "tasks", "layout")
+    asked = ("steps", "minutes", "base", "encoder", "learning_rate", "tasks", "layout", "positions", "share")
     settings = {name: value for name, value in asdict(plan).items() if name not in asked}
     tasks = trainer.writer.tasks
     return RankerFacts(
@@ -150,6 +159,8 @@ def _facts(
             "validation_encoder": origins.validation,
             "settings": {**settings, "loop": asdict(trainer.settings)},
             "note": note,
+            **({} if trainer.positions is None else {"positions": trainer.positions.facts()}),
+            **({} if plan.share == 1 else {"share": plan.share}),
         },
         layout=plan.layout,
         shots=trainer.writer.prompts.shots,

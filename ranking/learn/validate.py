@@ -16,6 +16,7 @@ from ranking.learn.batches import GroupWriter
 from ranking.learn.examples import Pool, pools_of, sampled, teaches
 from ranking.learn.fuse import NO_HEAD_NOTE, blend_facts
 from ranking.learn.loop import Trainer
+from ranking.learn.positions import Answers, Positions, at_mean_place
 from ranking.learn.start import Held, Origins, RankerPlan, start
 from ranking.prefill.engine import Engine
 from ranking.tasks import LABEL, taught_of
@@ -53,6 +54,8 @@ WITHOUT_ENCODER_NOTE = (
 
 Judged = dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]]
 """Task -> raw scores [n] and answers [n] of the validation window."""
+Expected = dict[str, tuple[npt.NDArray[np.float32], Answers]]
+"""The same with the answers expected at the mean place, which everything is fitted on."""
 
 
 def decide(dataset: Dataset, plan: RankerPlan, origins: Origins, report: Progress) -> dict[str, Any]:
@@ -81,15 +84,15 @@ def decide(dataset: Dataset, plan: RankerPlan, origins: Origins, report: Progres
     looks = LOOKS if plan.steps is None else LOOKS[-1:]
     trainer = first.again(total - spent, rate) if spent else first
     found = _run(trainer, writer, pools, looks, plan.calibration, report)
-    judged = found.pop("judged")
+    expected: Expected = found.pop("expected")
     trials = {f"{one:g}": round(reached, 5) for one, reached in tried.items()}
     notes = [WITHOUT_ENCODER_NOTE] if origins.refit and not origins.validation else []
     steps = max(1, round(steps * found.pop("share")))
     blend = None
-    if plan.fusion and LABEL in judged:
-        blend = _blend(dataset, plan, origins, pools, judged[LABEL])
+    if plan.fusion and LABEL in expected:
+        blend = _blend(dataset, plan, origins, pools, expected[LABEL], trainer.positions)
         notes += [] if blend else [NO_HEAD_NOTE]
-    found["scale"] = fit(*judged[LABEL]).facts() if blend else None
+    found["scale"] = fit(*expected[LABEL]).facts() if blend else None
     found |= {"steps": steps, "learning_rate": rate, "trials": trials, "blend": blend, "notes": [*notes, *found["notes"]]}
     return found
 
@@ -106,12 +109,13 @@ def _blend(
     plan: RankerPlan,
     origins: Origins,
     pools: Mapping[str, Pool],
-    judged: tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]],
+    expected: tuple[npt.NDArray[np.float32], Answers],
+    positions: Positions | None,
 ) -> Mapping[str, object] | None:
     """What late fusion learns from the validation run, as facts."""
-    scores, labels = judged
+    scores, labels = expected
     encoder = None if origins.validation_folder is None else Path(origins.validation_folder)
-    return blend_facts(dataset, *labels_judged(pools), scores, labels, fit(scores, labels), encoder, plan.seed)
+    return blend_facts(dataset, *labels_judged(pools), scores, labels, fit(scores, labels), encoder, plan.seed, positions)
 
 
 def labels_judged(pools: Mapping[str, Pool]) -> tuple[Pool, list[int]]:
@@ -126,8 +130,10 @@ def recalibrated(dataset: Dataset, trainer: Trainer, plan: RankerPlan, held: Hel
     Tasks with too few answers of either kind are left out: what noise moves is worse than what the longer training moved.
     """
     pools = {name: pool.only(held[pool.member]) for name, pool in window_pools(dataset, trainer, plan).items()}
-    judged = judge(trainer, trainer.writer, {name: pool for name, pool in pools.items() if len(pool)})
-    found = {name: (fit(*one, plan.calibration), fit(*one)) for name, one in judged.items()}
+    pools = {name: pool for name, pool in pools.items() if len(pool)}
+    judged = judge(trainer, trainer.writer, pools)
+    expected = at_mean_places(trainer, pools, judged)
+    found = {name: (fit(*one, plan.calibration), fit(*one)) for name, one in expected.items()}
     enough = {
         name: min(label.sum(dtype=int), len(label) - label.sum(dtype=int)) >= HELD_LEAST for name, (_, label) in judged.items()
     }
@@ -143,15 +149,16 @@ def _run(
     report: Progress,
 ) -> dict[str, Any]:
     """The validation run: the share of its steps after which it was best, and scores, calibrators and measures of that moment."""
-    main, found = next(iter(pools)), list[Judged]()
+    main, found, expected = next(iter(pools)), list[Judged](), list[Expected]()
     for look in looks:
         trainer.run(max(1, round(look * trainer.steps)), lambda done, total: report("validate", done, total))
         found.append(judge(trainer, writer, pools))
+        expected.append(at_mean_places(trainer, pools, found[-1]))
     best = 0 if auc(*found[0][main]) > auc(*found[-1][main]) + WORTH else len(looks) - 1
-    calibrators = {name: fit(scores, labels, method) for name, (scores, labels) in found[best].items()}
+    calibrators = {name: fit(scores, labels, method) for name, (scores, labels) in expected[best].items()}
     return {
         "share": looks[best],
-        "judged": found[best],
+        "expected": expected[best],
         "calibrators": {name: calibrator.facts() for name, calibrator in calibrators.items()},
         "validation": {name: _measures(*judged, calibrators[name]) for name, judged in found[best].items()},
         "notes": [UNCALIBRATED_NOTE] if calibrators[main].method == "identity" else [],
@@ -172,6 +179,19 @@ def judge(trainer: Trainer, writer: GroupWriter, pools: Mapping[str, Pool], cand
             logits = np.concatenate(engine.score(batch.requests))
             parts.append((logits[:, yes] - logits[:, no], batch.label.astype(np.int8)))
         found[name] = (np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]))
+    return found
+
+
+def at_mean_places(trainer: Trainer, pools: Mapping[str, Pool], judged: Judged) -> Expected:
+    """What `judge` found with all of its candidates, the answers being those expected at the mean place; the same arrays where
+    no positions are taken out."""
+    if trainer.positions is None:
+        return {**judged}
+    found: Expected = {}
+    for place, (name, (scores, labels)) in enumerate(judged.items()):
+        chosen = sampled(pools[name], _share(VALIDATION_CANDIDATES, place))
+        event = np.concatenate([pools[name].event[pools[name].candidates(group)] for _, group in chosen])
+        found[name] = scores, at_mean_place(scores, labels, trainer.positions.shifts(name, event))
     return found
 
 

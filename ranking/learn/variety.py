@@ -1,4 +1,4 @@
-"""How each training group is put: the task in one of its wordings, some with a wish of the member, cold ones with examples.
+"""How each training group is put: the task in one of its wordings, some with a wish of the member.
 
 Every draw depends on the seed and the step alone, so that a resumed run reads what an unbroken one would have read.
 """
@@ -13,7 +13,6 @@ import numpy as np
 from ranking.learn.batches import Choice, Said
 from ranking.learn.examples import Pool
 from ranking.learn.wishes import TAUGHT, answers_with, drawn, words_of
-from ranking.shots_past import PastShots
 from ranking.tasks import Task
 from retrieval.data.schema import Items
 
@@ -27,11 +26,10 @@ class Variety:
 
     items: Items
     tasks: Mapping[str, Task]
-    past: PastShots
     wishes: float
     seed: int
     corrections: Mapping[str, float] = field(default_factory=dict)
-    """Task -> what its thinned negatives add to a logit (`ranking.learn.examples.thinned`)."""
+    """Task -> what its thinned negatives add to a logit (`ranking.learn.examples.thinned`), where no wish decided the answer."""
 
     def of(self, pools: Mapping[str, Pool], chosen: Sequence[Choice], step: int) -> list[Said]:
         """How the chosen groups are put in a step."""
@@ -42,16 +40,15 @@ class Variety:
         task = self.tasks[pool.task]
         number = 0 if rng.random() < SERVED_SHARE else int(rng.integers(1, len(task.paraphrases) + 1)) if task.paraphrases else 0
         worded = task.worded(number)
-        shots = None
-        if self.past.count:
-            shots = self.past.before(task.name, int(pool.moment[group]), int(pool.member[group]))
         if rng.random() >= self.wishes:
-            return Said(worded, shots=shots)
+            return Said(worded)
         part = pool.candidates(group)
         rows = pool.item[part].tolist()
         category, creator = ([column[row] for row in rows] for column in (self.items.category, self.items.creator))
         wishes = drawn(rng, category, creator)
         if not wishes:
-            return Said(worded, shots=shots)
+            return Said(worded)
         words = words_of(wishes, TAUGHT, int(rng.integers(1 << 16)))
-        return Said(worded, words, answers_with(wishes, pool.label[part], category, creator), shots)
+        label = pool.label[part]
+        no, yes = (answers_with(wishes, np.full_like(label, answer), category, creator) for answer in (0, 1))
+        return Said(worded, words, np.where(label == 1, yes, no), (no > 0) | (yes < 1))

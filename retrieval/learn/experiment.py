@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from retrieval.data.read import read_dataset
 from retrieval.data.schema import Dataset
@@ -31,15 +31,37 @@ from retrieval.provenance import check_provenance
 DIGEST_LENGTH = 16
 FAILED, DONE = "failed", "done"
 
+C = TypeVar("C", bound="Cell")
+
+
+class Cell(Protocol):
+    """A cell that can be run: `digest` of all that decides its row, `model` of all that decides its training."""
+
+    @property
+    def run(self) -> Run: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+
 
 @dataclass(frozen=True)
 class Job:
-    """A cell that can be run: `digest` of all that decides its row, `model` of all that decides its training."""
+    """A `Cell` of encoders."""
 
     run: Run
     plan: EncoderPlan
     digest: str
     model: str
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How cells of one kind are made of a file, what running one gives (`kept` makes it a row), and how long it may take."""
+
+    jobs: Callable[[Experiment, Mapping[str, Dataset]], Sequence[Any]]
+    row: Callable[[Experiment, Any, Dataset, Progress], Row]
+    seconds: Callable[[Any, Experiment, Mapping[str, Row]], tuple[float, str]]
 
 
 def jobs_of(experiment: Experiment, datasets: Mapping[str, Dataset]) -> list[Job]:
@@ -51,26 +73,29 @@ def jobs_of(experiment: Experiment, datasets: Mapping[str, Dataset]) -> list[Job
         if judged["counts"] not in ("live", "frozen") or not (judged["dims"] is None or isinstance(judged["dims"], int)):
             raise ExperimentError(f"{run.words}: counts and dims are {judged}; expected live or frozen, and a whole number")
         plan = plan_of({name: value for name, value in run.settings.items() if name not in JUDGED_BY})
-        model = _digest({"plan": asdict(plan), "data": digests[run.data]})
-        found.append(Job(run, plan, _digest({"model": model, **judged}), model))
+        model = digest_of({"plan": asdict(plan), "data": digests[run.data]})
+        found.append(Job(run, plan, digest_of({"model": model, **judged}), model))
     return found
 
 
-def run_experiment(experiment: Experiment, begin: Callable[[int, int, Run], Progress], *, retry: bool = False) -> dict[str, int]:
+def run_experiment(
+    experiment: Experiment, begin: Callable[[int, int, Run], Progress], *, retry: bool = False, kind: Kind | None = None
+) -> dict[str, int]:
     """Runs what has no row yet and returns how many rows are done, failed and were there before.
 
     `begin` (number, of, run) is called before each run and gives what its stages report to. A run that fails leaves a row with
-    the reason and the next one starts; `retry` runs failed ones again.
+    the reason and the next one starts; `retry` runs failed ones again. Without a `kind` encoders are run.
     """
+    how = kind or ENCODERS
     experiment.out.mkdir(parents=True, exist_ok=True)
     with _alone(experiment.out):
         datasets = {name: read_dataset(folder) for name, folder in experiment.data.items()}
-        jobs = jobs_of(experiment, datasets)
+        jobs = how.jobs(experiment, datasets)
         rows = read_rows(experiment.out)
         waiting = pending(jobs, rows, retry=retry)
         found = {"before": len({job.digest for job in jobs}) - len(waiting), DONE: 0, FAILED: 0}
         for number, job in enumerate(waiting):
-            row = _row(experiment, job, datasets[job.run.data], begin(number + 1, len(waiting), job.run))
+            row = how.row(experiment, job, datasets[job.run.data], begin(number + 1, len(waiting), job.run))
             rows[job.digest] = row
             write_rows(experiment, [(each.run, each.digest) for each in jobs], rows)
             found[str(row["status"])] += 1
@@ -79,7 +104,7 @@ def run_experiment(experiment: Experiment, begin: Callable[[int, int, Run], Prog
         return found
 
 
-def pending(jobs: Sequence[Job], rows: Mapping[str, Row], *, retry: bool) -> list[Job]:
+def pending(jobs: Sequence[C], rows: Mapping[str, Row], *, retry: bool) -> list[C]:
     """The jobs without a row, each digest once."""
     first = {job.digest: job for job in reversed(jobs)}
     wanted = (job for job in jobs if first[job.digest] is job)
@@ -89,13 +114,9 @@ def pending(jobs: Sequence[Job], rows: Mapping[str, Row], *, retry: bool) -> lis
 def predicted_seconds(job: Job, experiment: Experiment, rows: Mapping[str, Row]) -> tuple[float, str]:
     """How long a job may take, and what this was taken from: rows of equal shape, the minutes asked for, or arithmetic."""
     plan = job.plan
-    alike = [
-        float(row["train_seconds"]) + float(row["evaluate_seconds"])
-        for row in rows.values()
-        if row["status"] == DONE and row["data"] == job.run.data and row["shape"] == shape_of(plan) and row["train_seconds"]
-    ]
-    if alike:
-        return sum(alike) / len(alike), "rows"
+    known = seconds_of_alike(job.run.data, shape_of(plan), rows)
+    if known is not None:
+        return known, "rows"
     if plan.minutes is not None and plan.steps is None:
         return 60 * plan.minutes, "minutes"
     size, batch, budgets = plan.size, plan.batch, plan.budgets
@@ -106,20 +127,39 @@ def predicted_seconds(job: Job, experiment: Experiment, rows: Mapping[str, Row])
     return (plan.steps or 0) / (1 - VALIDATION_SHARE) * passes * weights * tokens / experiment.speed, "arithmetic"
 
 
+def seconds_of_alike(data: str, shape: str, rows: Mapping[str, Row]) -> float | None:
+    """How long rows of one shape took on average; None if there are none."""
+    alike = [
+        float(row["train_seconds"]) + float(row["evaluate_seconds"])
+        for row in rows.values()
+        if row["status"] == DONE and row["data"] == data and row["shape"] == shape and row["train_seconds"]
+    ]
+    return sum(alike) / len(alike) if alike else None
+
+
 def shape_of(plan: EncoderPlan) -> str:
     """What decides how long a training takes."""
-    return _digest(
+    return digest_of(
         [asdict(plan.size), asdict(plan.budgets), asdict(plan.batch), plan.steps, plan.minutes, plan.base, plan.device]
     )
 
 
 def _row(experiment: Experiment, job: Job, dataset: Dataset, progress: Progress) -> Row:
+    return kept(
+        job,
+        shape_of(job.plan),
+        lambda: {**_trained(experiment, job, dataset, progress), **_judged(experiment, job, dataset, progress)},
+    )
+
+
+def kept(job: Cell, shape: str, work: Callable[[], Row]) -> Row:
+    """The row of a cell: what `work` found, or why it failed."""
     run = job.run
     row: Row = {"digest": job.digest, "model": job.model, "data": run.data, "factor": run.factor, "value": run.value}
-    row |= {"seed": run.seed, **{name: run.settings[name] for name in JUDGED_BY}, "shape": shape_of(job.plan)}
+    row |= {"seed": run.seed, **{name: run.settings[name] for name in JUDGED_BY}, "shape": shape}
     row |= {"settings": json.dumps(dict(run.settings), sort_keys=True), "status": DONE, "reason": ""}
     try:
-        return {**row, **_trained(experiment, job, dataset, progress), **_judged(experiment, job, dataset, progress)}
+        return {**row, **work()}
     except Exception as error:  # whatever it was, it is this cell's result, and other cells are still to come
         return {**row, "status": FAILED, "reason": " ".join(f"{type(error).__name__}: {error}".split())}
 
@@ -178,5 +218,9 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _digest(content: Any) -> str:
+def digest_of(content: Any) -> str:
+    """Hex digits that differ if the content does."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:DIGEST_LENGTH]
+
+
+ENCODERS = Kind(jobs_of, _row, predicted_seconds)

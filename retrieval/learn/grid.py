@@ -25,7 +25,8 @@ class ExperimentError(BrewlineError):
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of the table: `settings` by flat name (`retrieval.learn.settings`, and `JUDGED_BY`), the seed among them."""
+    """One cell of the table: `settings` by flat name (`retrieval.learn.settings` or, of a ranker, `ranking.learn.settings`; and
+    `JUDGED_BY`), the seed among them."""
 
     data: str
     factor: str
@@ -41,8 +42,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a file asks for. `data` name -> folder; `base` the settings of the default; each of `factors` lists values of the
-    setting of its name, or maps labels to settings. `design`: one factor at a time from the default, or their product.
+    """What a file asks for. `kind`: what is trained and judged. `data` name -> folder; `base` the settings of the default; each
+    of `factors` lists values of the setting of its name, or maps labels to settings. `design`: one factor at a time from the
+    default, or their product.
 
     One of `steps` and `minutes` says how long each training is. `speed`: floating point operations per second that this machine
     is thought to do; only the predicted cost asks for it, and only until there are rows to predict from.
@@ -60,6 +62,7 @@ class Experiment:
     steps: int | None = None
     minutes: float | None = None
     speed: float = 2e10
+    kind: Literal["encoder", "ranker"] = "encoder"
 
     @classmethod
     def read(cls, path: Path) -> Experiment:

@@ -14,7 +14,11 @@ from retrieval.learn.grid import Experiment, ExperimentError, Run
 
 Row = dict[str, Any]
 ROWS, TABLE = "results.parquet", "results.md"
-SHOWN = ("recall@10", "recall@100", "recall@2000", "cold recall@100", "popularity correlation")
+SHOWN = {
+    "encoder": ("recall@10", "recall@100", "recall@2000", "cold recall@100", "popularity correlation"),
+    "ranker": ("auc", "text auc", "gauc", "normalized_entropy", "calibration_error_debiased"),
+}
+"""What the table for people shows of each kind; the rows hold more."""
 NORMAL_95 = 1.96
 
 
@@ -48,24 +52,25 @@ def markdown(experiment: Experiment, cells: Sequence[tuple[Run, str]], rows: Map
         "interval (variance over members by bootstrap plus that of the mean over seeds). Empty: not run, or "
         "failed for the reason given.\n",
     ]
+    shown = SHOWN[experiment.kind]
     for data in experiment.data:
-        lines += [f"\n## {data}\n", "| factor | value | seeds | " + " | ".join(SHOWN) + " | minutes | |"]
-        lines += ["|---" * (5 + len(SHOWN)) + "|"]
+        lines += [f"\n## {data}\n", "| factor | value | seeds | " + " | ".join(shown) + " | minutes | |"]
+        lines += ["|---" * (5 + len(shown)) + "|"]
         for factor, value, _ in experiment.cells():
             held = [
                 rows[digest]
                 for run, digest in cells
                 if (run.data, run.factor, run.value) == (data, factor, value) and digest in rows
             ]
-            lines.append(_line(factor, value, held))
+            lines.append(_line(factor, value, held, shown))
     return "\n".join(lines) + "\n"
 
 
-def _line(factor: str, value: str, held: Sequence[Row]) -> str:
+def _line(factor: str, value: str, held: Sequence[Row], shown: Sequence[str]) -> str:
     done = [row for row in held if row["status"] == "done"]
     reasons = "; ".join(sorted({_plain(str(row["reason"])) for row in held if row["status"] != "done"}))
     minutes = f"{np.mean([row['train_seconds'] for row in done]) / 60:.1f}" if done else ""
-    numbers = [_number(done, name) for name in SHOWN]
+    numbers = [_number(done, name) for name in shown]
     return f"| {_plain(factor)} | {_plain(value)} | {len(done)} | {' | '.join(numbers)} | {minutes} | {reasons} |"
 
 

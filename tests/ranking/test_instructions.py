@@ -78,7 +78,7 @@ def test_a_share_of_the_groups_is_instructed_and_the_others_are_left_alone(tiny_
     said = trainer.variety.of(trainer.pools, chosen, 0)
     wished = [put for put in said if put.wish]
     assert 0.15 < len(wished) / len(said) < 0.3  # a group of one topic gets none
-    assert all((put.label is not None) == bool(put.wish) and put.shots is None for put in said)
+    assert all((put.label is not None) == (put.ruled is not None) == bool(put.wish) for put in said)
     worded = Counter(put.task.question for put in said)
     assert 0.35 < worded["is the label 1?"] / len(said) < 0.65 and len(worded) == 4
     again = start(tiny_dataset, tiny_dataset.meta.cut_test, plan, 1).variety

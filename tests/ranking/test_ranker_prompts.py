@@ -23,6 +23,7 @@ from ranking.prompts import (
     most_relevant,
     relations_of,
 )
+from ranking.ranker import labels_of
 from ranking.tasks import Task
 from retrieval.counts import Counts
 from retrieval.data.schema import IMPRESSION, Connection, Dataset, Engagement, Item, Member, MemberView
@@ -223,3 +224,7 @@ def test_an_answer_word_is_one_token_or_refused(tiny_tokens: Tokens) -> None:
     assert label_id(tiny_tokens, single) == tiny_tokens.text_ids(single)[0]
     with pytest.raises(LabelWordError, match="unbelievable"):
         label_id(tiny_tokens, "unbelievable")
+    assert label_id(tiny_tokens, f" {single}") == label_id(tiny_tokens, single)
+    same = Task("x", "a", "b", positive=single, negative=f" {single}")
+    with pytest.raises(LabelWordError, match=f'"{single}" and " {single}", the answers of task \'x\', as one'):
+        labels_of(tiny_tokens, {"x": same})

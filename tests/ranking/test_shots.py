@@ -99,6 +99,33 @@ def test_examples_are_of_others_and_of_days_before(tiny_dataset: Dataset) -> Non
         assert past.before(name, moment, newest)[0] != shots[0] and len(past.before(name, moment, newest)) == 6
 
 
+def late_likes(dataset: Dataset) -> Dataset:
+    """The same with every like three days later."""
+    log = dataset.events
+    timestamp = log.timestamp + 3 * DAY * (log.action == log.actions.index("like"))
+    return replace(dataset, events=replace(log, timestamp=timestamp).take(np.argsort(timestamp, kind="stable")))
+
+
+def as_known(dataset: Dataset, moment: int) -> Dataset:
+    """What a folder that was written at a moment would say: no later event, and no label that a later like gave."""
+    log = dataset.events
+    keys = list(zip(log.request.tolist(), log.member.tolist(), log.item.tolist()))
+    likes = np.flatnonzero((log.action == log.actions.index("like")) & (log.timestamp >= moment)).tolist()
+    later = {keys[row] for row in likes}
+    label = [0 if key in later else said for key, said in zip(keys, log.label.tolist())]
+    return replace(dataset, events=replace(log, label=np.array(label, np.int8)).before(moment))
+
+
+@pytest.mark.parametrize("name", ["like", "label", "passed over"])
+def test_an_answer_that_came_later_is_not_known(tiny_dataset: Dataset, name: str) -> None:
+    dataset, moment = late_likes(tiny_dataset), tiny_dataset.meta.cut_valid
+    tasks = {**tasks_of(tiny_dataset), "passed over": Task("passed over", "a", "b", label=0)}
+    past = PastShots(dataset, tasks, 8, 1 << 60)
+    shots = past.before(name, moment)
+    assert len(shots) == 8 and shots == PastShots(as_known(dataset, moment), tasks, 8, 1 << 60).before(name, moment)
+    assert past.before(name, moment + 3 * DAY) != shots == PastShots(dataset, tasks, 8, moment).before(name, moment + 9 * DAY)
+
+
 def test_nothing_after_the_end_is_known(tiny_dataset: Dataset) -> None:
     tasks, cut = tasks_of(tiny_dataset), tiny_dataset.meta.cut_valid
     ended = PastShots(tiny_dataset, tasks, 4, cut)

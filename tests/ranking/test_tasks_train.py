@@ -11,18 +11,19 @@ import pytest
 from typer.testing import CliRunner
 
 from ranking.evaluate import RankingEvidenceError
-from ranking.learn.batches import Order
+from ranking.learn.batches import GroupWriter, Order
 from ranking.learn.examples import GroupSettings, pools_of, thinned
 from ranking.learn.loop import LoopSettings
 from ranking.learn.questions import ground_of
 from ranking.learn.settings import with_settings
 from ranking.learn.start import RankerPlan, start
 from ranking.learn.train import train_ranker
-from ranking.prompts import RankBudgets, RankLayout
+from ranking.prompts import RankBudgets, RankLayout, RankPrompts
 from ranking.ranker import FACTS, Ranker, RankerError, read_facts
+from ranking.shots_past import PastShots
 from ranking.tasks import Task, TaskError, tasks_of
 from ranking.unseen import judge_task, named_or_read
-from retrieval.data.schema import Dataset
+from retrieval.data.schema import DAY, Dataset
 from retrieval.data.write import write_dataset
 from retrieval.learn.checkpoint import TrainingError
 from retrieval.llama import Size
@@ -172,3 +173,39 @@ def test_a_correction_is_added_in_the_loss_alone(tiny_dataset: Dataset) -> None:
     logits = trainer.read(batch)[1].detach().double().numpy() + trainer.variety.corrections["like"]
     wanted = np.mean(np.logaddexp(0, logits) - batch.label * logits)
     assert float(trainer.loss(batch).detach()) == pytest.approx(float(wanted), abs=1e-5)
+
+
+def test_an_answer_that_a_wish_decided_knows_neither_thinning_nor_places(tiny_dataset: Dataset) -> None:
+    tasks = {name: replace(task, held_out=False) for name, task in tasks_of(tiny_dataset).items()}
+    plan = replace(PLAN, tasks=(tasks["like"],), groups=GroupSettings(rare=0.9), wishes=1.0)
+    trainer = start(tiny_dataset, tiny_dataset.meta.cut_test, plan, 1)
+    assert trainer.variety is not None and trainer.positions is not None
+    chosen, pool = [("like", group) for group in range(8)], trainer.pools["like"]
+    said = trainer.variety.of(trainer.pools, chosen, 0)
+    batch = trainer.writer.write(trainer.pools, chosen, said)
+    whole = slice(0, int(pool.start[8]))
+    ruled = batch.event < 0
+    assert any(one.wish for one in said) and 0 < ruled.sum() < len(ruled) and (batch.label != pool.label[whole]).sum() > 0
+    assert not (~ruled & (batch.label != pool.label[whole])).any() and (batch.event[~ruled] == pool.event[whole][~ruled]).all()
+    logits = trainer.placed(batch, trainer.read(batch)[1]).detach().double().numpy()
+    logits = logits + np.where(ruled, 0.0, trainer.variety.corrections["like"])
+    wanted = np.mean(np.logaddexp(0, logits) - batch.label * logits)
+    assert float(trainer.loss(batch).detach()) == pytest.approx(float(wanted), abs=1e-5)
+    placed = trainer.positions.added(batch).detach().numpy() != 0
+    assert placed.any() and not placed[ruled].any(), "nor does it teach anything of places"
+
+
+def test_who_is_asked_about_the_past_reads_examples_of_the_past(tiny_dataset: Dataset, ranker: Ranker) -> None:
+    """In training, distillation and calibration; the examples of the folder are of the test cut, the reader's own among them."""
+    cut, tasks = tiny_dataset.meta.cut_test, {"label": LABEL}
+    past = PastShots(tiny_dataset, tasks, 4, cut)
+    writers = [start(tiny_dataset, cut, PLAN, 2).writer, ground_of(tiny_dataset, ranker, 200).writer]
+    moment = tiny_dataset.meta.cut_valid - 12 * DAY  # when all members are cold
+    for member in range(3):
+        for writer in writers:
+            own = writer.prompts
+            shots = {"label": past.before("label", moment, member)}
+            known = RankPrompts(own.tokens, own.quantizer, own.budgets, own.layout, shots)
+            wanted = GroupWriter(tiny_dataset, known, tasks, cut).prefix(member, moment, LABEL)
+            assert writer.prefix(member, moment, LABEL) == wanted
+            assert GroupWriter(tiny_dataset, writer.prompts, tasks, cut).prefix(member, moment, LABEL) != wanted

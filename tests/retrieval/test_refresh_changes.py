@@ -18,6 +18,7 @@ from retrieval.catalog import Catalog
 from retrieval.counts import Counts
 from retrieval.data.schema import DAY, Dataset, Item
 from retrieval.encoder import Encoder
+from retrieval.exported_changes import with_changes
 from retrieval.live_catalog import LiveCatalog, LiveItems, PutItem, put_items
 from retrieval.moments import end_of
 from retrieval.parts import CatalogError
@@ -121,6 +122,20 @@ def test_another_encoder_reads_the_changes_anew(
     snapshot, catalog = served(tmp_path)
     numbers = {name: np.array([value]) for name, value in catalog.numbers(59).items()}
     np.testing.assert_allclose(snapshot.vectors[59], other.items([NEW], numbers)[0], atol=1e-6)
+
+
+def test_an_item_that_is_withdrawn_again_is_not_exported(tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder) -> None:
+    """The folder knows of the first withdrawal, and of the putting back; the second one it cannot know."""
+    night(tiny_dataset, encoder, tmp_path)
+    change(tmp_path, encoder, gone=["i7"])
+    night(tiny_dataset, encoder, tmp_path, 1)
+    log = tiny_dataset.events
+    later = replace(tiny_dataset, events=replace(log, timestamp=log.timestamp + 2 * DAY))
+    now = end_of(later) + DAY
+    assert "i7" in with_changes(tmp_path, later, now)[0].items.item_id, "the folder's word is the newer one"
+    change(tmp_path, encoder, [replace(OTHER, item_id="i7")], ["i7"], at=now - 5)
+    grown, put, gone = with_changes(tmp_path, later, now)
+    assert "i7" not in grown.items.item_id and (put, gone) == (0, 1)
 
 
 class Killed(BaseException):

@@ -1,4 +1,4 @@
-"""A night builds the index that was tuned for it, tells how far it drifted from the night before, and may be served in shards."""
+"""A night builds the index that was tuned for it, and tells how far it drifted from the night before."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
@@ -14,16 +13,13 @@ from typer.testing import CliRunner
 from index.build import BuildError, Plan, Recipe
 from index.check import GateFailed
 from index.publish import current
-from index.shards import Shards, by_hash, write_shards
 from index.snapshot import Snapshot
 from index.tune import Choice, Point, TuneError, Weight
 from ranking.cli.main import app
 from retrieval.data.schema import Dataset
 from retrieval.encoder import Encoder
 from retrieval.moments import end_of
-from retrieval.records import records_of, view_of
 from retrieval.refresh import NightReport, SnapshotForm, nightly
-from retrieval.retrieve import Retriever
 
 TUNED = Plan(Recipe(4), k=20, target=0.8, seed=3, items=50, dims=32)
 
@@ -110,25 +106,3 @@ def test_drift_is_told_and_stops_a_night_if_it_is_to(
     moved = night(one_item_less(tiny_dataset), 20, least=0)
     assert moved.published and moved.overlap == pytest.approx(59 / 60, abs=1e-6) and moved.overlap_k == 60
     assert night(tiny_dataset, 30, Encoder.load(encoder_folders[1])).overlap is None, "another encoder answers other questions"
-
-
-@pytest.mark.parametrize("exact", [True, False])
-def test_a_night_in_shards_answers_as_the_night_does(
-    tiny_dataset: Dataset, encoder: Encoder, tmp_path: Path, exact: bool
-) -> None:
-    moment = end_of(tiny_dataset)
-    nightly(tiny_dataset, encoder, None, tmp_path / "store", moment)
-    snapshot = served(tmp_path / "store")
-    shards = Shards.open(
-        write_shards(snapshot, by_hash(list(snapshot.ids), 3), tmp_path / "shards"), fingerprint=encoder.fingerprint, exact=exact
-    )
-    retriever = Retriever.of(snapshot, encoder)
-    records = [record for record in records_of(tiny_dataset, moment) if record.history][:8]
-    for record in records:
-        view = view_of(record, retriever.catalog)
-        vector = retriever.describe(view)
-        seen = [done.item.item_id for done in view.history]
-        whole = retriever.retrieve(vector, 20, seen)
-        hits = shards.search(vector[None], 20, [shards.rows(seen)])
-        assert shards.ids(hits.rows[0]) == whole.ids and len(set(whole.ids)) == 20
-        np.testing.assert_allclose(hits.scores[0], whole.scores, atol=1e-6)

@@ -48,7 +48,7 @@ class Killed(Exception):
 
 def test_a_chain_leaves_servable_folders_and_goes_on_to_the_same_bytes_after_a_kill(write_plan: Any, teacher: Ranker) -> None:
     routes = {"bits": [INT8], "down": [cut(checkpoint_seconds=0)], "new": [{**distill(), "kind": "scratch"}]}
-    gates = {**OPEN, "kendall": 0.95, "overlap": 0.9, "judged_by": "value"}
+    gates = {**OPEN, "kendall": 0.85, "overlap": 0.9, "judged_by": "value"}
     more = {"gates": gates, "ungated": ["down", "new"], "compare": [["down", "new"]]}
     whole, killed = (CompressPlan.read(write_plan(routes, out, **more)) for out in ("whole", "killed"))
 
@@ -79,7 +79,7 @@ def check_results(plan: CompressPlan, found: dict[str, Any]) -> None:
     assert list(rows) == ["teacher", "int8", "cut", "small"] and not found["stopped"]
     assert rows["teacher"]["auc_lost"] == 0 and rows["cut"]["outside_embeddings"] < rows["teacher"]["outside_embeddings"]
     kendall = next(line for line in rows["int8"]["gate"] if line["metric"] == "kendall")
-    assert kendall["passed"] and 0.95 <= kendall["lost"] <= 1 and not rows["small"]["gate"]
+    assert kendall["passed"] and 0.85 <= kendall["lost"] <= 1 and not rows["small"]["gate"]
     (side,) = found["comparisons"]
     assert side["low"] < side["difference"] < side["high"]
     assert side["difference"] == pytest.approx(rows["cut"]["auc"] - rows["small"]["auc"])

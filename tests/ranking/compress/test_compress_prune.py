@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from ranking.learn.batches import Batch
 from ranking.learn.loop import Labels, answers, layers_of
+from ranking.learn.narrow import narrowed
 from ranking.learn.prune import Keep, PruneError, prune, pruned_config, weights_of, worth
 from ranking.learn.questions import Ground
 from ranking.prefill.engine import Engine
@@ -56,16 +57,35 @@ def test_zeroed_structures_are_the_ones_that_leave_and_nothing_else_changes(
     assert not torch.allclose(scores(masked, labels, batches), scores(model, labels, batches), atol=1e-2)
 
 
+@pytest.mark.parametrize("keep", [Keep(mlp=64, kv_heads=1), Keep(hidden=24, mlp=64)])
 def test_stock_transformers_loads_the_folder_and_gives_the_logits_of_the_engine(
-    model: LlamaForCausalLM, labels: Labels, batches: list[Batch], tmp_path: Path
+    model: LlamaForCausalLM, labels: Labels, batches: list[Batch], tmp_path: Path, keep: Keep
 ) -> None:
-    prune(model, Keep(mlp=64, kv_heads=1), labels, batches, most=0.6).save_pretrained(tmp_path)
+    prune(model, keep, labels, batches, most=0.6).save_pretrained(tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     asked = Request([3, 9, 4, 11], [[7, 8], [5, 6, 12]])
     ours = Engine(load_llama(tmp_path, causal_lm=True), labels["label"]).score([asked])[0]
     with torch.no_grad():
         theirs = [stock(torch.tensor([[*asked.prefix, *item]])).logits[0, -1, list(labels["label"])] for item in asked.items]
     np.testing.assert_allclose(ours, torch.stack(theirs).numpy(), atol=1e-4)
+
+
+def test_turning_the_residual_stream_changes_no_score_and_dims_that_are_felt_stay(
+    model: LlamaForCausalLM, labels: Labels, batches: list[Batch]
+) -> None:
+    with torch.no_grad():
+        for norm in (model.model.norm, model.model.layers[0].input_layernorm, model.model.layers[2].post_attention_layernorm):
+            norm.weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(1))  # gains that a rotation must not forget
+    told = scores(model, labels, batches)
+    turned = narrowed(model, model.config, labels, batches, seed=0)
+    assert not torch.allclose(turned.get_input_embeddings().weight, model.get_input_embeddings().weight, atol=0.1)
+    torch.testing.assert_close(scores(turned, labels, batches), told, rtol=1e-3, atol=1e-3)
+    found = {}
+    for width in (8, 24):
+        smaller = prune(model, Keep(hidden=width), labels, batches, most=1.0)
+        assert smaller.config.hidden_size == width and smaller.config.head_dim == model.config.head_dim
+        found[width] = float(torch.corrcoef(torch.stack([scores(smaller, labels, batches), told]))[0, 1])
+    assert found[24] > max(0.8, found[8])
 
 
 def test_worth_is_the_squared_effect_of_a_gate(model: LlamaForCausalLM, labels: Labels, ground: Ground) -> None:
@@ -113,7 +133,7 @@ def test_a_step_takes_at_most_thirty_percent_and_only_what_stock_models_can_lose
             pruned_config(model.config, keep)
     odd = copy.deepcopy(model.config)
     odd.num_attention_heads, odd.num_key_value_heads, odd.head_dim = 4, 4, 8
-    with pytest.raises(PruneError, match=r"keep one of \[1, 2\]"):
+    with pytest.raises(PruneError, match=r"keep one of \[1, 2, 4\]"):
         pruned_config(odd, Keep(kv_heads=3))
     with pytest.raises(PruneError, match="no groups"):
         prune(model, Keep(mlp=72), labels, [])
