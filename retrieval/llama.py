@@ -41,7 +41,12 @@ class Size:
 
 
 def new_config(size: Size, vocabulary: int) -> LlamaConfig:
-    """The configuration of a new LLaMA with tied embeddings."""
+    """The configuration of a new LLaMA with tied embeddings. Raises CheckpointError for heads that do not fit."""
+    if size.hidden % (2 * size.heads) or size.heads % size.kv_heads:
+        raise CheckpointError(
+            f"hidden {size.hidden}, heads {size.heads}, kv_heads {size.kv_heads}: expected a hidden that twice the heads divides "
+            "(rotary positions turn pairs of dims) and heads that kv_heads divides"
+        )
     return LlamaConfig(
         hidden_size=size.hidden,
         num_hidden_layers=size.layers,

@@ -17,7 +17,7 @@ from ranking.learn.prune import PruneError, weights_of
 from ranking.learn.quantize import QuantizeError
 from ranking.ranker import FINGERPRINTED, Ranker
 from retrieval.learn.checkpoint import TrainingError
-from retrieval.llama import Size, new_config
+from retrieval.llama import CheckpointError, Size, new_config
 
 OPEN = {"auc": None, "gauc": None, "ndcg": None, "ne": None, "ece": None}
 SHAPE = {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1, "mlp": 32}
@@ -162,6 +162,12 @@ def test_the_dry_run_reads_no_data_and_says_what_is_there(write_plan: Any, teach
 def test_a_plan_that_cannot_be_names_what_is_wrong(write_plan: Any, routes: Any, more: dict[str, Any], said: str) -> None:
     with pytest.raises(PlanError, match=said):
         CompressPlan.read(write_plan(routes, **more))
+
+
+def test_heads_that_rotary_positions_cannot_turn_are_refused_before_anything_runs(write_plan: Any) -> None:
+    plan = CompressPlan.read(write_plan({"odd": [{**distill(), "size": {**SHAPE, "hidden": 18, "heads": 2, "kv_heads": 1}}]}))
+    with pytest.raises(CheckpointError, match="twice the heads"):
+        planned(plan)
 
 
 def test_a_cut_that_is_too_deep_is_refused_before_anything_runs(write_plan: Any) -> None:
