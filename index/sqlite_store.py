@@ -14,6 +14,8 @@ _APPLICATION = 0x42726577
 """Marks the file as ours, so that a path to another program's database is refused instead of filled."""
 _CHUNK = 500
 """Ids per statement; old SQLite builds allow 999 parameters."""
+_KEYS = 300
+"""Whole keys per statement, of three parameters each."""
 _PUT = "INSERT OR REPLACE INTO entries (kind, fingerprint, id, value, expires) VALUES (?, ?, ?, ?, ?)"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
@@ -67,7 +69,23 @@ class SqliteStore:
 
     def get_each(self, keys: Sequence[Key]) -> list[bytes | None]:
         """See KeyValueStore."""
-        return [self.get_many(kind, [one], fingerprint)[0] for kind, one, fingerprint in keys]
+        whole = [(*_prefix(kind, fingerprint), encode_key(one, "id")) for kind, one, fingerprint in keys]
+        found: list[bytes | None] = []
+        with self._errors(), self._lock:
+            now = self._clock()
+            for start in range(0, len(whole), _KEYS):  # a statement reads all of its keys at one moment, the next one later
+                chunk = whole[start : start + _KEYS]
+                wanted = ",".join(f"({place},?,?,?)" for place in range(len(chunk)))
+                rows = self._database.execute(
+                    f"WITH wanted (place, kind, fingerprint, id) AS (VALUES {wanted}) "
+                    # CROSS, so that SQLite looks the keys up; it would read the whole table for `(kind, ...) IN (VALUES ...)`
+                    "SELECT place, value FROM wanted CROSS JOIN entries USING (kind, fingerprint, id) "
+                    "WHERE expires IS NULL OR expires > ?",
+                    (*(part for key in chunk for part in key), now),
+                )
+                values = dict(rows)
+                found.extend(values.get(place) for place in range(len(chunk)))
+        return found
 
     def put_many(self, kind: str, values: Mapping[str, bytes], fingerprint: str = "", ttl_s: float | None = None) -> None:
         """See KeyValueStore; here all values are kept or none."""

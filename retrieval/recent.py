@@ -62,6 +62,8 @@ def _decoded(stored: bytes | None, member_id: str) -> tuple[list[Told], dict[str
 
 def with_told(record: MemberRecord, told: Sequence[Told]) -> MemberRecord:
     """The record with what it does not know yet in its history, oldest first; the same record if it knows all of it."""
+    if not told:
+        return record
     known = {_what(entry) for entry in record.history}
     new = [one.entry for one in told if _what(one.entry) not in known]
     if not new:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,8 @@ Report = Callable[[int, int], None]
 """Called with (done, total) while work goes on."""
 
 SECONDS_BETWEEN_LINES = 10.0
+PIPED = 140
+"""Columns of a table that no terminal shows: the 80 that are assumed otherwise cut names of metrics to their first letters."""
 
 
 def console_err() -> Console:
@@ -38,7 +41,8 @@ def emit(content: Mapping[str, object], *, as_json: bool, table: Callable[[], Re
         return
     shown = table()
     if shown is not None:
-        Console(highlight=False).print(shown)
+        asked = sys.stdout.isatty() or "COLUMNS" in os.environ
+        Console(highlight=False, width=None if asked else PIPED).print(shown)
 
 
 def plain(value: object) -> object:

@@ -70,6 +70,21 @@ def test_expired_rows_leave_the_file(tmp_path: Path) -> None:
     store.close()
 
 
+def test_more_keys_than_a_statement_takes_are_read_in_their_order(tmp_path: Path) -> None:
+    clock = Clock()
+    store = open_store(f"sqlite:{tmp_path / 'kv.db'}", clock)
+    keys = [(f"k{n % 7}", f"id{n % 11}", f"f{n % 13}") for n in range(7 * 11 * 13)]
+    for kind, one, fingerprint in keys:
+        store.put_many(kind, {one: f"{kind}/{one}/{fingerprint}".encode()}, fingerprint)
+    store.put_many("k0", {"short": b"1"}, ttl_s=10)
+    asked = [("k0", "short", ""), *keys, keys[3], keys[3], ("k0", "id0", "f99")]
+    values = ["/".join(key).encode() for key in (*keys, keys[3], keys[3])]
+    assert store.get_each(asked) == [b"1", *values, None]
+    clock.now += 11
+    assert store.get_each(asked) == [None, *values, None]
+    store.close()
+
+
 def test_listing_does_not_stop_writers(tmp_path: Path) -> None:
     store = open_store(f"sqlite:{tmp_path / 'kv.db'}")
     store.put_many("k", {f"{n:04}": b"" for n in range(1_200)})
