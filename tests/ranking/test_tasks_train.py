@@ -180,6 +180,8 @@ def test_an_answer_that_a_wish_decided_knows_neither_thinning_nor_places(tiny_da
     plan = replace(PLAN, tasks=(tasks["like"],), groups=GroupSettings(rare=0.9), wishes=1.0)
     trainer = start(tiny_dataset, tiny_dataset.meta.cut_test, plan, 1)
     assert trainer.variety is not None and trainer.positions is not None
+    known = trainer.positions.state()
+    trainer.positions.restore({**known, "logit": [0.5] * len(known["logit"])})
     chosen, pool = [("like", group) for group in range(8)], trainer.pools["like"]
     said = trainer.variety.of(trainer.pools, chosen, 0)
     batch = trainer.writer.write(trainer.pools, chosen, said)
