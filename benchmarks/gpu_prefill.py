@@ -136,13 +136,14 @@ def timed_engine(engine: Engine, shape: PrefillShape, request: Request, device: 
 
 def ours(model: LlamaForCausalLM, setting: Setting, request: Request, device: str, rate: float) -> Report:
     """The engine at every size of its blocks and passes."""
-    report: Report = {}
-    for rows, tokens in itertools.product(setting.rows, setting.tokens):
+
+    def one(rows: int, tokens: int) -> Report:
         lean.ROWS = lean.ROWS_ELSEWHERE = rows
         engine = Engine(model, LABELS, backend=BACKEND[device], limits=Limits(max_tokens=tokens), cache_bytes=4 << 30)
-        found = tried(lambda engine=engine: timed_engine(engine, setting.shape, request, device, rate))
-        report[f"{engine.backend}, {rows} rows, {tokens} tokens"] = found
-    return report
+        return {"backend": engine.backend, **timed_engine(engine, setting.shape, request, device, rate)}
+
+    cuts = itertools.product(setting.rows, setting.tokens)
+    return {f"{rows} rows, {tokens} tokens": tried(lambda cut=(rows, tokens): one(*cut)) for rows, tokens in cuts}
 
 
 def theirs(plain: Plain, setting: Setting, device: str) -> Report:

@@ -63,6 +63,15 @@ def on_device(vectors: Vectors | torch.Tensor, device: torch.device) -> torch.Te
     return held
 
 
+def stays(vectors: Vectors | torch.Tensor, device: torch.device) -> bool:
+    """Whether `on_device` gives these vectors back as they are, without a copy, is returned."""
+    import torch
+
+    if not isinstance(vectors, torch.Tensor):
+        return False
+    return vectors.device == device and vectors.dtype == torch.float32 and vectors.is_contiguous()
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """Vectors [N, D] on the device, or anywhere in host memory (a mapped file will do)."""

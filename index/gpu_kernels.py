@@ -41,7 +41,7 @@ if importlib.util.find_spec("triton") is not None:
         facts: tl.tensor,  # float64 [3, blocks]: step, longest vector, largest loss
         bits: tl.tensor,  # uint8 [sets, set_bytes], row r in bit r % 8 of byte r // 8
         which: tl.tensor,  # int32 [groups * ASKED], the set of each query, -1: every row
-        found: tl.tensor,  # int32 [groups * ASKED, capacity], written up to counts or capacity
+        found: tl.tensor,  # int32 [Q, capacity], written up to counts or capacity; queries from Q on want too much to be written
         counts: tl.tensor,  # int32 [groups * ASKED], from 0: all that came through, also what found no room
         count: int,
         blocks: int,

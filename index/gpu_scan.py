@@ -16,16 +16,15 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
 from index.certified import MOST, SAMPLE, SMALL, Proof
 from index.certified_codes import BLOCK, Doubles
-from index.filters import Allow, Filter, RowSet, check_filters
-from index.gpu_code import GpuAsked, GpuCodes, Held, code_on_device, coded_memory, gpu_reason, on_device
-from index.gpu_steps import Group, Launch, Steps, read
+from index.filters import Allow, Filter, check_filters
+from index.gpu_code import GpuAsked, GpuCodes, Held, code_on_device, coded_memory, gpu_reason, on_device, stays
+from index.gpu_steps import Group, KnownSets, Launch, Steps, read
 from index.hits import Hits, Rows, SearchError, Vectors, check_k, check_queries
 from index.int8 import MAX_DIMS
 
@@ -42,7 +41,7 @@ ROUNDS = 4
 _SCORES = 1 << 27
 """Sampled scores held at a time, in bfloat16."""
 _SET_BYTES = 1 << 30
-"""Sets of rows that one scan reads."""
+"""Sets of rows that one scan reads, and that are kept for the next."""
 _DIRECT = 1 << 20
 """Rows scored at a time where all are."""
 _COARSE = 2.0**-7
@@ -51,17 +50,19 @@ _COARSE = 2.0**-7
 
 @dataclass(frozen=True, slots=True)
 class GpuMemory:
-    """Bytes on the device: codes with their rows, the sample, float32 vectors (0 when they stay on the host), and scratch."""
+    """Bytes on the device: codes with their rows, the sample, float32 vectors (0 when they stay on the host), sets of rows that
+    are kept (at most), and scratch."""
 
     codes: int
     sample: int
     vectors: int
+    sets: int
     scratch: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.codes + self.sample + self.vectors + self.scratch
+        return self.codes + self.sample + self.vectors + self.sets + self.scratch
 
 
 def predicted(count: int, dims: int, *, codes: GpuCodes = "int8", on_host: bool = False) -> GpuMemory:
@@ -71,7 +72,11 @@ def predicted(count: int, dims: int, *, codes: GpuCodes = "int8", on_host: bool 
     """
     sample = min(count, max(SAMPLE, count // SHARE)) * (2 * dims + 8)
     vectors = 0 if on_host else 4 * count * dims
-    return GpuMemory(coded_memory(count, dims, codes), sample, vectors, max(28 * SLOTS + 4 * _SCORES, 40 * count))
+    sets = min(_SET_BYTES, QUERIES * -(-count // 8))
+    scratch = max(
+        28 * SLOTS + 4 * _SCORES + sets, 40 * count
+    )  # a scan reads its sets side by side: copies of those that are kept
+    return GpuMemory(coded_memory(count, dims, codes), sample, vectors, sets, scratch)
 
 
 def ordered_dot(vectors: Vectors, query: Vectors) -> Vectors:
@@ -109,10 +114,9 @@ class GpuExact:
         self.count, self.dims = (int(size) for size in vectors.shape)
         if self.dims > MAX_DIMS or self.count >= 2**31 - BLOCK:
             raise SearchError(f"vectors are {[self.count, self.dims]}: a GPU searches below 2**31 of up to {MAX_DIMS} dims")
-        self.device, self.kind = torch.device(device), codes
-        resident = isinstance(vectors, torch.Tensor) and vectors.device.type == self.device.type == "cuda"
+        self.device, self.kind = torch.empty(0, device=device).device, codes  # "cuda" becomes the one in use, "cuda:0"
         self.memory = predicted(self.count, self.dims, codes=codes, on_host=on_host)
-        self._check_memory(self.memory.vectors if resident else 0, on_host)
+        self._check_memory(self.memory.vectors if stays(vectors, self.device) else 0, on_host)
         with self._current():
             away = vectors.cpu().numpy() if on_host and isinstance(vectors, torch.Tensor) else vectors
             held = Held(away if on_host else on_device(away, self.device), self.device)
@@ -123,12 +127,12 @@ class GpuExact:
             sample = held.take(self._sampled_here)
             self._scale = max(float(sample.abs().max()), float(np.finfo(np.float32).tiny)) if size else 1.0
             self._sample = (sample / self._scale).bfloat16()
-        self._sets: WeakKeyDictionary[RowSet, torch.Tensor] = WeakKeyDictionary()
+        self._sets = KnownSets(self.device, self.memory.sets)
 
     @property
     def bytes(self) -> int:
         """Device memory of what is kept between searches."""
-        return self.memory.total - self.memory.scratch
+        return self.memory.codes + self.memory.sample + self.memory.vectors + self._sets.bytes
 
     def search(self, queries: Vectors, k: int, exclude: Sequence[Rows] | None = None, *, allow: Allow = None) -> Hits:
         """The true top k of every query [Q, D] is returned, as `Certified.search` does, by scores of `ordered_dot`."""
@@ -267,7 +271,8 @@ class GpuExact:
 
         if self.device.type != "cuda":
             return
-        free, needed = torch.cuda.mem_get_info(self.device)[0], self.memory.total - there
+        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)  # torch's own, free for us
+        free, needed = torch.cuda.mem_get_info(self.device)[0] + kept, self.memory.total - there
         if needed > free:
             away = "" if on_host else f"; {(needed + there - self.memory.vectors) / 2**30:.1f} with on_host=True"
             size = f"{self.count:,} x {self.dims} need {needed / 2**30:.1f} GiB"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -13,8 +15,6 @@ from index.gpu_code import GpuAsked, GpuCoded, Held
 from index.hits import Rows, Vectors
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
-
     import torch
 
 _STAGED = 128 << 10
@@ -50,6 +50,33 @@ class Launch:
         )
 
 
+class KnownSets:
+    """Bits of row sets on a device, least recently used out first, within bytes and while a set lives; threads may share it."""
+
+    def __init__(self, device: torch.device, most: int) -> None:
+        self._device, self._most, self._lock = device, most, threading.RLock()
+        self._held: WeakKeyDictionary[RowSet, torch.Tensor] = WeakKeyDictionary()
+
+    @property
+    def bytes(self) -> int:
+        """Device memory of what is kept."""
+        with self._lock:
+            return sum(bits.numel() for bits in self._held.values())
+
+    def bits(self, one: RowSet) -> torch.Tensor:
+        """The bits uint8 [bytes] of a set are returned, copied if they were not there."""
+        import torch
+
+        with self._lock:
+            bits = self._held.pop(one, None)
+            if bits is None:
+                while self.bytes + one.bits.nbytes > self._most and (oldest := next(iter(self._held), None)) is not None:
+                    del self._held[oldest]
+                bits = torch.from_numpy(one.bits.copy()).to(self._device)
+            self._held[one] = bits
+            return bits
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Queries that are scanned together, with their filters on the device.
@@ -66,18 +93,15 @@ class Group:
     marked: torch.Tensor | None
 
     @classmethod
-    def of(cls, asked: GpuAsked, filters: list[Filter], sampled: Rows, known: MutableMapping[RowSet, torch.Tensor]) -> Group:
+    def of(cls, asked: GpuAsked, filters: list[Filter], sampled: Rows, known: KnownSets) -> Group:
         """The filters are brought to the queries' device; sets that are `known` are there already."""
         import torch
 
         device = asked.vectors.device
         sets = list(dict.fromkeys(one.allowed for one in filters if one.allowed is not None))
-        for one in sets:
-            if one not in known:
-                known[one] = torch.from_numpy(one.bits.copy()).to(device)
         number = {one: at for at, one in enumerate(sets)}
         named = np.array([-1 if one.allowed is None else number[one.allowed] for one in filters], np.int32)
-        bits = torch.stack([known[one] for one in sets]) if sets else None
+        bits = torch.stack([known.bits(one) for one in sets]) if sets else None
         which = torch.from_numpy(named).to(device) if sets else None
         query = np.repeat(np.arange(len(filters)), [len(one.excluded) for one in filters])
         if not query.size:
@@ -126,7 +150,9 @@ class Steps:
         which = torch.full((wide,), -1, dtype=torch.int32, device=device)
         if group.which is not None:
             which[: len(asked)] = group.which[asked]
-        found = torch.full((wide, capacity), -1, dtype=torch.int32, device=device)
+        found = torch.full(
+            (len(asked), capacity), -1, dtype=torch.int32, device=device
+        )  # what fills up the last group finds none
         counts = torch.zeros(wide, dtype=torch.int32, device=device)
         bits = which if group.bits is None else group.bits  # without sets nothing is read there
         scan[(blocks * groups,)](
@@ -154,7 +180,7 @@ class Steps:
             num_warps=cut.warps,
             num_stages=cut.stages,
         )
-        return found[: len(asked)], counts[: len(asked)]
+        return found, counts[: len(asked)]
 
     def keys(self, rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """The keys int64 [A, W] of these rows int32 [A, W] (-1: none) for queries float32 [A, D] are returned, see `read`."""
@@ -162,13 +188,18 @@ class Steps:
 
         if isinstance(self.held.vectors, torch.Tensor):
             return self._keys(self.held.vectors, rows, rows, queries)
-        step = max(1, _GATHERED // (4 * queries.shape[1] * max(1, rows.shape[1])))
+        most = max(1, _GATHERED // (4 * queries.shape[1]))
+        columns = max(1, min(most, rows.shape[1]))
         parts = []
-        for some, asking in zip(rows.split(step), queries.split(step)):
-            real = some >= 0
-            places = (real.flatten().cumsum(0) - 1).clamp(min=0).int().view_as(some)
-            parts.append(self._keys(self.held.take(some[real].long()), places, some, asking))
+        for some, asking in zip(rows.split(most // columns), queries.split(most // columns)):
+            parts.append(torch.cat([self._gathered(part, asking) for part in some.split(columns, 1)], 1))
         return torch.cat(parts)
+
+    def _gathered(self, rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """`keys` of rows whose vectors are brought to the device all at once."""
+        real = rows >= 0
+        places = (real.flatten().cumsum(0) - 1).clamp(min=0).int().view_as(rows)
+        return self._keys(self.held.take(rows[real].long()), places, rows, queries)
 
     def _keys(self, vectors: torch.Tensor, places: torch.Tensor, rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         import torch

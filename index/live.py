@@ -74,7 +74,7 @@ class LiveIndex:
         self.close()
 
     def view(self) -> LiveView:
-        """The present moment is returned: all that this process acknowledged, and what others did up to FOLLOW_S ago.
+        """The present moment is returned: all that this process acknowledged, and what was on the disk FOLLOW_S ago.
 
         A follower raises LogDamaged when it cannot tell what changed: an answer without the changes may show what was withdrawn.
         One that was closed raises RuntimeError.
@@ -152,15 +152,17 @@ class LiveIndex:
         return LogWriter(self._folder, _facts(manifest), position, newest=newest)
 
     def _open(self, snapshot: Snapshot, position: int) -> None:
+        began = time.monotonic()  # what is written while this reads may be missed: the next look is due FOLLOW_S after here
         table, reader = LiveTable(snapshot, position, self._shadow), LogReader(self._folder, position)
         with closing(reader):
             table.take(_batches(reader))
         if self._reader is not None:
             self._reader.close()
-        self._table, self._reader, self._looked = table, reader, time.monotonic()
+        self._table, self._reader, self._looked = table, reader, began
 
     def _catch_up(self) -> None:
         assert self._reader is not None
+        began = time.monotonic()
         try:
             self._table.take(_batches(self._reader))
         except BaseException:
@@ -168,7 +170,7 @@ class LiveIndex:
             self._reader.close()
             self._reader = LogReader(self._folder, self._table.view.position)
             raise
-        self._looked = time.monotonic()
+        self._looked = began
 
     def _write(self, changes: Changes, fingerprint: str | None) -> int:
         """Group commit: whoever gets the lock writes for all who wait for it, with one fsync."""

@@ -192,10 +192,10 @@ class Snapshot:
 
     def vectors_at(self, rows: Rows) -> npt.NDArray[np.float32]:
         """The vectors of these rows are returned, float32 [n, D]. Raises IndexError for a row that is not here."""
-        if not self.manifest.shards:
-            return self.shards[0].vectors[rows]
         if len(rows) and (rows.min() < 0 or rows.max() >= self.manifest.count):
             raise IndexError(f"rows {rows.min()}..{rows.max()} asked, the snapshot has rows 0..{self.manifest.count - 1}")
+        if not self.manifest.shards:
+            return self.shards[0].vectors[rows]
         found = np.empty((len(rows), self.manifest.dims), np.float32)
         for shard in self.shards:
             here, own = shard.place_of(rows)

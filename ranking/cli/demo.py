@@ -34,7 +34,10 @@ class DemoError(BrewlineError):
 def demo(
     data: Annotated[Path | None, typer.Option(help="A data folder of yours; without it a synthetic world is made.")] = None,
     work: Annotated[Path, typer.Option(help="Where everything is put; an older demo there is replaced.")] = Path("demo"),
-    minutes: Annotated[float, typer.Option(help="Training time of both models; going small takes a third more.", min=0.1)] = 4.4,
+    minutes: Annotated[
+        float,
+        typer.Option(help="Training time of both models; going small takes a third more, judging four models on top.", min=0.1),
+    ] = 4.4,
     seed: Annotated[int, typer.Option(help="Decides world, weights and batches.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
 ) -> None:

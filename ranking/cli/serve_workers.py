@@ -30,26 +30,23 @@ def serve_workers(context: typer.Context) -> None:
     """Serves from several processes until SIGTERM or Ctrl-C. Raises CannotShare, CannotListen, WebError, WorkerFailed."""
     from ranking.serving.address import bound
     from ranking.serving.web import Web
-    from ranking.serving.workers import Workers, run_until_signal, share_of_cores
+    from ranking.serving.workers import THREADS, Workers, run_until_signal, share_of_cores
     from ranking.serving.workers_pages import Pages
 
     asked = context.params
     _check(asked)
+    environment = share_of_cores(asked["workers"], os.environ)
+    told = {"workers": asked["workers"], "threads": _first_number(environment[THREADS])}
     bound(asked["host"], asked["port"]).close()
     web = None if asked["metrics_port"] is None else Web(asked["metrics_host"], asked["metrics_port"])
     # Kept bound so that nobody else takes the port while no worker listens; it does not listen itself and is sent nobody.
     with bound(asked["host"], asked["port"], shared=True) as held, _folder() as folder:
         commands = [_command(context, folder, place, held.getsockname()[1]) for place in range(asked["workers"])]
-        environment = share_of_cores(asked["workers"], os.environ)
         workers = Workers(commands, environment, asked["drain_seconds"])
         pages = None if web is None else Pages(workers, web)
         if pages is not None:
             pages.start()
-        told = {
-            "workers": asked["workers"],
-            "threads": int(environment["OMP_NUM_THREADS"]),
-            "metrics": web.address if web else "",
-        }
+        told["metrics"] = web.address if web else ""
         try:
             run_until_signal(workers, lambda facts: _ready({**facts, **told}, as_json=asked["as_json"]))
         finally:
@@ -67,6 +64,16 @@ def _check(asked: dict[str, Any]) -> None:
         )
 
 
+def _first_number(threads: str) -> int:
+    """Of OMP_NUM_THREADS, which may name a number for each level of nesting. Raises CannotShare."""
+    first = threads.split(",")[0].strip()
+    if not (first.isascii() and first.isdecimal() and int(first)):
+        raise CannotShare(
+            f"OMP_NUM_THREADS={threads!r}, expected how many threads each worker gets; unset it to share out all cores"
+        )
+    return int(first)
+
+
 @contextmanager
 def _folder() -> Iterator[Path]:
     """A folder for the workers' sockets that only this user may enter."""
@@ -82,7 +89,10 @@ def _folder() -> Iterator[Path]:
 def _command(context: typer.Context, folder: Path, place: int, port: int) -> list[str]:
     """The command line of a worker: what was typed but for what is the parent's. The environment speaks for itself."""
     asked = context.params
-    words = [sys.executable, "-m", "ranking.cli.main", *(["--verbose"] if context.find_root().params.get("verbose") else [])]
+    # -m alone looks for modules in the current folder first, whoever may write into it; a checkout's parent looks there itself.
+    safe = [] if {"", str(Path.cwd())} & set(sys.path) else ["-P"]
+    words = [sys.executable, *safe, "-m", "ranking.cli.main"]
+    words += ["--verbose"] if context.find_root().params.get("verbose") else []
     words += ["serve", "--worker", str(folder / str(place)), "--port", str(port), "--json", "--drain-seconds"]
     words += [str(asked["drain_seconds"])]
     words += [] if asked["metrics_port"] is None else ["--metrics-port", "0"]

@@ -8,7 +8,6 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TypeVar
 
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
@@ -18,8 +17,12 @@ from index.errors import BrewlineError
 TIMEOUT_S, MOST_BYTES = 10.0, 16 << 20
 STAGES = ("queue", "member", "encode", "search", "rank", "order")
 
-K = TypeVar("K", str, float)
+WORKER = "worker"
+"""The label of a series that bears a process's name, where several serve at one port."""
+
 Bounds = list[tuple[float, float]]
+Growth = list[tuple[dict[str, str], float]]
+"""Labels of each series, and by how much it grew."""
 
 
 class TopError(BrewlineError):
@@ -59,13 +62,9 @@ class Look:
         found = [value for _, value in self.samples(name)]
         return of(found) if found else None
 
-    def buckets(self, name: str, only: Mapping[str, str]) -> dict[float, float]:
-        """The cumulative counts of a histogram by upper bound, summed over the labels that are not in `only`."""
-        found: dict[float, float] = {}
-        for labels, value in self.samples(f"{name}_bucket", only):
-            bound = float(labels.get("le", "NaN"))
-            found[bound] = found.get(bound, 0.0) + value
-        return found
+    def series(self, name: str, only: Mapping[str, str] | None = None) -> dict[frozenset[tuple[str, str]], float]:
+        """The samples of a name by all of their labels."""
+        return {frozenset(labels.items()): value for labels, value in self.samples(name, only)}
 
 
 def look(address: str) -> Look:
@@ -103,7 +102,7 @@ def _samples(text: str) -> dict[str, list[Sample]]:
 def compared(before: Look, now: Look) -> dict[str, object]:
     """What happened between two looks, and how it stands."""
     seconds = max(now.at - before.at, 1e-9)
-    calls = _grown(before.sums("brewline_requests_total", "method"), now.sums("brewline_requests_total", "method"))
+    calls = _summed(_grown(before, now, "brewline_requests_total"), "method")
     info = next((labels for labels, _ in now.samples("brewline_serving_info")), {})
     return {
         "seconds": seconds,
@@ -120,7 +119,7 @@ def compared(before: Look, now: Look) -> dict[str, object]:
         "swaps": now.sums("brewline_swaps_total", "result"),
         "recall": now.one("brewline_recall", fmean),
         "drift": {" ".join(labels.values()): value for labels, value in now.samples("brewline_score_drift")},
-        "memory_bytes": now.one("process_resident_memory_bytes"),
+        "memory_bytes": now.one("process_resident_memory_bytes", max),  # workers share pages: a sum would count them again
         "cpu": _cpu(before, now, seconds),
     }
 
@@ -146,32 +145,50 @@ def _method(before: Look, now: Look, method: str, qps: float) -> dict[str, objec
 
 
 def _latency(before: Look, now: Look, name: str, only: Mapping[str, str]) -> dict[str, object]:
-    grown = sorted(_grown(before.buckets(name, only), now.buckets(name, only)).items())
-    p50, p99 = (quantile(grown, share) for share in (0.5, 0.99))
+    counts = _summed(_grown(before, now, f"{name}_bucket", only), "le")
+    bounds = sorted((float(bound), count) for bound, count in counts.items())
+    p50, p99 = (quantile(bounds, share) for share in (0.5, 0.99))
     return {"p50_ms": None if p50 is None else p50 * 1e3, "p99_ms": None if p99 is None else p99 * 1e3}
 
 
-def _grown(before: Mapping[K, float], now: Mapping[K, float]) -> dict[K, float]:
-    """By how much each counter grew; one that is smaller than before began again with its server."""
-    fell = any(value < before.get(name, 0.0) for name, value in now.items())
-    return {name: value - (0.0 if fell else before.get(name, 0.0)) for name, value in now.items()}
+def _grown(before: Look, now: Look, name: str, only: Mapping[str, str] | None = None) -> Growth:
+    """By how much each series of a counter grew, worker by worker: one of whose series any is less than it was began again, and
+    of one that told nothing before nobody knows when it counted what it tells."""
+    was = before.series(name, only)
+    known = {labels.get(WORKER, "") for labels, _ in before.samples("brewline_serving_info")}
+    here = now.series(name, only)
+    again = {dict(key).get(WORKER, "") for key, value in was.items() if here.get(key, 0.0) < value}
+    found: Growth = []
+    for key, value in here.items():
+        labels = dict(key)
+        worker = labels.get(WORKER, "")
+        start = value if worker not in known else 0.0 if worker in again else was.get(key, 0.0)
+        found.append((labels, value - start))
+    return found
+
+
+def _summed(grown: Growth, by: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for labels, count in grown:
+        found[labels.get(by, "")] = found.get(labels.get(by, ""), 0.0) + count
+    return found
 
 
 def _rates(before: Look, now: Look, name: str, by: str, seconds: float) -> dict[str, float]:
-    grown = _grown(before.sums(name, by), now.sums(name, by))
+    grown = _summed(_grown(before, now, name), by)
     return {label: count / seconds for label, count in grown.items() if count}
 
 
 def _cache(before: Look, now: Look) -> dict[str, object]:
     name = "brewline_prefix_cache_tokens_total"
-    grown = _grown(before.sums(name, "source"), now.sums(name, "source"))
+    grown = _summed(_grown(before, now, name), "source")
     tokens = sum(grown.values())
     return {"reused": grown.get("cache", 0.0) / tokens if tokens else None, "bytes": now.one("brewline_prefix_cache_bytes")}
 
 
 def _cpu(before: Look, now: Look, seconds: float) -> float | None:
-    first, last = before.one("process_cpu_seconds_total"), now.one("process_cpu_seconds_total")
-    return None if first is None or last is None or last < first else (last - first) / seconds
+    grown = _grown(before, now, "process_cpu_seconds_total")
+    return sum(seconds_of_it for _, seconds_of_it in grown) / seconds if grown else None
 
 
 def _stages(now: Look) -> list[str]:

@@ -39,7 +39,7 @@ from ranking.tasks import LABEL
 from retrieval.data.schema import Dataset
 from retrieval.evidence.report import without_nan
 from retrieval.fingerprint import FingerprintMismatch
-from retrieval.learn.checkpoint import DATA, check_identity, write_json
+from retrieval.learn.checkpoint import check_identity, write_json
 from retrieval.learn.warm import start_from_words
 from retrieval.llama import fit_vocabulary, load_llama, smooth_buckets
 
@@ -95,7 +95,7 @@ class Chain:
     def root(self) -> Done:
         """The teacher, scored as every step is."""
         folder = self.plan.out / "teacher"
-        identity = {"teacher": self.teacher.fingerprint, DATA: self.ground.digest, "judged": self.plan.judged}
+        identity = {"teacher": self.teacher.fingerprint, **self.ground.identity, "judged": self.plan.judged}
         if (record := remembered_step(folder, identity)) is None:
             folder.mkdir(parents=True, exist_ok=True)
             facts = self._scored(self.plan.teacher, folder)
@@ -126,7 +126,7 @@ class Chain:
         if self.plan.taught is not None:  # folders of before do not name it
             judged["taught"] = self.plan.taught
         origins = {"parent": parent.fingerprint, "root": self.teacher.fingerprint}
-        return {**origins, "step": facts_of(step), "seed": seed, DATA: self.ground.digest, **judged}
+        return {**origins, "step": facts_of(step), "seed": seed, **self.ground.identity, **judged}
 
     def _run(self, step: Step, seed: int, parent: Done, folder: Path, identity: dict[str, object]) -> dict[str, Any]:
         began, work = time.monotonic(), folder / WORK
@@ -209,8 +209,7 @@ class Chain:
         teacher = Ranker.load(folder, device=self.plan.device)
         states = learning.hidden > 0
         place = self.plan.out / "answers" / f"{teacher.fingerprint}{'-states' if states else ''}"
-        identity = {"teacher": teacher.fingerprint, DATA: self.ground.digest}
-        kept = Answers(place, self.ground.pools, identity, states=states)
+        kept = Answers(place, self.ground.pools, {"teacher": teacher.fingerprint, **self.ground.identity}, states=states)
         kept.fill(teacher.engine.model, self.ground.labels, self.ground.writer, lambda done, of: self.tell("teacher", done, of))
         return kept
 

@@ -161,7 +161,8 @@ def _with_defaults(found: Any) -> Any:
 
 def _wrong(plan: CompressPlan) -> str:
     """What types cannot refuse, in words; "" if nothing."""
-    if not plan.routes or not all(plan.routes.values()) or not plan.seeds or min(plan.judged, plan.taught or 1) < 1:
+    least = min(plan.judged, 1 if plan.taught is None else plan.taught)
+    if not plan.routes or not all(plan.routes.values()) or not plan.seeds or least < 1:
         return "no routes, a route without steps, no seeds, nothing to judge on or to learn from; there is nothing to do"
     unknown = {*plan.ungated, *(name for pair in plan.compare for name in pair)} - plan.routes.keys()
     if unknown:
@@ -222,5 +223,7 @@ def config_of(path: str | Path) -> LlamaConfig:
 
 def facts_of(step: Step) -> Mapping[str, object]:
     """A step as its folder records it."""
-    facts: dict[str, object] = TypeAdapter(Step).dump_python(step, mode="json")
+    facts: dict[str, Any] = TypeAdapter(Step).dump_python(step, mode="json")
+    if isinstance(step, Prune) and step.keep.hidden is None:  # folders of before do not name it
+        del facts["keep"]["hidden"]
     return facts

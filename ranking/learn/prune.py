@@ -16,6 +16,7 @@ Legend: L layers, M neurons, G key heads, H query heads, D dims of a head, n can
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -77,6 +78,12 @@ def pruned_config(config: LlamaConfig, keep: Keep, most: float = MOST) -> LlamaC
         raise PruneError(
             f"{wanted['kv_heads']} key heads leave {wanted['kv_heads'] * each} query heads, which do not divide the width "
             f"{wanted['hidden']}, and stock transformers refuses that; keep one of {fits}"
+        )
+    if wanted["hidden"] < had["hidden"] and wanted["hidden"] % config.num_attention_heads:
+        step = math.lcm(config.num_attention_heads, wanted["kv_heads"] * each)
+        raise PruneError(
+            f"hidden dims leave before heads do, and {config.num_attention_heads} query heads do not divide {wanted['hidden']}, "
+            f"which stock transformers refuses; keep a multiple of {step}, or let heads leave in a step before"
         )
     facts = config.to_dict()
     facts |= {"intermediate_size": wanted["mlp"], "num_hidden_layers": wanted["layers"], "head_dim": config.head_dim}

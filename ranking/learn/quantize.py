@@ -63,11 +63,14 @@ def stored(model: LlamaForCausalLM, to: Format) -> LlamaForCausalLM:
 
 
 def rounded(weight: Tensor, to: Format) -> Tensor:
-    """The nearest values of a format to a matrix [outputs, inputs], float32; int8 and fp8 have one scale for each output."""
+    """The values of a format that stand for a matrix [outputs, inputs], float32; int8 and fp8 have one scale for each output.
+
+    The engine makes fp8 of a bfloat16 body, so a row's largest value is rounded first: only then is this scale found again.
+    """
     if to == "bfloat16":
         return weight.bfloat16().float()
     if to == "fp8":
-        return scaled(weight.float()).wide()
+        return scaled(weight.bfloat16().float()).wide()
     scale = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / LARGEST_INT8
     return (weight.float() / scale).round() * scale
 

@@ -30,11 +30,13 @@ from ranking.ranker import Ranker
 from ranking.shots_past import PastShots
 from ranking.tasks import taught_of
 from retrieval.data.schema import Dataset
-from retrieval.learn.checkpoint import dataset_digest
+from retrieval.learn.checkpoint import DATA, dataset_digest
 
 GROUPS_PER_PASS = 32
 TIMED = 2_000
 """Candidates that the speed of a model is measured on."""
+MEMBERS = 2
+"""What is judged is drawn by member, and fitted on other members than it is judged on."""
 
 Raw = npt.NDArray[np.float32]
 
@@ -108,7 +110,8 @@ class Questions:
 @dataclass(frozen=True)
 class Ground:
     """The parts of a data set as the module says; `held` by task, `main` the first task's name; `places` where the teacher took
-    positions out (`ranking.learn.positions`), and by task what they add to the logits of the held-back candidates."""
+    positions out (`ranking.learn.positions`), and by task what they add to the logits of the held-back candidates; `shots` is
+    the most examples that stand before a group."""
 
     digest: str
     main: str
@@ -119,6 +122,12 @@ class Ground:
     test: Questions
     places: Places | None = None
     shifts: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    shots: int = 0
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What decides the groups. Folders that do not name `shots` had none, or had them drawn from what came later."""
+        return {DATA: self.digest, **({"shots": self.shots} if self.shots else {})}
 
     def expected(self, task: str, raw: Raw) -> Answers:
         """The held-back answers of a task that a calibrator of these raw scores [n] is fitted on: those at the mean place."""
@@ -134,7 +143,7 @@ class Ground:
 def ground_of(dataset: Dataset, teacher: Ranker, judged: int) -> Ground:
     """The ground that a teacher's facts and a data set decide; `judged` candidates at most of each part that judges.
 
-    Raises NothingToJudge where no answers are held back, or none come after the test cut.
+    Raises NothingToJudge where there is nothing to learn from, or one of the parts that judge is too thin.
     """
     training, meta = teacher.facts.training, dataset.meta
     try:
@@ -154,14 +163,24 @@ def ground_of(dataset: Dataset, teacher: Ranker, judged: int) -> Ground:
     asked = {name: Questions.of(writer, pool, judged) for name, pool in window.items() if len(pool)}
     end = int(dataset.events.timestamp.max(initial=meta.cut_test)) + 1  # a folder may have no events at all
     after = pools_of(dataset, {main: tasks[main]}, meta.cut_test, end, fresh, seed)
-    if main not in asked or asked[main].rarer < ENOUGH or main not in after or main not in pools:
-        seen = asked[main].rarer if main in asked else 0
-        raise NothingToJudge(
-            f"{meta.name}: {seen} answers of the rarer kind among the members held back between the cuts (at least {ENOUGH}), "
-            f"{len(after)} tasks after the test cut; a step could not be judged. Move the cuts, or bring more events"
-        )
-    test = Questions.of(GroupWriter(dataset, teacher.prompts, tasks, end), after[main], judged)
+    test = {name: Questions.of(GroupWriter(dataset, teacher.prompts, tasks, end), pool, judged) for name, pool in after.items()}
+    _check_parts(meta.name, {"held back between the cuts": asked.get(main), "after the test cut": test.get(main)})
+    if main not in pools:
+        raise NothingToJudge(f"{meta.name}: no answers to {main!r} that were not held back; a student could not learn it")
     known = training.get("positions")
     places = places_of(dataset, pools, tasks, PositionSettings(ridge=float(known["ridge"]))) if known else None
     shifts = {name: known_shifts(dataset, training, tasks[name], one.event) for name, one in asked.items()} if known else {}
-    return Ground(dataset_digest(dataset), main, teacher.facts.labels, writer, pools, asked, test, places, shifts)
+    return Ground(dataset_digest(dataset), main, teacher.facts.labels, writer, pools, asked, test[main], places, shifts, count)
+
+
+def _check_parts(name: str, parts: Mapping[str, Questions | None]) -> None:
+    """Raises NothingToJudge unless every part has enough answers of both kinds, and members enough."""
+    seen = {part: (one.rarer, len(np.unique(one.member))) if one else (0, 0) for part, one in parts.items()}
+    if any(rarer < ENOUGH or members < MEMBERS for rarer, members in seen.values()):
+        told = ", ".join(
+            f"{rarer} answers of the rarer kind among {members} members {part}" for part, (rarer, members) in seen.items()
+        )
+        raise NothingToJudge(
+            f"{name}: {told} (at least {ENOUGH} among {MEMBERS} in each); a step could not be judged. "
+            "Move the cuts, or bring more events"
+        )

@@ -80,12 +80,11 @@ class Engine:
 
     def _attach(self) -> None:
         """The loop reads the model's parameters of now, and no prefix is kept that others made."""
-        self._state = state_of(self.model)
+        state = state_of(self.model)
         self.cache.clear()
         embedding = self.model.get_input_embeddings().weight
         device, dtype = embedding.device, embedding.dtype
         weights = Weights.of(self.model)
-        self.loop = "modules" if weights is None else "lean"
         if self.deterministic and self._graph_bytes:
             raise BackendMissing("recorded passes have padded shapes that deterministic scores cannot have; choose one of both")
         if weights is None:
@@ -101,6 +100,8 @@ class Engine:
             self._lean: Lean | Recorded = Recorded(lean, self._graph_bytes) if self._graph_bytes else lean
         self._head = self.model.get_output_embeddings().weight.detach()
         self._rows = torch.tensor(self.label_ids, device=device)
+        # Last: what was refused above is refused at the next call too, and never served from the loop of before.
+        self._state, self.loop = state, "modules" if weights is None else "lean"
 
     @property
     def stats(self) -> CacheStats:

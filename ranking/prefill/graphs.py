@@ -2,8 +2,8 @@
 
 A pass is padded to a bucket (powers of two for rows and known keys, of four for items and the longest one), its inputs are copied
 into the bucket's own buffers, and what was recorded there once runs again. On a CPU "run again" is a call of the same function on
-the same buffers, so everything but the recording itself is tested there. A pass that fits no bucket goes the plain way, and is
-counted with the reason.
+the same buffers, so everything but the recording itself is tested there. A pass that fits no bucket, or whose buffers find no
+memory, goes the plain way, and is counted with the reason.
 
 Legend: T packed rows, P prefix tokens, n items.
 """
@@ -25,6 +25,7 @@ from ranking.prefill.cache import Keys
 from ranking.prefill.lean import Entries, Lean, Packed
 from ranking.prefill.plan import Chunk
 from ranking.prefill.seats import PlacedAttend, Seats, placed
+from ranking.prefill.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ Reason = Literal["rows", "known keys", "requests", "history", "bytes"]
 class GraphStats:
     """Counts since the engine took its weights: passes recorded, run from a recording and dropped for others; bytes of the
     buffers held now (a CUDA graph's own memory comes on top); passes that went the plain way, by reason: too many "rows",
-    "known keys" or "requests", a "history" whose entries do not see each other, buffers of more "bytes" than all may have."""
+    "known keys" or "requests", a "history" whose entries do not see each other, buffers of more "bytes" than all may have or than
+    the device has left."""
 
     recorded: int = 0
     replayed: int = 0
@@ -87,8 +89,8 @@ class Recording:
         own = (self.x, *self._angles, self._last, self.keys.tensor, self._seats.numbers)
         return sum(part.numel() * part.element_size() for part in own) + self._lean.bytes
 
-    def extend(self, tokens: Ints, prefix: Keys) -> None:
-        """The keys and values of `tokens` [t] follow those that `prefix` holds."""
+    def extend(self, tokens: Ints, prefix: Keys) -> Tensor:
+        """The keys and values of `tokens` [t] follow those that `prefix` holds; returns them [layers, 2, t, G, D]."""
         start, rows = prefix.length, len(tokens)
         own, seen = (np.array([0, count], np.int32) for count in (rows, start))
 
@@ -99,8 +101,10 @@ class Recording:
 
         self._run(enter)
         first = self.bucket.known
-        prefix.tensor[:, :, start : start + rows].copy_(self.keys.tensor[:, :, first : first + rows])
+        made = self.keys.tensor[:, :, first : first + rows]
+        prefix.tensor[:, :, start : start + rows].copy_(made)
         prefix.length = start + rows
+        return made
 
     def read(self, chunk: Chunk, prefixes: Sequence[Keys], vectors: Tensor | None) -> Tensor:
         """The hidden states [n, hidden] at the items' last tokens; the next pass of this bucket overwrites them."""
@@ -126,8 +130,10 @@ class Recording:
     def _run(self, enter: Callable[[], None]) -> Tensor:
         """What was recorded has run on what `enter` copies in; recorded at the first call, which spoils the inputs."""
         enter()
+        if self.x.device.type != "cuda":
+            return self._pass()  # to keep the method would be a cycle, and a dropped recording would wait for the collector
         if self._replay is None:
-            self._replay = recorded(self._pass, self.x.device)
+            self._replay = captured(self._pass, self.x.device)
             enter()
         return self._replay()
 
@@ -158,12 +164,8 @@ class Recorded:
         """See Lean."""
         known = _room(prefix.length, LEAST_ROWS) if prefix.length else 0
         bucket = Bucket(_room(len(tokens), LEAST_ROWS), 0, 0, known)
-        recording = self._take(bucket, 1, "history" if entries else None)
-        if recording is None:
+        if self._ran(bucket, 1, "history" if entries else None, lambda one: one.extend(tokens, prefix)) is None:
             self._plain.extend(tokens, prefix, entries)
-        else:
-            recording.extend(tokens, prefix)
-            self._settle(recording)
 
     def read(self, chunk: Chunk, prefixes: Sequence[Keys], vectors: Tensor | None) -> Tensor:
         """See Lean; the answer is good until the next call."""
@@ -171,71 +173,98 @@ class Recorded:
         longest = _room(int(np.diff(chunk.item_bounds).max()), LEAST_LENGTH, 4)
         known = _room(sum(prefix.length for prefix in prefixes), LEAST_ROWS)
         bucket = Bucket(_room(max(len(chunk.tokens), items + 1), LEAST_ROWS), items, longest, known)
-        recording = self._take(bucket, len(chunk.pieces), None)
-        if recording is None:
-            return self._plain.read(chunk, prefixes, vectors)
-        found = recording.read(chunk, prefixes, vectors)
-        self._settle(recording)
-        return found
+        found = self._ran(bucket, len(chunk.pieces), None, lambda one: one.read(chunk, prefixes, vectors))
+        return self._plain.read(chunk, prefixes, vectors) if found is None else found
 
-    def _take(self, bucket: Bucket, requests: int, reason: Reason | None) -> Recording | None:
-        """The bucket's recording, new if there is none; None, counted, if the pass goes the plain way."""
+    def _ran(self, bucket: Bucket, requests: int, reason: Reason | None, run: Callable[[Recording], Tensor]) -> Tensor | None:
+        """What `run` returns of the bucket's recording, new if there is none; None, counted, if the pass has to go the plain way.
+
+        A recording that fails is forgotten, and one that found no memory is not tried again.
+        """
+        reason = self._against(bucket, requests) or reason
+        if reason is None:
+            try:
+                if bucket not in self._held:
+                    self._held[bucket] = Recording(self._plain, bucket, self._attend)
+                found = run(self._held[bucket])
+                self._settle(bucket)
+                return found
+            except BaseException as error:
+                self._drop(bucket)
+                # A capture that had to end early fails once more as it is closed.
+                if not any(isinstance(seen, torch.OutOfMemoryError) for seen in (error, error.__context__)):
+                    raise
+                log.warning("no memory for %s (%s); such passes go the plain way", bucket, error)
+                self._too_large.add(bucket)
+                reason = "bytes"
+        self.stats.plain[reason] += 1
+        return None
+
+    def _against(self, bucket: Bucket, requests: int) -> Reason | None:
+        """Why a pass is too large to be recorded, None if it is not."""
         if bucket.rows > ROWS:
-            reason = "rows"
-        elif bucket.known > KNOWN:
-            reason = "known keys"
-        elif requests > REQUESTS:
-            reason = "requests"
-        elif bucket in self._too_large:
-            reason = "bytes"
-        if reason is not None:
-            self.stats.plain[reason] += 1
-            return None
-        if bucket not in self._held:
-            self._held[bucket] = Recording(self._plain, bucket, self._attend)
-            self.stats.recorded += 1
-        self._held.move_to_end(bucket)
-        self.stats.replayed += 1
-        return self._held[bucket]
+            return "rows"
+        if bucket.known > KNOWN:
+            return "known keys"
+        if requests > REQUESTS:
+            return "requests"
+        return "bytes" if bucket in self._too_large or least_bytes(self.weights, bucket) > self._budget else None
 
-    def _settle(self, used: Recording) -> None:
+    def _settle(self, bucket: Bucket) -> None:
         """After its first run a recording is measured: all are within bytes and number again, and one that is too large alone is
         not made a second time."""
-        bucket = used.bucket
+        self.stats.replayed += 1
+        self._held.move_to_end(bucket)
         if bucket in self._sizes:
             return
-        self._sizes[bucket] = used.bytes
-        if used.bytes > self._budget:
-            log.warning("%s holds %d bytes of %d at most; such passes go the plain way", bucket, used.bytes, self._budget)
+        self.stats.recorded += 1
+        size = self._sizes[bucket] = self._held[bucket].bytes
+        if size > self._budget:
+            log.warning("%s holds %d bytes of %d at most; such passes go the plain way", bucket, size, self._budget)
             self._too_large.add(bucket)
             self._held.move_to_end(bucket, last=False)
         while sum(self._sizes.values()) > self._budget or len(self._held) > GRAPHS:
-            oldest, _ = self._held.popitem(last=False)
-            self._sizes.pop(oldest, None)  # none if its first run failed
+            self._drop(next(iter(self._held)))
             self.stats.evicted += 1
         self.stats.bytes = sum(self._sizes.values())
 
+    def _drop(self, bucket: Bucket) -> None:
+        self._held.pop(bucket, None)
+        self._sizes.pop(bucket, None)
+        self.stats.bytes = sum(self._sizes.values())
 
-def recorded(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """What runs `run` again on the tensors that it works on: on a GPU a CUDA graph of it, elsewhere `run` itself.
 
-    The CUDA half has never run. `run` must have been warmed up: its buffers exist, and nothing in it waits for the host. Other
-    threads may use the device meanwhile. The graph keeps the memory of what `run` returns.
+def least_bytes(weights: Weights, bucket: Bucket) -> int:
+    """Bytes that a recording takes for what goes in and for keys and values; those of the layers' buffers come on top."""
+    held = bucket.known + (0 if bucket.items else bucket.rows)
+    numbers = bucket.rows * (weights.hidden + 2 * weights.dims)
+    numbers += 2 * len(weights.blocks) * held * weights.kv_heads * weights.dims
+    return numbers * weights.embedding.element_size()
+
+
+def captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """A CUDA graph that runs `run` again on the tensors that it works on. It has never run.
+
+    `run` must wait for the host nowhere. Other threads may use the device meanwhile. The graph keeps the memory of what `run`
+    returns. Whatever happens, the stream in use is afterwards the one that was.
     """
-    if device.type != "cuda":
-        return run
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UPS):
-            run()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        found = run()
+    with torch.cuda.device(device):
+        before, side, graph = torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+        side.wait_stream(before)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    run()
+            before.wait_stream(side)
+            # A stream of its own: the class's default one is of whatever device was current when it was first made.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                found = run()
+        finally:
+            torch.cuda.set_stream(before)  # `graph` does not give it back where closing the capture fails
 
     def replay() -> Tensor:
-        graph.replay()
+        with torch.cuda.device(device):
+            graph.replay()
         return found
 
     return replay

@@ -14,7 +14,7 @@ class CannotListen(BrewlineError):
 def bound(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """A socket is bound to the address and does not listen; close it. Port 0 takes a free one.
 
-    `shared`: others of this user that say so too may be bound to it, and listen. Raises CannotListen.
+    `shared`: others of this user that say so too may be bound to it, and listen; nobody else. Raises CannotListen.
     """
     taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
@@ -22,6 +22,8 @@ def bound(host: str, port: int, *, shared: bool = False) -> socket.socket:
         if shared:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         taken.bind((host, port))
+        if shared:  # set for the bind, which a closed connection would forbid; left on, whoever sets it too could come in
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
         taken.close()
         raise cannot_listen(host, port, error) from error

@@ -107,9 +107,11 @@ READ: Mapping[str, Callable[[str], Any]] = {
 class Ingress:
     """Answers the contract's calls: reads requests, asks the other deployments, puts answers together. Holds no model."""
 
-    def __init__(self, settings: ClusterSettings, encoder: Any, shards: Sequence[Any], ranker: Any = None) -> None:
-        """The last three are Serve's handles."""
-        self._settings, self._handles = settings, (encoder, tuple(shards), ranker)
+    def __init__(
+        self, settings: ClusterSettings, published: str, encoder: Any, shards: Sequence[Any], ranker: Any = None
+    ) -> None:
+        """`published` is the snapshot's folder that the shards are of; the last three are Serve's handles."""
+        self._settings, self._published, self._handles = settings, Path(published), (encoder, tuple(shards), ranker)
         self._threads = ThreadPoolExecutor(THREADS, "request")
         self._opening = asyncio.Lock()
         self._stack: FarStack | None = None
@@ -165,7 +167,7 @@ class Ingress:
                 if judge is not None:  # what its answers are made of: read for the first time by the loop, it would stop the loop
                     await loop.run_in_executor(self._threads, import_module, "ranking.ranker")
                 self._stack = await loop.run_in_executor(
-                    self._threads, far_stack, self._settings.source, asks[0], asks[1:], judge
+                    self._threads, far_stack, self._settings.source, self._published, asks[0], asks[1:], judge
                 )
             return self._stack
 
@@ -248,7 +250,7 @@ def application(args: dict[str, Any]) -> Any:
         max_ongoing_requests=THREADS,
         health_check_timeout_s=30,
     )(Ingress)
-    return ingress.bind(settings, encoder, shards, ranker)
+    return ingress.bind(settings, str(published), encoder, shards, ranker)
 
 
 def scaling(most: int, target: float) -> dict[str, float]:

@@ -19,13 +19,12 @@ import numpy as np
 from index.certified import Certified
 from index.filters import Allow, RowSet
 from index.hits import Hits, Rows, Vectors
-from index.publish import current
 from index.search import Searcher
 from index.serving import Serving
 from index.shards import ShardError, Shards
 from index.snapshot import Shard, Snapshot
 from ranking.pipeline import Recommender
-from ranking.serving.stack import NotServable, Origin, Stack, load_encoder, load_ranker, open_members, require_pair
+from ranking.serving.stack import Origin, Stack, load_encoder, load_ranker, open_members, require_pair
 from ranking.serving.swap_look import Source, look
 from ranking.serving.today import Today
 from ranking.tasks import Task
@@ -224,15 +223,12 @@ class FarStack(Stack):
             return super().now()
 
 
-def far_stack(source: Source, encoder: Ask, searches: Sequence[Ask], ranker: Ask | None) -> FarStack:
-    """The current night of a store, its encoder, ranker and shards asked from afar; `searches` in the order of the shards.
+def far_stack(source: Source, published: Path, encoder: Ask, searches: Sequence[Ask], ranker: Ask | None) -> FarStack:
+    """The night in the folder `published`, its encoder, ranker and shards asked from afar; `searches` in the order of the shards.
 
-    Vectors and indexes are not opened and need not be here. Raises what `open_stack` raises where parts are of different nights,
-    and ShardError.
+    That folder was the store's current one when the replicas were deployed; the pointer may have moved since. Vectors and indexes
+    are not opened and need not be here. Raises what `open_stack` raises where parts are of different nights, and ShardError.
     """
-    published = current(source.store)
-    if published is None:
-        raise NotServable(f"{source.store}: nothing was published; run `brewline nightly` first")
     seen, reader, judge = look(source), FarEncoder(encoder), None if ranker is None else FarRanker(ranker)
     snapshot = Snapshot.open(published, fingerprint=reader.fingerprint, searched_here=False)
     as_encoder, as_ranker = cast("Encoder", reader), cast("Ranker | None", judge)

@@ -26,6 +26,7 @@ STEADY_S = 60.0
 GRACE_S = 15.0
 """Seconds that a worker may take to end beyond the time for draining; then it is killed."""
 MOST_LINE = 1 << 20
+THREADS = "OMP_NUM_THREADS"
 
 Facts = Mapping[str, Any]
 
@@ -39,13 +40,14 @@ class WorkerFailed(BrewlineError):
 @dataclass(eq=False)
 class One:
     """One worker: its command, and while it answers the `facts` that it told (`first`: in its first life); `restarts` counts its
-    further lives."""
+    further lives. `looks`: it was to look for a new night when it could not hear it."""
 
     name: str
     command: Sequence[str]
     facts: Facts | None = None
     first: Facts = field(default_factory=dict)
     restarts: int = 0
+    looks: bool = False
     told: asyncio.Event = field(default_factory=asyncio.Event)
     process: asyncio.subprocess.Process | None = None
 
@@ -54,6 +56,22 @@ class One:
         if self.process is not None and self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(number)
+
+    def look(self) -> None:
+        """It looks for a new night, now or once it answers: the signal would end one that is still loading."""
+        self.looks = self.facts is None
+        if not self.looks:
+            self.tell(signal.SIGHUP)
+
+    def answers(self, line: bytes) -> None:
+        """It answers, and this is what it said of itself. Raises ValueError for another line than that."""
+        facts = json.loads(line)
+        if not isinstance(facts, dict):
+            raise ValueError(f"{line[:80]!r} is no JSON object")
+        self.facts, self.first = facts, self.first or facts
+        self.told.set()
+        if self.looks:
+            self.look()
 
 
 class Workers:
@@ -67,16 +85,18 @@ class Workers:
     async def run(self, ready: Callable[[Facts], None], stop: asyncio.Event) -> None:
         """Returns when `stop` is set and all have ended. `ready` is told what the first said once all of them answer.
 
-        Raises WorkerFailed if one of them cannot even begin; then none is left.
+        Raises WorkerFailed if one of them cannot even begin, and what `ready` raises; then none is left.
         """
         kept = [asyncio.create_task(self._keep(one)) for one in self.all]
-        others = [asyncio.create_task(stop.wait()), asyncio.create_task(self._announce(ready))]
+        stopped, announced = asyncio.create_task(stop.wait()), asyncio.create_task(self._announce(ready))
         try:
-            watched = {*kept, others[0]}
-            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({*kept, stopped, announced}, return_when=asyncio.FIRST_COMPLETED)
+            if announced.done():
+                announced.result()
+                await asyncio.wait({*kept, stopped}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in others:
-                task.cancel()
+            stopped.cancel()
+            announced.cancel()
             await self._end(kept)
         for task in kept:
             task.result()
@@ -84,7 +104,7 @@ class Workers:
     def look(self) -> None:
         """Every worker looks for a new night at once."""
         for one in self.all:
-            one.tell(signal.SIGHUP)
+            one.look()
 
     async def _announce(self, ready: Callable[[Facts], None]) -> None:
         for one in self.all:
@@ -109,20 +129,24 @@ class Workers:
     async def _live(self, one: One) -> str:
         """One life of a worker; how it ended, in words."""
         pipe = asyncio.subprocess.PIPE
-        one.process = process = await asyncio.create_subprocess_exec(
-            *one.command, stdin=pipe, stdout=pipe, env=self._environment, limit=MOST_LINE
-        )
+        try:
+            one.process = process = await asyncio.create_subprocess_exec(
+                *one.command, stdin=pipe, stdout=pipe, env=self._environment, limit=MOST_LINE
+            )
+        except OSError as error:
+            return f"it could not be started: {error}"
         if self._stopping.is_set():
             one.tell(signal.SIGTERM)
         assert process.stdout is not None
         try:
-            line = await process.stdout.readline()
-            if line:
-                one.facts = json.loads(line)
-                one.first = one.first or one.facts
-                one.told.set()
+            if line := await process.stdout.readline():
+                one.answers(line)
                 log.info("worker %s answers", one.name, extra={"pid": process.pid})
             code = await process.wait()
+        except ValueError as error:
+            one.tell(signal.SIGKILL)
+            await process.wait()
+            return f"killed, for it said something else than that it answers: {error}"
         finally:
             one.facts = None
         return f"status {code}" if code >= 0 else signal.Signals(-code).name
@@ -144,8 +168,9 @@ def share_of_cores(workers: int, environment: Mapping[str, str]) -> dict[str, st
 
     torch, OpenMP, FAISS, MKL, OpenBLAS and Arrow all read OMP_NUM_THREADS; where somebody has set it, it stays.
     """
-    cores = len(os.sched_getaffinity(0))
-    return {"OMP_NUM_THREADS": str(max(cores // workers, 1)), **environment}
+    if environment.get(THREADS, "").strip():
+        return dict(environment)
+    return {**environment, THREADS: str(max(len(os.sched_getaffinity(0)) // workers, 1))}
 
 
 def run_until_signal(workers: Workers, ready: Callable[[Facts], None]) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
+from http.client import HTTPException
+from typing import TypeVar
 
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,8 +20,10 @@ from ranking.serving.workers import One, Workers
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 ANSWER_S = 6.0
-"""A worker's own /healthz says no after five seconds."""
+"""A worker's own /healthz says no after five seconds, and this page's reader is cut off after ten."""
 WORKER = "worker"
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +44,7 @@ class Pages:
 
     def _metrics(self, asked: Asked) -> Reply:
         del asked
-        pages = {one.name: _ask(one, "/metrics") for one in self._workers.all}
+        pages = _ask_all(self._workers.all, "/metrics", _meters)
         return Reply(generate_latest(_Merged(pages, self._workers.all)), CONTENT_TYPE)
 
     def _healthz(self, asked: Asked) -> Reply:
@@ -47,9 +52,9 @@ class Pages:
         none, and the others answer."""
         del asked
         listening = [one for one in self._workers.all if one.facts is not None]
-        ill = next((one.name for one in listening if _ask(one, "/healthz") is None), None)
-        if ill is not None:
-            return plain_reply(HTTPStatus.SERVICE_UNAVAILABLE, f"worker {ill} is not serving")
+        ill = [name for name, told in _ask_all(listening, "/healthz", str).items() if told is None]
+        if ill:
+            return plain_reply(HTTPStatus.SERVICE_UNAVAILABLE, f"worker {ill[0]} is not serving")
         words = f"{len(listening)} of {len(self._workers.all)} workers serve"
         return plain_reply(HTTPStatus.OK, f"ok, {words}") if listening else plain_reply(HTTPStatus.SERVICE_UNAVAILABLE, words)
 
@@ -57,7 +62,7 @@ class Pages:
 class _Merged(Collector):
     """The series of all pages, each with the name of its worker (None: it did not answer), and what the parent knows."""
 
-    def __init__(self, pages: Mapping[str, str | None], workers: Iterable[One]) -> None:
+    def __init__(self, pages: Mapping[str, Sequence[Metric] | None], workers: Iterable[One]) -> None:
         self._pages, self._workers = pages, workers
 
     def collect(self) -> Iterator[Metric]:
@@ -70,21 +75,36 @@ class _Merged(Collector):
         yield from (up, restarts)
         families: dict[str, Metric] = {}
         for name, page in self._pages.items():
-            for family in text_string_to_metric_families(page or ""):
+            for family in page or ():
                 whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 whole.samples += [sample._replace(labels={**sample.labels, WORKER: name}) for sample in family.samples]
         yield from families.values()
 
 
-def _ask(one: One, path: str) -> str | None:
-    """What a worker answers with 200; None for anything else."""
+def _ask_all(workers: Sequence[One], path: str, read: Callable[[str], T]) -> dict[str, T | None]:
+    """What each worker answers, by its name; all are asked at once, and None stands for one that does not answer well."""
+    if not workers:
+        return {}
+    with ThreadPoolExecutor(len(workers), "brewline-pages") as threads:
+        return dict(zip((one.name for one in workers), threads.map(lambda one: _ask(one, path, read), workers)))
+
+
+def _ask(one: One, path: str, read: Callable[[str], T]) -> T | None:
+    """What is read in a worker's answer with 200; None for anything else, and for what was cut short or cannot be read."""
     facts = one.facts
     if facts is None:
         return None
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"{facts['metrics']}{path}", timeout=ANSWER_S) as reply:
-            return str(reply.read().decode())
-    except (OSError, ValueError) as error:
-        log.warning("worker %s does not answer %s: %s", one.name, path, error)
+            return read(reply.read().decode())
+    except (OSError, ValueError, IndexError, HTTPException) as error:  # an IndexError is the parser's
+        log.warning("worker %s does not answer %s: %r", one.name, path, error)
         return None
+
+
+def _meters(page: str) -> list[Metric]:
+    """The families of a page of meters. Raises ValueError for one that was cut short, and what the parser raises."""
+    if not page.endswith("\n"):
+        raise ValueError("the page ends within a line")
+    return list(text_string_to_metric_families(page))

@@ -13,9 +13,9 @@ from index.certified import Certified
 from index.certified_codes import BLOCK, Asked, code
 from index.exact import exact_search
 from index.filters import Filter, FilterError, RowSet
-from index.gpu_code import GpuAsked, code_on_device
+from index.gpu_code import GpuAsked, Held, code_on_device
 from index.gpu_scan import GpuExact, Launch, ordered_dot, predicted
-from index.gpu_steps import Group
+from index.gpu_steps import Group, KnownSets
 from index.hits import ExclusionError, Hits, QueryError, SearchError
 
 Floats = npt.NDArray[np.float32]
@@ -134,7 +134,8 @@ def test_the_scan_keeps_whatever_can_reach_the_bar_and_no_forbidden_row(codes: s
     allowed = RowSet.where(rng.random(3_000) < 0.5)
     search = GpuExact(vectors, device="cpu", codes=codes, launch=WHOLE_BLOCKS)
     asked = GpuAsked.of(queries, search.device, search.kind)
-    group = Group.of(asked, [Filter(3_000, np.zeros(0, np.int64), one) for one in (allowed, None)], np.arange(3_000), {})
+    known = KnownSets(search.device, 375)
+    group = Group.of(asked, [Filter(3_000, np.zeros(0, np.int64), one) for one in (allowed, None)], np.arange(3_000), known)
     truth = np.stack([ordered_dot(vectors, query) for query in queries])
     bars = np.quantile(truth, 0.9, axis=1)
     found, counts = search.steps.survivors(group, torch.arange(2), torch.from_numpy(bars), 3_000)
@@ -153,6 +154,7 @@ def test_the_scan_keeps_whatever_can_reach_the_bar_and_no_forbidden_row(codes: s
     short, same = search.steps.survivors(group, torch.arange(2), torch.from_numpy(bars), 7)
     assert (short[0] >= 0).all() and same.tolist() == [int(counts[0]), 0], "what found no room is counted"
     assert (short[1] == -1).all(), "and does not stand in the next list"
+    assert short.untyped_storage().nbytes() == 4 * short.numel(), "queries that only fill up a program have no list"
 
 
 @pytest.mark.parametrize("kind", ["normal", "near ties", "duplicates"])
@@ -206,8 +208,23 @@ def test_memory_is_what_was_predicted() -> None:
     held = search.steps.coded.bytes + sum(
         part.numel() * part.element_size() for part in (search._sample, search._sampled_here, search.steps.held.vectors)
     )
-    assert search.bytes == held == predicted(3_000, 40, codes="float16").total - search.memory.scratch
+    memory = predicted(3_000, 40, codes="float16")
+    assert search.bytes == held == memory.total - memory.scratch - memory.sets and memory.sets == 1_024 * 375
+    search.search(vectors[:2], 5, allow=[RowSet.every(3_000) - RowSet.of(np.arange(60), 3_000)] * 2)
+    assert held <= search.bytes <= held + 375
     assert GpuExact(vectors, device="cpu", on_host=True).memory.vectors == 0
+
+
+def test_vectors_of_the_host_cross_in_pieces_however_long_a_list_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, pieces, take = np.random.default_rng(10), [], Held.take
+    vectors, queries = kinds(rng, "normal", 700, 8), torch.from_numpy(kinds(rng, "normal", 3, 8))
+    here, away = (GpuExact(vectors, device="cpu", on_host=away, launch=WHOLE_BLOCKS).steps for away in (False, True))
+    rows = torch.from_numpy(rng.integers(-1, 700, (3, 250)).astype(np.int32))
+    monkeypatch.setattr("index.gpu_steps._GATHERED", 100 * 8 * 4)
+    monkeypatch.setattr(Held, "take", lambda held, asked: pieces.append(len(asked)) or take(held, asked))
+    assert torch.equal(away.keys(rows, queries), here.keys(rows, queries))
+    assert max(pieces) <= 100 and sum(pieces) == int((rows >= 0).sum())
+    assert away.keys(rows[:, :0], queries).shape == (3, 0)
 
 
 def test_the_contender_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

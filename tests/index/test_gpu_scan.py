@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from index.bench_peers import MethodError, methods_named
-from index.gpu_code import code_width, gpu_reason
+from index.filters import RowSet
+from index.gpu_code import code_width, gpu_reason, on_device, stays
 from index.gpu_scan import GpuExact, ordered_dot, predicted
-from index.gpu_steps import Launch
+from index.gpu_steps import KnownSets, Launch
 from index.hits import SearchError
 from index.serving import DEVICE_VARIABLE, Serving, faiss_reason, search_device
 
@@ -140,6 +141,25 @@ def test_memory_is_predicted() -> None:
     assert small.vectors + small.codes < 7e9
     assert predicted(100_000_000, 128, on_host=True).total < 20e9
     assert predicted(100_000_000, 128, codes="float16").codes - large.codes == pytest.approx(12.8e9, rel=1e-3)
+
+
+def test_sets_are_kept_within_bytes_the_last_used_first_and_no_longer_than_they_live() -> None:
+    first, second, third = (RowSet.of(np.array([row]), 80) for row in range(3))
+    known = KnownSets(torch.device("cpu"), 20)
+    bits = known.bits(first)
+    assert bits.tolist() == first.bits.tolist() and known.bits(second) is known.bits(second) and known.bits(first) is bits
+    known.bits(third)
+    assert known.bytes == 20 and known.bits(first) is bits, "the second one left"
+    del third
+    assert known.bytes == 10
+    assert KnownSets(torch.device("cpu"), 5).bits(first).tolist() == bits.tolist(), "one that is too large is read all the same"
+
+
+def test_only_vectors_that_stay_where_they_are_need_no_memory() -> None:
+    cpu, vectors = torch.device("cpu"), torch.ones(4, 6)
+    assert stays(vectors, cpu) and on_device(vectors, cpu) is vectors
+    for other in (vectors.half(), vectors.double(), vectors[:, ::2], vectors.T, vectors.to("meta"), vectors.numpy()):
+        assert not stays(other, cpu)
 
 
 def test_launches_fit_the_questions_and_the_memory() -> None:

@@ -81,6 +81,10 @@ def test_exact_answers_are_the_undivided_ones_to_the_bit(
         same(exact(snapshot).search(queries, 300, excluded, allow=allow), wanted.search(queries, 300, excluded, allow=allow))
         np.testing.assert_array_equal(snapshot.vectors, whole.vectors)
         np.testing.assert_array_equal(snapshot.vectors_at(np.array([299, 0, 7, 7])), whole.vectors[[299, 0, 7, 7]])
+        for row in (-1, 300):
+            for one in (whole, snapshot):
+                with pytest.raises(IndexError, match=r"rows 0\.\.299"):
+                    one.vectors_at(np.array([0, row]))
         np.testing.assert_array_equal(as_built(snapshot).search(queries, 120).rows, Searcher.of(whole).search(queries, 120).rows)
         np.testing.assert_array_equal(exact_twin(snapshot).search(queries, 99).rows, wanted.search(queries, 99).rows)
 
@@ -104,6 +108,7 @@ def test_what_is_put_in_and_withdrawn_by_day_is_the_same(
                 view.search(queries, 40, [np.array([5, 201])] * 6, allow=allow, allow_live=allow_live),
             ]
             shadow.drain()
+            shadow.close()
             assert (shadow.seen().recall, shadow.seen().compared, shadow.seen().failed) == (1, 2, 0)
             found.append((hits, view.ids(hits[0].rows[0, :199]), view.vector(17).tolist()))
     for hits, ids, vector in found[1:]:

@@ -32,8 +32,8 @@ def test_rows_keep_their_largest_value_and_zeros_stay_zero() -> None:
     largest = rows.float().abs().amax(1)
     torch.testing.assert_close(small.wide().abs().amax(1), largest, rtol=1e-6, atol=0)
     assert bool(((small.wide() - rows.float()).abs().amax(1) <= largest * 2**-4).all()) and not small.wide()[5].any()
-    weight = drawn(7, 33)
-    assert torch.equal(scaled(weight).wide(), rounded(weight, "fp8")), "what a folder holds is what the engine multiplies"
+    folder = rounded(drawn(200, 99) * torch.logspace(-6, 6, 200)[:, None], "fp8")
+    assert torch.equal(scaled(folder.bfloat16()).wide(), folder), "what a folder holds is what an engine of bfloat16 multiplies"
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -5,6 +5,8 @@ On a CPU a recorded pass is the same function called again on the same buffers; 
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from ranking.prefill.engine import Engine
 from ranking.prefill.graphs import Bucket
 from ranking.prefill.load import ready
 from ranking.prefill.request import Limits, Request
+from retrieval.llama import add_lora
 
 LABELS = (5, 9)
 ROOM = 1 << 28
@@ -125,10 +128,14 @@ def test_recordings_stay_within_their_bytes_and_number(toy: Any, monkeypatch: py
         np.testing.assert_allclose(tight.score([one])[0], toy.alone(model, one), atol=1e-5)
     seen = tight.graphs
     assert seen is not None and 0 < seen.bytes <= held.bytes // 2 and seen.evicted == 6 - len(recordings(tight))
-    nothing = Engine(model, LABELS, graph_bytes=1, cache_bytes=0)
-    for _ in range(2):
-        np.testing.assert_allclose(nothing.score([asked[0]])[0], toy.alone(model, asked[0]), atol=1e-5)
-    assert nothing.graphs is not None and nothing.graphs.plain == {"bytes": 2} and nothing.graphs.bytes == 0
+    least = min(one.bytes for one in recordings(engine).values())
+    for room, recorded_once in ((1, 0), (least - 1, 2)):  # too little for what goes in; for what is found at the first run
+        nothing = Engine(model, LABELS, graph_bytes=room, cache_bytes=0)
+        for _ in range(2):
+            np.testing.assert_allclose(nothing.score([asked[0]])[0], toy.alone(model, asked[0]), atol=1e-5)
+        seen = nothing.graphs
+        assert seen is not None and seen.plain == {"bytes": 4 - recorded_once} and seen.recorded == recorded_once
+        assert seen.bytes == 0 and not recordings(nothing)
     monkeypatch.setattr(graphs, "GRAPHS", 2)
     few = recorded(model, cache_bytes=0)
     for one in asked:
@@ -149,6 +156,64 @@ def test_float8_layers_and_new_weights_pass_through_recordings(toy: Any) -> None
     after = engine.score([asked])[0]
     assert np.abs(after - before).max() > 1e-3
     np.testing.assert_allclose(after, toy.alone(other, asked), atol=1e-5)
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_a_first_run_without_memory_goes_the_plain_way_and_is_not_tried_again(
+    closing: bool, toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def short(recording: graphs.Recording) -> torch.Tensor:
+        tries.append(recording.bucket)
+        try:
+            raise torch.OutOfMemoryError("nothing left")
+        finally:
+            if closing:
+                raise RuntimeError("the capture was invalid")
+
+    monkeypatch.setattr(graphs.Recording, "_pass", short)
+    model, asked = toy.model(), toy.request(70, [3, 1])
+    engine = recorded(model, cache_bytes=0)
+    for _ in range(2):
+        np.testing.assert_allclose(engine.score([asked])[0], toy.alone(model, asked), atol=1e-5)
+    assert len(tries) == len(set(tries)) == 2 and not recordings(engine)
+    assert engine.graphs is not None and engine.graphs.plain == {"bytes": 4} and engine.graphs.recorded == 0
+
+
+def test_a_first_run_that_fails_leaves_nothing_behind(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = toy.model(), toy.request(70, [3, 1])
+    engine = recorded(model)
+    with monkeypatch.context() as broken:
+        broken.setattr(graphs.Recording, "_pass", lambda _: torch.ones(2) @ torch.ones(3))
+        with pytest.raises(RuntimeError):
+            engine.score([asked])
+    assert not recordings(engine) and engine.graphs is not None and engine.graphs.bytes == engine.graphs.recorded == 0
+    np.testing.assert_allclose(engine.score([asked])[0], toy.alone(model, asked), atol=1e-5)
+    assert len(recordings(engine)) == 2
+
+
+def test_a_dropped_recording_gives_its_memory_back_at_once(toy: Any) -> None:
+    engine = recorded(toy.model())
+    engine.score([toy.request(70, [3, 1])])
+    held = [weakref.ref(one) for one in recordings(engine).values()]
+    assert isinstance(engine._lean, graphs.Recorded) and len(held) == 2
+    gc.disable()
+    try:
+        engine._lean._held.clear()
+        assert not any(one() for one in held)
+    finally:
+        gc.enable()
+
+
+def test_an_engine_that_may_not_follow_its_model_refuses_every_time(toy: Any) -> None:
+    model, asked = toy.model(), toy.request(70, [3, 1])
+    engine = recorded(model)
+    engine.score([asked])
+    add_lora(model, 2)
+    for _ in range(2):
+        with pytest.raises(BackendMissing, match="merge the LoRA first"):
+            engine.score([asked])
 
 
 def test_what_cannot_be_recorded_is_refused(toy: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ranking.learn.chain import Chain
 from ranking.learn.compress import RESULTS, TABLE, GateFailed, alone, compress, planned, refuse_if_stopped
-from ranking.learn.compress_plan import CompressPlan, PlanError, configs_of
+from ranking.learn.compress_plan import CompressPlan, PlanError, configs_of, facts_of
 from ranking.learn.prune import PruneError, weights_of
 from ranking.learn.quantize import QuantizeError
+from ranking.learn.questions import Ground, ground_of
+from ranking.prompts import RankPrompts
 from ranking.ranker import FINGERPRINTED, Ranker
+from ranking.shots import Shot
+from retrieval.data.schema import Dataset
 from retrieval.learn.checkpoint import TrainingError
 from retrieval.llama import CheckpointError, Size, new_config
 
@@ -116,6 +122,25 @@ def test_a_folder_of_another_step_is_refused(write_plan: Any) -> None:
     compress(other, silent)
 
 
+def test_steps_of_before_are_known_and_other_examples_make_another_step(
+    write_plan: Any, tiny_dataset: Dataset, ground: Ground, teacher: Ranker
+) -> None:
+    plan = CompressPlan.read(write_plan({"down": [cut(), {**cut(), "name": "thin", "keep": {"hidden": 24}}]}))
+    first, second = (facts_of(step)["keep"] for step in plan.routes["down"])
+    assert first == {"mlp": 72, "kv_heads": None, "layers": None}, "what a folder made before there was a hidden size names"
+    assert second == {**first, "mlp": None, "hidden": 24}
+    chain = Chain(plan, tiny_dataset, ground, teacher, silent)
+    root = chain.root()
+    assert chain.root().record == root.record and "shots" not in root.record["identity"]
+    shown = RankPrompts(
+        teacher.prompts.tokens, teacher.prompts.quantizer, teacher.prompts.budgets, shots={"label": (Shot("a", "b", True),) * 4}
+    )
+    asking = Ranker(shown, teacher.facts, teacher.fingerprint, teacher.engine)
+    other = replace(ground, shots=ground_of(tiny_dataset, asking, 2_000).shots)
+    with pytest.raises(TrainingError, match="shots was 'absent', is 4"):
+        Chain(plan, tiny_dataset, other, teacher, silent).root()
+
+
 def test_the_onnxruntime_engine_has_a_gate_of_its_own(write_plan: Any) -> None:
     plan = CompressPlan.read(write_plan({"down": [{**INT8, "onnx": True}]}, gates=OPEN))
     found = compress(plan, silent)
@@ -157,6 +182,7 @@ def test_the_dry_run_reads_no_data_and_says_what_is_there(write_plan: Any, teach
         ({"a": [{**INT8, "name": "../x"}]}, {}, "letters"),
         ({"a": [INT8]}, {"compare": [["a", "b"]]}, "unknown routes b"),
         ({}, {}, "nothing to do"),
+        ({"a": [INT8]}, {"taught": 0}, "nothing to do"),
     ],
 )
 def test_a_plan_that_cannot_be_names_what_is_wrong(write_plan: Any, routes: Any, more: dict[str, Any], said: str) -> None:
@@ -213,5 +239,6 @@ def test_the_example_plan_can_be_read_and_its_cuts_can_be_made() -> None:
     plan = CompressPlan.read(Path(__file__).parents[3] / "benchmarks" / "compress.yaml")
     teacher = new_config(Size(), 6_000)
     sizes = {route: weights_of(configs_of(steps, teacher)[-1]) for route, steps in plan.routes.items()}
-    assert sizes["stepwise"] == sizes["direct"] == sizes["from scratch"] and sizes["gradual"] == sizes["one shot"]
+    assert sizes["stepwise"] == sizes["direct"] and sizes["gradual"] == sizes["one shot"]
+    assert 0.9 < sizes["from scratch"][0] / sizes["direct"][0] < 1.1  # a stock LLaMA cannot have just these widths of its heads
     assert weights_of(teacher)[0] > 4 * sizes["stepwise"][0] and set(plan.ungated) == plan.routes.keys() - {"stepwise"}

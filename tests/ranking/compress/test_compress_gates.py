@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from ranking.learn.gates import Gates, Measure, crossed, judge, measure
+from ranking.learn.questions import NothingToJudge, ground_of
 from ranking.metrics import auc, member_aucs
+from ranking.ranker import Ranker
+from retrieval.data.schema import Dataset
 
 RNG = np.random.default_rng(3)
 MEMBERS, EACH = 50, 12
@@ -68,3 +73,16 @@ def test_no_candidate_is_judged_by_a_calibrator_that_saw_it() -> None:
     changed[code % 2 == 0] = 1 - changed[code % 2 == 0]
     np.testing.assert_array_equal(crossed(PARENT, changed, code, "platt")[code % 2 == 0], said[code % 2 == 0])
     assert (crossed(PARENT, changed, code, "platt")[code % 2 == 1] != said[code % 2 == 1]).any()
+
+
+@pytest.mark.parametrize(("after", "said"), [("one member", "among 1 members after"), ("liked", " 0 answers of the rarer kind")])
+def test_a_thin_test_part_is_refused_before_anything_runs(tiny_dataset: Dataset, teacher: Ranker, after: str, said: str) -> None:
+    """What is held back would do; after the test cut one member answers everything, or everything is liked."""
+    log, cut = tiny_dataset.events, tiny_dataset.meta.cut_test
+    late = log.timestamp >= cut
+    if after == "one member":
+        events = replace(log, member=np.where(late, log.member[0], log.member))
+    else:
+        events = replace(log, label=np.where(late, np.int8(1), log.label))
+    with pytest.raises(NothingToJudge, match=said):
+        ground_of(replace(tiny_dataset, events=events), teacher, 20_000)

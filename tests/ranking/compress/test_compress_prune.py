@@ -135,5 +135,10 @@ def test_a_step_takes_at_most_thirty_percent_and_only_what_stock_models_can_lose
     odd.num_attention_heads, odd.num_key_value_heads, odd.head_dim = 4, 4, 8
     with pytest.raises(PruneError, match=r"keep one of \[1, 2, 4\]"):
         pruned_config(odd, Keep(kv_heads=3))
+    wide = copy.deepcopy(model.config)
+    wide.hidden_size, wide.num_attention_heads, wide.num_key_value_heads, wide.head_dim = 96, 8, 8, 12
+    with pytest.raises(PruneError, match=r"8 query heads do not divide 90.* keep a multiple of 24"):
+        pruned_config(wide, Keep(hidden=90, kv_heads=3), most=1.0)
+    assert pruned_config(wide, Keep(hidden=72, kv_heads=3), most=1.0).num_attention_heads == 3
     with pytest.raises(PruneError, match="no groups"):
         prune(model, Keep(mlp=72), labels, [])

@@ -129,9 +129,10 @@ def searches_of(store: Path) -> list[Ask]:
 def apart(
     night: Path, store: Path, ranker: str = "ranker1", encoder: str = "encoder1", searches: list[Ask] | None = None
 ) -> FarStack:
-    source = Source(store, night / encoder, night / ranker, default_members(store))
-    asked = searches_of(store) if searches is None else searches
-    return far_stack(source, here(EncoderReplica(str(night / encoder), DIMS)), asked, here(RankerReplica(str(night / ranker))))
+    source, published = Source(store, night / encoder, night / ranker, default_members(store)), current(store)
+    assert published is not None
+    reader, judge = here(EncoderReplica(str(night / encoder), DIMS)), here(RankerReplica(str(night / ranker)))
+    return far_stack(source, published, reader, searches_of(store) if searches is None else searches, judge)
 
 
 def requests(stack: Stack) -> list[tuple[str, str, dict[str, Any]]]:
