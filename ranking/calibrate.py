@@ -129,6 +129,7 @@ def _isotonic(s: Floats, y: Floats) -> tuple[tuple[float, float], ...]:
             blocks[-1] = [held + more for held, more in zip(blocks[-1], last)]
     share = y.mean()
     heights = np.maximum.accumulate([(right + 2 * share) / (size + 2) for _, right, size in blocks])
+    heights = np.minimum(heights, 1 - 1 / (len(y) + 2))  # a label as expected at the mean place can be more than 1
     return tuple((total / size, float(height)) for (total, _, size), height in zip(blocks, heights))
 
 

@@ -160,6 +160,8 @@ class Chain:
         if not learning.steps:
             return model, 0
         run = Distiller(model, ground.writer, ground.pools, ground.labels, learning, identity, seed, kept, ground.places)
+        if run.positions is not None:
+            run.positions.begin(self.teacher.facts.training)
         run.resume(work / "checkpoint")
         stage = f"{work.parent.parent.parent.name}, seed {seed}, {step.name}"
         run.run(learning.steps, lambda done, total: self.tell(stage, done, total), work / "checkpoint")

@@ -81,10 +81,12 @@ def _row(experiment: Experiment, job: Job, dataset: Dataset, progress: Progress)
 
 def _trained(job: Job, dataset: Dataset, folder: Path, progress: Progress) -> Row:
     """Trains unless the folder is complete, as it is for a cell that is only judged in another way."""
-    there = (folder / FACTS).is_file()
+    path = folder / "training" / "report.json"
+    there = (folder / FACTS).is_file() and path.is_file()
     if not there:
+        (folder / FACTS).unlink(missing_ok=True)  # a kill between the two files leaves a folder that could never be judged
         train_ranker(dataset, folder, job.plan, progress)
-    report = json.loads((folder / "training" / "report.json").read_text(encoding="utf-8"))
+    report = json.loads(path.read_text(encoding="utf-8"))
     facts = {name: report[name] for name in ("steps", "learning_rate", "parameters", "fingerprint", "note")}
     return {**facts, "train_seconds": 0.0 if there else report["seconds"]}
 

@@ -161,10 +161,10 @@ def _by_members(truth: Floats, raw: list[Floats], said: list[Floats], code: Ints
 
 
 def _lost(name: str, parent: float, child: float) -> float:
-    """What is lost or added: a share of the parent's value, of the calibration error the difference."""
+    """What is lost or added: a share of the parent's value (NaN of 0), of the calibration error the difference."""
     if name == "ece":
         return child - parent
-    return (parent - child if name in HIGHER_IS_BETTER else child - parent) / parent
+    return (parent - child if name in HIGHER_IS_BETTER else child - parent) / parent if parent else float("nan")
 
 
 def crossed(raw: Floats, label: Ints, member: Ints, method: Method) -> Floats:

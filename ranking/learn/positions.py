@@ -127,6 +127,12 @@ class Positions:
         self._evidence = torch.full_like(self._logit, places.settings.ridge)
         self._share = torch.tensor(places.shown / places.shown.sum(), device=device)
 
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Places that an earlier training knew, by its `training`, add from the first step what they added at its end."""
+        known = _told(facts)
+        logit = [known.get((surface, 2**bucket - 1), 0.0) for surface, bucket in self.places.names]
+        self._logit = torch.tensor(logit, dtype=torch.float64, device=self._logit.device)
+
     def added(self, batch: Batch) -> Tensor:
         """What their places add to the logits of a batch's candidates, float32 [n]; 0 where no place is known."""
         cell, sign = self._cells(batch)
@@ -206,8 +212,13 @@ def _ratio(logit: Floats, shift: Floats) -> Floats:
 
 def known_shifts(dataset: Dataset, facts: Mapping[str, Any], task: Task, event: Ints) -> Floats:
     """`Positions.shifts` float64 [n] of a ranker that was trained before, by its `training`; 0 if it took nothing out."""
-    curve = facts.get("positions", {}).get("curve", ())
-    known = {(row["surface"], int(row["first"])): float(row["logit"]) for row in curve if task.asks != "engage"}
+    known = _told(facts) if task.asks != "engage" else {}
     spot, names = np.where(event >= 0, _spots(dataset)[event], -1), ("", *dataset.events.surfaces)
     stood = [(names[one // BUCKETS], 2 ** (one % BUCKETS) - 1) if one >= 0 else ("", -1) for one in spot.tolist()]
     return np.array([known.get(one, 0.0) for one in stood]) * (1.0 if task.label else -1.0)
+
+
+def _told(facts: Mapping[str, Any]) -> dict[tuple[str, int], float]:
+    """What a ranker's `training` says that places add, by surface and first position."""
+    curve = facts.get("positions", {}).get("curve", ())
+    return {(row["surface"], int(row["first"])): float(row["logit"]) for row in curve}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
@@ -60,7 +61,25 @@ def with_settings(plan: RankerPlan, pairs: Sequence[str]) -> RankerPlan:
 
 def _checked(content: Mapping[str, Any], where: str) -> RankerPlan:
     try:
-        return TypeAdapter(RankerPlan).validate_python(content)
+        plan = TypeAdapter(RankerPlan).validate_python(content)
     except ValidationError as error:
         said = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:5])
         raise TrainingError(f"{where}: {said}") from error
+    if wrong := _wrong(plan):
+        raise TrainingError(f"{where}: {wrong}")
+    return plan
+
+
+def _wrong(plan: RankerPlan) -> str:
+    """The first number that no training can have, in words; "" if there is none."""
+    loop = {f"loop.{name}": value for name, value in asdict(plan.loop).items()}
+    above = {"steps": plan.steps, "minutes": plan.minutes, "learning_rate": plan.learning_rate}
+    above |= {"positions.ridge": plan.positions.ridge}
+    above |= {name: loop[name] for name in ("loop.learning_rate", "loop.candidates", "loop.temperature")}
+    for name, value in above.items():
+        if value is not None and not 0 < value < math.inf:
+            return f"{name} is {value:g}; expected a number above 0"
+    for name, value in {"seed": plan.seed, "loop.others": loop["loop.others"]}.items():
+        if not 0 <= value < math.inf:
+            return f"{name} is {value:g}; expected 0 or more"
+    return ""

@@ -30,7 +30,7 @@ from ranking.learn.distill import Answers
 from ranking.learn.examples import held_back
 from ranking.learn.gates import Check, judge, measure
 from ranking.learn.loop import Trainer
-from ranking.learn.positions import applies
+from ranking.learn.positions import applies, known_shifts, places_of
 from ranking.learn.questions import Ground, ground_of
 from ranking.learn.stages_plan import Align, AnyStage, Instructions, StageGate, StagesPlan, Text, facts_of
 from ranking.learn.stages_suite import Suite
@@ -39,10 +39,11 @@ from ranking.learn.stages_train import Aligner, Reader, loop_of
 from ranking.learn.start import origins_of, start
 from ranking.learn.variety import Variety
 from ranking.ranker import FACTS, Ranker, RankerFacts, save_ranker
-from ranking.tasks_file import taught_tasks
+from ranking.tasks_file import task_of, taught_tasks
 from retrieval.data.read import read_dataset
 from retrieval.data.schema import DAY, Dataset
 from retrieval.evidence.report import without_nan
+from retrieval.fingerprint import FingerprintMismatch
 from retrieval.learn.checkpoint import DATA, TrainingError, check_identity, dataset_digest, write_json
 from retrieval.learn.loop import Loop
 from retrieval.learn.prepare import known_items
@@ -125,18 +126,19 @@ class Stages:
         """Raises NothingToJudge, and what is wrong with the suite's tasks."""
         self.plan, self.dataset, self.first, self.tell = plan, dataset, first, tell
         ground = ground_of(dataset, first, plan.judged)
-        self.ground = replace(ground, pools=self._without_surface(ground))
+        self.ground = self._without_surface(ground) if plan.surface else ground
         self.suite = Suite(plan, dataset, self.ground, first)
 
-    def _without_surface(self, ground: Ground) -> dict[str, Any]:
-        if not self.plan.surface:
-            return dict(ground.pools)
-        log = self.dataset.events
+    def _without_surface(self, ground: Ground) -> Ground:
+        """The ground without what is to be learned on the plan's surface, whose places are unknown, too."""
+        log, tasks = self.dataset.events, ground.writer.tasks
         other = log.surface != log.surfaces.index(self.plan.surface)
         pools = {name: pool.where((pool.event < 0) | other[pool.event]) for name, pool in ground.pools.items()}
         if not len(pools[ground.main]):
             raise TrainingError(f"all answers to {ground.main!r} are on surface {self.plan.surface!r}; nothing is left to learn")
-        return {name: pool for name, pool in pools.items() if len(pool)}
+        pools = {name: pool for name, pool in pools.items() if len(pool)}
+        places = None if ground.places is None else places_of(self.dataset, pools, tasks, ground.places.settings)
+        return replace(ground, pools=pools, places=places)
 
     def step(self, number: int, stage: AnyStage | None, parent: Done | None) -> Done:
         """A stage, done now or before; None is step 0, which is only judged."""
@@ -162,18 +164,27 @@ class Stages:
     def _identity(self, stage: AnyStage | None, parent: Done | None) -> dict[str, object]:
         """All that decides a stage's bytes and what its record says."""
         plan = self.plan
-        asked = {"judged": plan.judged, "lists": plan.lists, "unseen": plan.unseen, "surface": plan.surface}
+        unseen = None if plan.unseen is None else task_of(plan.unseen).facts()  # what it asks, not where that is written
+        asked = {"judged": plan.judged, "lists": plan.lists, "unseen": unseen, "surface": plan.surface}
         own = {"stage": None if stage is None else facts_of(stage), "seed": plan.seed, "calibration": plan.calibration}
         before = self.first.fingerprint if parent is None else str(parent.record["fingerprint"])
         return {**own, "parent": before, DATA: self.ground.digest, **asked}
 
     def _learn(self, stage: AnyStage, parent: Done, folder: Path, work: Path, identity: Mapping[str, object]) -> None:
+        before = Ranker.load(parent.folder)
+        if before.fingerprint != parent.record["fingerprint"]:
+            expected = str(parent.record["fingerprint"])
+            raise FingerprintMismatch(str(parent.folder), before.fingerprint, expected, "remove the folder, start again")
+        facts = before.facts
+        del before  # its weights are no use while others are learned
         run = self._run(stage, parent, identity)
+        if isinstance(run, Trainer) and run.positions is not None:
+            run.positions.begin(facts.training)
         run.resume(work / "checkpoint")
         run.run(stage.steps, lambda done, total: self.tell(stage.name, done, total), work / "checkpoint")
         curve = "".join(json.dumps(point) + "\n" for point in run.curve)
         (work / "curve.jsonl").write_text(curve, encoding="utf-8")
-        self._save(stage, run, parent, folder)
+        self._save(stage, run, facts, folder)
 
     def _run(self, stage: AnyStage, parent: Done, identity: Mapping[str, object]) -> Loop:
         torch.manual_seed(self.plan.seed)
@@ -209,22 +220,22 @@ class Stages:
         kept.fill(model, ground.labels, ground.writer, lambda done, of: self.tell("stage before", done, of))
         return kept
 
-    def _save(self, stage: AnyStage, run: Loop, parent: Done, folder: Path) -> None:
+    def _save(self, stage: AnyStage, run: Loop, before: RankerFacts, folder: Path) -> None:
         """A complete ranker folder with calibrators of its own; tasks with too few answers held back have none."""
-        before, ground = Ranker.load(parent.folder), self.ground
+        ground, prompts = self.ground, self.first.prompts
         assert isinstance(run.model, LlamaForCausalLM)
-        ranker = Ranker.of(run.model, before.prompts, before.facts, "")
-        positions = run.positions if isinstance(run, Trainer) else None
-        if positions is not None:
-            shifts = {name: positions.shifts(name, one.event) for name, one in ground.held.items()}
+        ranker = Ranker.of(run.model, prompts, before, "")
+        past = [*before.training.get("stages", []), dict(facts_of(stage))]
+        training = {**before.training, "stages": past, "steps": before.training["steps"] + stage.steps}
+        if isinstance(run, Trainer) and run.positions is not None:
+            training["positions"] = run.positions.facts()
+        if "positions" in training:  # a stage that reads has none of its own; its labels stood where they stood before
+            parts = [(name, ground.writer.tasks[name], one.event) for name, one in ground.held.items()]
+            shifts = {name: known_shifts(self.dataset, training, task, event) for name, task, event in parts}
             ground = replace(ground, shifts=shifts)
         raw = {name: one.scores(ranker.engine, ground.labels) for name, one in ground.held.items() if one.rarer >= ENOUGH}
         fitted = {name: fit(one, ground.expected(name, one), self.plan.calibration) for name, one in raw.items()}
-        past = [*before.facts.training.get("stages", []), dict(facts_of(stage))]
-        training = {**before.facts.training, "stages": past, "steps": before.facts.training["steps"] + stage.steps}
-        if positions is not None:
-            training["positions"] = positions.facts()
-        save_ranker(folder, run.model, before.prompts, replace(before.facts, calibrators=fitted, training=training))
+        save_ranker(folder, run.model, prompts, replace(before, calibrators=fitted, training=training))
 
     def _judged(self, folder: Path, work: Path, parent: Done | None) -> dict[str, Any]:
         """Scores of the folder as it is loaded to serve, on disk; what it lost, and what the suite says."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from ranking.learn.compress_plan import PlanError
 from ranking.learn.gates import Gates
 from ranking.learn.settings import plan_of
 from ranking.learn.start import RankerPlan
-from ranking.tasks_file import read_tasks
+from ranking.tasks_file import read_tasks, task_of
 
 FORBID = ConfigDict(extra="forbid")
 MEASURES = (
@@ -23,8 +24,12 @@ MEASURES = (
     "wish_right", "new_words_right", "contradiction_right", "text_loss",
 )  # fmt: skip
 """What the suite (`ranking.learn.stages_suite`) says of a stage."""
-DECIDED = ("steps", "minutes", "seed", "learning_rate", "calibration", "fusion", "wishes", "share")
-"""Settings of a training that the stages decide, or that the plan has under a name of its own."""
+DECIDED = ("steps", "minutes", "seed", "learning_rate", "lora_rank", "calibration", "fusion", "wishes", "share")
+DECIDED_PARTS = ("loop.", "groups.")
+"""Settings of a training that the stages decide, that the plan has under a name of its own, or that nothing here would heed."""
+ABOVE_0 = ("steps", "learning_rate", "tokens", "candidates", "temperature", "beta")
+AT_LEAST_0 = ("checkpoint_seconds", "others", "anchor")
+"""Numbers of a stage, where its kind has them."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,8 @@ class StagesPlan:
         if wrong := _wrong(found):
             raise PlanError(f"{path}: {wrong}")
         found.ranker()
+        if found.unseen is not None:
+            task_of(found.unseen)
         return found
 
     def ranker(self) -> RankerPlan:
@@ -146,18 +153,36 @@ def _wrong(plan: StagesPlan) -> str:
         return "no stages, or nothing to judge on; there is nothing to do"
     if len(set(names)) < len(names) or not all(_plain(name) for name in names):
         return "names of stages must differ, and be letters, digits, blanks, - and _ alone"
-    if decided := [name for name in DECIDED if name in plan.start]:
-        return f"start: {', '.join(decided)} is not for step 0; stages and plan say it"
+    if decided := [name for name in plan.start if name in DECIDED or name.startswith(DECIDED_PARTS)]:
+        return f"start: {', '.join(decided)} is not for step 0; stages and plan say it, or it would change nothing"
     for stage in plan.stages:
-        unknown = {*stage.gate.least, *stage.gate.most} - {*MEASURES}
-        if unknown:
-            return f"stage {stage.name!r}: unknown measures {', '.join(sorted(unknown))}; known are {', '.join(MEASURES)}"
-        if stage.steps < 1 or stage.learning_rate <= 0:
-            return f"stage {stage.name!r}: steps must be 1 or more, the learning rate above 0"
-        if isinstance(stage, Instructions) and not 0 <= stage.wishes <= 1:
-            return f"stage {stage.name!r}: wishes is {stage.wishes}; expected a share from 0 to 1"
-        if isinstance(stage, Align) and (stage.beta <= 0 or stage.anchor < 0):
-            return f"stage {stage.name!r}: beta must be above 0, the anchor 0 or more"
+        if wrong := _wrong_numbers(stage) or _wrong_gate(stage.gate, plan):
+            return f"stage {stage.name!r}: {wrong}"
+    return ""
+
+
+def _wrong_numbers(stage: AnyStage) -> str:
+    for name, value in facts_of(stage).items():
+        if name in ABOVE_0 and isinstance(value, int | float) and not 0 < value < math.inf:
+            return f"{name} must be above 0, and is {value:g}"
+        if name in AT_LEAST_0 and isinstance(value, int | float) and not 0 <= value < math.inf:
+            return f"{name} must be 0 or more, and is {value:g}"
+    if isinstance(stage, Instructions) and not 0 <= stage.wishes <= 1:
+        return f"wishes is {stage.wishes}; expected a share from 0 to 1"
+    return ""
+
+
+def _wrong_gate(gate: StageGate, plan: StagesPlan) -> str:
+    """Why no stage could pass a gate, or nothing could be told of it."""
+    asked = {*gate.least, *gate.most}
+    if unknown := asked - {*MEASURES}:
+        return f"unknown measures {', '.join(sorted(unknown))}; known are {', '.join(MEASURES)}"
+    for name, given in (("unseen", plan.unseen), ("surface", plan.surface)):
+        if f"{name}_auc" in asked and not given:
+            return f"its gate asks for {name}_auc, and the plan names no `{name}`"
+    limits = [*gate.least.values(), *gate.most.values(), *([] if gate.lost is None else asdict(gate.lost).values())]
+    if not all(math.isfinite(limit) for limit in limits if isinstance(limit, float)):
+        return "a limit of its gate is no finite number"
     return ""
 
 

@@ -82,7 +82,7 @@ class Suite:
     def _task(self, task: Task, start: Ranker) -> tuple[Task, Questions] | None:
         """A task's held-back questions; None where nothing answers it. Raises TaskError if its answers are learned from."""
         for other in self.ground.writer.tasks.values():
-            if (other.asks, other.action, other.label, other.surface) == (task.asks, task.action, task.label, task.surface):
+            if self._learned(other, task):
                 raise TaskError(f"unseen task {task.name!r} has the answers of {other.name!r}, which is taught; mark it held_out")
         pool = self._window({task.name: task}).get(task.name)
         pool = None if pool is None else pool.only(self._held[pool.member])
@@ -91,6 +91,12 @@ class Suite:
         prompts = asking(self.dataset, start, task).prompts
         writer = GroupWriter(self.dataset, prompts, {task.name: task}, self.dataset.meta.cut_test)
         return task, Questions.of(writer, pool, self.plan.judged)
+
+    def _learned(self, taught: Task, task: Task) -> bool:
+        """Whether a taught task shows answers of another one: all surfaces are one of them, and no is the reverse of yes."""
+        apart = "" not in (taught.surface, task.surface) and taught.surface != task.surface
+        left_out = bool(self.plan.surface) and task.surface == self.plan.surface
+        return (taught.asks, taught.action) == (task.asks, task.action) and not (apart or left_out)
 
     def _surface(self, main: Task) -> Questions | None:
         """The first task's questions on the surface that is not learned from."""

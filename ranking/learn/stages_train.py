@@ -79,9 +79,9 @@ class Reader(Loop):
 def text_loss(model: LlamaForCausalLM, rows: Rows, pad: int) -> Tensor:
     """The mean negative log probability (nats) of each token after the first of its row; holds the logits [tokens, V] at once."""
     ids, lengths = (each.to(model.device) for each in pad_rows(rows, pad))
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     there = torch.arange(ids.shape[1] - 1, device=ids.device)[None] < lengths[:, None] - 1
-    return functional.cross_entropy(logits[there].float(), ids[:, 1:][there])
+    states = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][there]  # items are short beside prefixes
+    return functional.cross_entropy(model.get_output_embeddings()(states).float(), ids[:, 1:][there])
 
 
 class Aligner(Trainer):

@@ -167,10 +167,12 @@ def kept(job: Cell, shape: str, work: Callable[[], Row]) -> Row:
 def _trained(experiment: Experiment, job: Job, dataset: Dataset, progress: Progress) -> Row:
     """Trains unless the folder is complete, as it is for a cell that is only judged in another way."""
     folder = experiment.out / "models" / job.model
-    if (folder / FACTS).is_file():
-        report = json.loads((folder / "training" / "report.json").read_text(encoding="utf-8"))
+    path = folder / "training" / "report.json"
+    if (folder / FACTS).is_file() and path.is_file():
+        report = json.loads(path.read_text(encoding="utf-8"))
         seconds = 0.0
     else:
+        (folder / FACTS).unlink(missing_ok=True)  # a kill between the two files leaves a folder that could never be judged
         report = asdict(train_encoder(dataset, folder, job.plan, progress))
         seconds = report["seconds"]
     kept = {name: report[name] for name in ("steps", "learning_rate", "parameters", "fingerprint", "note")}

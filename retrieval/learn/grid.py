@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,9 @@ class Experiment:
             raise ExperimentError(f"{path}: {'.'.join(map(str, seen['loc'])) or 'the file'}: {seen['msg']}") from error
         if (found.steps is None) == (found.minutes is None):
             raise ExperimentError(f"{path}: give one of steps and minutes, the length of each training")
+        for name, value in (("steps", found.steps), ("minutes", found.minutes), ("speed", found.speed)):
+            if value is not None and not 0 < value < math.inf:
+                raise ExperimentError(f"{path}: {name} is {value:g}; expected a number above 0")
         if not found.seeds or not found.data:
             raise ExperimentError(f"{path}: no seeds or no data; there is nothing to run")
         return found

@@ -118,3 +118,11 @@ def test_auc_is_the_share_of_ordered_pairs(rows: list[tuple[int, int]]) -> None:
     pairs = [(a > b) + (a == b) / 2 for a in scores[labels == 1] for b in scores[labels == 0]]
     found = auc(scores, labels)
     assert np.isnan(found) if not pairs else found == pytest.approx(np.mean(pairs))
+
+
+def test_labels_above_one_leave_isotonic_a_probability_that_survives_the_disk() -> None:
+    """Labels as expected at the mean place are 1 over a share, so they can be more than 1."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=400)
+    found = fit(logits, np.where(rng.random(400) < 1 / (1 + np.exp(-3 * logits)), 1.4, 0.0), "isotonic")
+    assert 0.9 < found.probabilities(np.array([9.0]))[0] < 1 and Calibrator.from_facts(found.facts()) == found

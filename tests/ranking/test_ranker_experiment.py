@@ -61,6 +61,10 @@ def test_cells_of_rankers_are_trained_judged_kept_and_gone_on_with(tiny_folder: 
     again = run_experiment(experiment, lambda *_: lambda *_: None, kind=RANKERS)
     assert again == {"before": 4, "done": 0, "failed": 0}
     assert predicted_seconds(jobs[0], experiment, rows)[1] == "rows"
+    (experiment.out / "models" / whole["model"] / "training" / "report.json").unlink()  # as if killed just before it was written
+    (experiment.out / "results.parquet").unlink()
+    assert run_experiment(experiment, lambda *_: lambda *_: None, kind=RANKERS) == {"before": 0, "done": 3, "failed": 1}
+    assert read_rows(experiment.out)[whole["digest"]]["fingerprint"] == whole["fingerprint"]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,25 @@ def test_a_setting_that_cannot_be_is_named(changes: dict[str, Any], said: str, t
     experiment = Experiment.read(written(tmp_path, tiny_folder, **changes))
     with pytest.raises(BrewlineError, match=said):
         jobs_of(experiment, {"shop": read_dataset(tiny_folder)})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 0}, {"minutes": float("nan")}, {"minutes": -1}, {"learning_rate": -0.1}, {"loop.learning_rate": float("inf")},
+        {"seed": -1}, {"positions.ridge": 0}, {"loop.candidates": 0}, {"loop.temperature": 0}, {"loop.others": -0.5},
+    ],
+)  # fmt: skip
+def test_a_number_that_no_training_can_have_is_refused(settings: dict[str, Any]) -> None:
+    length = {} if {"steps", "minutes"} & settings.keys() else {"steps": 1}
+    with pytest.raises(BrewlineError, match=f"settings: {next(iter(settings))} is .*; expected"):
+        plan_of({**length, **settings})
+
+
+@pytest.mark.parametrize("changes", [{"steps": 0}, {"steps": None, "minutes": float("nan")}, {"speed": 0}])
+def test_a_length_or_speed_that_cannot_be_is_refused_with_the_file(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(BrewlineError, match=r"tiny.yaml: \w+ is \w+; expected a number above 0"):
+        Experiment.read(written(tmp_path, tmp_path, **changes))
 
 
 def test_every_cell_of_the_example_is_a_plan() -> None:

@@ -23,6 +23,7 @@ from ranking.learn.stages_train import preference, text_loss
 from ranking.ranker import FINGERPRINTED, Ranker
 from retrieval.data.schema import Dataset
 from retrieval.data.write import write_dataset
+from retrieval.fingerprint import FingerprintMismatch
 from retrieval.llama import Size, new_llama
 
 TASKS = """
@@ -34,6 +35,7 @@ START = {
     "size.hidden": 32, "size.layers": 1, "size.heads": 2, "size.kv_heads": 1, "size.mlp": 64, "size.vocabulary": 400,
     "budgets.item": 32, "budgets.prefix": 96,
 }  # fmt: skip
+NAN = float("nan")
 FAST = {"learning_rate": 0.005, "candidates": 48, "temperature": 1.0}
 STAGES: list[dict[str, Any]] = [
     {"kind": "text", "name": "read", "steps": 12, "learning_rate": 0.005, "tokens": 400, "gate": {"most": {"text_loss": 9.0}}},
@@ -106,6 +108,29 @@ def check_suite(suites: list[dict[str, float]]) -> None:
     assert words["paraphrase_auc"] != tasks["paraphrase_auc"]
 
 
+def test_a_stage_goes_on_from_what_the_one_before_knew_of_places(shop: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(TASKS)
+    still = {"steps": 1, "learning_rate": 1e-12}
+    stages = [{**STAGES[1], "steps": 10, "gate": {}}, {**STAGES[3], "name": "held", **still, "gate": {}}, {**STAGES[0], **still}]
+    stages[2]["gate"] = {}
+    plan = StagesPlan.read(written(tmp_path, shop, "places", stages, unseen=f"{other}#hide"))
+    found = run_stages(plan, lambda _stage, _done, _total: None)
+    tasks, held, read = (Ranker.load(plan.out / row["stage"]).facts for row in found["rows"][1:])
+    curve = tasks.training["positions"]["curve"]
+    assert any(row["logit"] for row in curve) and {row["surface"] for row in curve} == {"feed"}, "no stage learns from mails"
+    assert held.training["positions"]["curve"] == curve == read.training["positions"]["curve"]
+    assert tasks.calibrators == held.calibrators == read.calibrators, "of the same weights, and all at the mean place"
+    other.write_text(TASKS.replace("is it hidden", "was it put away"))
+    with pytest.raises(BrewlineError, match=r"unseen.question was 'is it hidden', is 'was it put away'"):
+        run_stages(plan, lambda _stage, _done, _total: None)
+    other.write_text(TASKS)
+    with (plan.out / "3-read" / "ranker.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(FingerprintMismatch):
+        run_stages(replace(plan, stages=[*plan.stages, replace(plan.stages[0], name="more")]), lambda _stage, _done, _total: None)
+
+
 def test_a_stage_that_does_not_pass_ends_the_plan(shop: Path, tmp_path: Path) -> None:
     stages = [{**STAGES[0], "steps": 1, "gate": {"most": {"text_loss": 0.1}, "least": {"format": 2.0}}}, STAGES[1]]
     path = written(tmp_path, shop, "stopped", stages)
@@ -131,6 +156,20 @@ def test_a_stage_that_does_not_pass_ends_the_plan(shop: Path, tmp_path: Path) ->
         ({"stages": [STAGES[1], STAGES[1]]}, "names of stages must differ"),
         ({"stages": [{**STAGES[3], "beta": 0}]}, "beta must be above 0"),
         ({"stages": [{"kind": "dream", "name": "x"}]}, "dream"),
+        ({"stages": [{**STAGES[3], "beta": NAN}]}, "beta must be above 0"),
+        ({"stages": [{**STAGES[3], "anchor": NAN}]}, "anchor must be 0 or more"),
+        ({"stages": [{**STAGES[1], "learning_rate": NAN}]}, "learning_rate must be above 0"),
+        ({"stages": [{**STAGES[1], "temperature": 0}]}, "temperature must be above 0"),
+        ({"stages": [{**STAGES[1], "candidates": 0}]}, "candidates must be above 0"),
+        ({"stages": [{**STAGES[1], "others": -1}]}, "others must be 0 or more"),
+        ({"stages": [{**STAGES[0], "tokens": 0}]}, "tokens must be above 0"),
+        ({"stages": [{**STAGES[1], "gate": {"least": {"auc": NAN}}}]}, "no finite number"),
+        ({"stages": [{**STAGES[1], "gate": {"lost": {"ne": NAN}}}]}, "no finite number"),
+        ({"stages": [{**STAGES[1], "gate": {"least": {"surface_auc": 0.5}}}], "surface": ""}, "the plan names no `surface`"),
+        ({"start": {"lora_rank": 4}}, "start: lora_rank is not for step 0"),
+        ({"start": {"loop.candidates": 4}}, "start: loop.candidates is not for step 0"),
+        ({"unseen": "no-such-file.yaml#hide"}, "no-such-file.yaml: cannot be read"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused_by_name(more: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -141,11 +180,21 @@ def test_a_plan_that_cannot_be_is_refused_by_name(more: dict[str, Any], said: st
         StagesPlan.read(tmp_path / "torn.yaml")
 
 
+def test_the_example_is_a_plan_whose_gates_can_be_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    plan = StagesPlan.read(Path("benchmarks/stages.yaml"))
+    assert [stage.kind for stage in plan.stages] == ["text", "tasks", "instructions", "align"]
+    assert not any("format" in stage.gate.least for stage in plan.stages), "no stage of a new model puts probability on answers"
+
+
 def test_unseen_means_unseen_and_a_surface_must_be_there(shop: Path, tmp_path: Path) -> None:
     taught = written(tmp_path, shop, "taught", STAGES[:1])
     (tmp_path / "tasks.yaml").write_text(TASKS.replace("action: hide, held_out: true", "action: like"))
     with pytest.raises(BrewlineError, match="'hide' has the answers of 'hide', which is taught"):
         run_stages(StagesPlan.read(taught), lambda _stage, _done, _total: None)
+    (tmp_path / "tasks.yaml").write_text(TASKS.replace("action: hide", "surface: mail"))
+    with pytest.raises(BrewlineError, match="'hide' has the answers of 'label', which is taught"):
+        run_stages(replace(StagesPlan.read(taught), surface="", out=tmp_path / "part"), lambda _stage, _done, _total: None)
     lost = StagesPlan.read(written(tmp_path, shop, "lost", STAGES[:1], surface="moon"))
     with pytest.raises(BrewlineError, match="surface 'moon' is not in tiny; it has mail, feed"):
         run_stages(lost, lambda _stage, _done, _total: None)
@@ -171,4 +220,8 @@ def test_the_loss_of_texts_does_not_see_padding() -> None:
     with torch.no_grad():
         apart = [float(text_loss(model, [row], 0)) for row in rows]  # type: ignore[arg-type]
         both = float(text_loss(model, rows, 0))  # type: ignore[arg-type]
+        asked = list[int]()
+        model.get_output_embeddings().register_forward_hook(lambda _head, given, _said: asked.append(given[0].numel() // 16))
+        text_loss(model, rows, 0)  # type: ignore[arg-type]
     assert both == pytest.approx((5 * apart[0] + 2 * apart[1]) / 7, rel=1e-5)
+    assert asked == [7], "the whole vocabulary is scored for tokens, not for padding"
