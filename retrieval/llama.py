@@ -39,6 +39,11 @@ class Size:
     mlp: int = 384
     vocabulary: int = 6_000
 
+    @property
+    def multiplied(self) -> float:
+        """Weights that every token is multiplied with: the projections of all layers."""
+        return self.layers * (2 * self.hidden**2 * (1 + self.kv_heads / self.heads) + 3 * self.hidden * self.mlp)
+
 
 def new_config(size: Size, vocabulary: int) -> LlamaConfig:
     """The configuration of a new LLaMA with tied embeddings. Raises CheckpointError for heads that do not fit."""

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import ConfigDict, Discriminator, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, TypeAdapter
 from transformers import AutoConfig, LlamaConfig
 
 from index.errors import BrewlineError
@@ -17,6 +16,7 @@ from ranking.learn.distill import Learning
 from ranking.learn.gates import Gates
 from ranking.learn.prune import MOST, Keep, pruned_config
 from ranking.learn.quantize import Format, check_fp8
+from retrieval.learn.plan_file import read_plan
 from retrieval.llama import Size, new_config
 
 FORBID = ConfigDict(extra="forbid")
@@ -127,15 +127,7 @@ class CompressPlan:
     @classmethod
     def read(cls, path: Path) -> CompressPlan:
         """The plan of a YAML file; `learn` at its top is the default of every step. Raises PlanError naming what is wrong."""
-        try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise PlanError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
-        try:
-            plan = TypeAdapter(cls).validate_python(_with_defaults(found))
-        except ValidationError as error:
-            seen = error.errors()[0]
-            raise PlanError(f"{path}: {'.'.join(map(str, seen['loc'])) or 'the file'}: {seen['msg']}") from error
+        plan = read_plan(path, cls, PlanError, _with_defaults)
         if wrong := _wrong(plan):
             raise PlanError(f"{path}: {wrong}")
         return plan

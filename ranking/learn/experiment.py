@@ -20,7 +20,7 @@ from retrieval.data.schema import Dataset
 from retrieval.encoder import Encoder
 from retrieval.learn.checkpoint import dataset_digest
 from retrieval.learn.choose import Progress
-from retrieval.learn.experiment import Kind, digest_of, kept, seconds_of_alike
+from retrieval.learn.experiment import Kind, digest_of, foretold, kept, seconds_of_alike
 from retrieval.learn.grid import JUDGED_BY, Experiment, ExperimentError, Run
 from retrieval.learn.results import Row
 
@@ -54,15 +54,9 @@ def jobs_of(experiment: Experiment, datasets: Mapping[str, Dataset]) -> list[Job
 def predicted_seconds(job: Job, experiment: Experiment, rows: Mapping[str, Row]) -> tuple[float, str]:
     """How long a job may take, and what this was taken from: rows of equal shape, the minutes asked for, or arithmetic."""
     plan = job.plan
-    known = seconds_of_alike(job.run.data, shape_of(plan), rows)
-    if known is not None:
-        return known, "rows"
-    if plan.minutes is not None and plan.steps is None:
-        return 60 * plan.minutes, "minutes"
-    size, budgets = plan.size, plan.budgets
-    weights = size.layers * (2 * size.hidden**2 * (1 + size.kv_heads / size.heads) + 3 * size.hidden * size.mlp)
-    tokens = plan.loop.candidates * (budgets.item + budgets.prefix / plan.groups.least)
-    return (plan.steps or 0) / (1 - VALIDATION_SHARE) * PASSES * weights * tokens / experiment.speed, "arithmetic"
+    tokens = plan.loop.candidates * (plan.budgets.item + plan.budgets.prefix / plan.groups.least)
+    step = PASSES * plan.size.multiplied * tokens / experiment.speed
+    return foretold(seconds_of_alike(job.run.data, shape_of(plan), rows), plan.minutes, plan.steps, step / (1 - VALIDATION_SHARE))
 
 
 def shape_of(plan: RankerPlan) -> str:

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import ConfigDict, Discriminator, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator
 
 from ranking.calibrate import Method
 from ranking.learn.compress_plan import PlanError
@@ -17,6 +16,7 @@ from ranking.learn.gates import Gates
 from ranking.learn.settings import plan_of
 from ranking.learn.start import RankerPlan
 from ranking.tasks_file import read_tasks, task_of
+from retrieval.learn.plan_file import read_plan
 
 FORBID = ConfigDict(extra="forbid")
 MEASURES = (
@@ -126,13 +126,7 @@ class StagesPlan:
     @classmethod
     def read(cls, path: Path) -> StagesPlan:
         """The plan of a YAML file. Raises PlanError, TrainingError (a setting of `start`), TaskError."""
-        try:
-            found = TypeAdapter(cls).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise PlanError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
-        except ValidationError as error:
-            seen = error.errors()[0]
-            raise PlanError(f"{path}: {'.'.join(map(str, seen['loc'])) or 'the file'}: {seen['msg']}") from error
+        found = read_plan(path, cls, PlanError)
         if wrong := _wrong(found):
             raise PlanError(f"{path}: {wrong}")
         found.ranker()

@@ -114,17 +114,21 @@ def pending(jobs: Sequence[C], rows: Mapping[str, Row], *, retry: bool) -> list[
 def predicted_seconds(job: Job, experiment: Experiment, rows: Mapping[str, Row]) -> tuple[float, str]:
     """How long a job may take, and what this was taken from: rows of equal shape, the minutes asked for, or arithmetic."""
     plan = job.plan
-    known = seconds_of_alike(job.run.data, shape_of(plan), rows)
-    if known is not None:
-        return known, "rows"
-    if plan.minutes is not None and plan.steps is None:
-        return 60 * plan.minutes, "minutes"
-    size, batch, budgets = plan.size, plan.batch, plan.budgets
-    weights = size.layers * (2 * size.hidden**2 * (1 + size.kv_heads / size.heads) + 3 * size.hidden * size.mlp)
+    batch, budgets = plan.batch, plan.budgets
     items = batch.targets * (1 + batch.hard) + batch.random_items
     tokens = batch.targets / 2 * budgets.member + items * budgets.item
     passes = 8 if plan.loop.cached or plan.loop.recompute else 6
-    return (plan.steps or 0) / (1 - VALIDATION_SHARE) * passes * weights * tokens / experiment.speed, "arithmetic"
+    step = passes * plan.size.multiplied * tokens / experiment.speed
+    return foretold(seconds_of_alike(job.run.data, shape_of(plan), rows), plan.minutes, plan.steps, step / (1 - VALIDATION_SHARE))
+
+
+def foretold(alike: float | None, minutes: float | None, steps: int | None, step: float) -> tuple[float, str]:
+    """Seconds and what they were taken from: rows `alike`, the `minutes` asked for, or `steps` of `step` seconds each."""
+    if alike is not None:
+        return alike, "rows"
+    if minutes is not None and steps is None:
+        return 60 * minutes, "minutes"
+    return (steps or 0) * step, "arithmetic"
 
 
 def seconds_of_alike(data: str, shape: str, rows: Mapping[str, Row]) -> float | None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
 from index.errors import BrewlineError
+from retrieval.learn.plan_file import read_plan
 
 Factors = dict[str, list[Any] | dict[str, dict[str, Any]]]
 JUDGED_BY = {"counts": "live", "dims": None}
@@ -68,13 +68,7 @@ class Experiment:
     @classmethod
     def read(cls, path: Path) -> Experiment:
         """The experiment of a YAML file. Raises ExperimentError with what was seen and what was expected."""
-        try:
-            found = TypeAdapter(cls).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ExperimentError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
-        except ValidationError as error:
-            seen = error.errors()[0]
-            raise ExperimentError(f"{path}: {'.'.join(map(str, seen['loc'])) or 'the file'}: {seen['msg']}") from error
+        found = read_plan(path, cls, ExperimentError)
         if (found.steps is None) == (found.minutes is None):
             raise ExperimentError(f"{path}: give one of steps and minutes, the length of each training")
         for name, value in (("steps", found.steps), ("minutes", found.minutes), ("speed", found.speed)):
