@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,15 @@ from retrieval.data.schema import Dataset, MemberView
 from retrieval.encoder import Encoder, row_digest
 from retrieval.evidence.baselines import Knowledge
 from retrieval.evidence.rank import Floats, Progress
+from retrieval.hysteresis import EXACT, Numbers
+
+
+class _Read(NamedTuple):
+    """A night: the as-of numbers [N] by name, and of each item the digest of its prompt and the vector [N, D]."""
+
+    numbers: Numbers
+    digests: np.ndarray
+    vectors: Floats
 
 
 class EncoderModel:
@@ -27,19 +37,28 @@ class EncoderModel:
         self.records = [dataset.items[row] for row in range(len(dataset.items))]
         self.progress = progress
         self.encoded = 0
-        self._known: dict[str, np.ndarray] = {}
+        self._read: _Read | None = None
 
     def item_vectors(self, day_start: int) -> Floats:
-        """Float32 [N, D]; also counts in `encoded` how many prompts had to be read."""
-        rows = self.encoder.writer.items(self.records, self.counts.as_of(day_start))
-        digests = [row_digest(row) for row in rows]
-        first = {digest: number for number, digest in enumerate(digests) if digest not in self._known}
+        """Float32 [N, D]; also counts in `encoded` how many prompts had to be read.
+
+        An item whose numbers stand in the buckets of the night before is not even written again: its prompt is the same.
+        """
+        writer, numbers = self.encoder.writer, self.counts.as_of(day_start)
+        last, n = self._read, len(self.records)
+        moved = np.ones(n, bool) if last is None else EXACT.any_moved(writer.quantizer, last.numbers, numbers, n)
+        changed = np.flatnonzero(moved)
+        rows = writer.items([self.records[row] for row in changed.tolist()], {key: of[changed] for key, of in numbers.items()})
+        digests = np.full(n, "", object) if last is None else last.digests.copy()
+        digests[changed] = [row_digest(row) for row in rows]
+        known = {} if last is None else dict(zip(last.digests, last.vectors))
+        first = {digest: place for place, digest in enumerate(digests[changed]) if digest not in known}
         if first:
-            fresh = self.encoder.embed([rows[number] for number in first.values()], self.progress)
-            self._known.update(zip(first, fresh))
+            fresh = self.encoder.embed([rows[place] for place in first.values()], self.progress)
+            known.update(zip(first, fresh))
             self.encoded += len(first)
-        self._known = {digest: self._known[digest] for digest in digests}
-        return np.stack([self._known[digest] for digest in digests])
+        self._read = _Read(numbers, digests, np.stack([known[digest] for digest in digests]))
+        return self._read.vectors
 
     def member_vectors(self, views: Sequence[MemberView]) -> Floats:
         """Float32 [B, D]."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from retrieval.data.schema import Dataset
 from retrieval.encoder import FACTS, VALIDATION, save_encoder
 from retrieval.learn.checkpoint import DECISION, check_room, remembered, write_json
+from retrieval.learn.clock import clock_of
 from retrieval.learn.ranks import Ranks
 from retrieval.learn.sessions import with_sessions
 from retrieval.learn.start import EncoderPlan, identity_of, start
@@ -22,7 +22,7 @@ from retrieval.llama import merge_lora
 @dataclass(frozen=True)
 class FitReport:
     """What a training reached. `trials` maps learning rates that were tried to Recall@100, `validation` steps of the validation
-    run to Recall@100 (empty: nothing was tried, nothing was asked)."""
+    run to Recall@100 (empty: nothing was tried, nothing was asked). `seconds` are the plan's clock's."""
 
     folder: str
     fingerprint: str
@@ -41,7 +41,8 @@ def train_encoder(dataset: Dataset, out: Path, plan: EncoderPlan, progress: Prog
     A killed run of the same plan on the same data goes on from its checkpoint; another plan or other data is a TrainingError.
     Of several processes (`retrieval.learn.ranks`) the first writes; `out` is a folder that all of them see.
     """
-    started, report, ranks = time.monotonic(), progress or (lambda _stage, _done, _total: None), Ranks.here()
+    clock, report, ranks = clock_of(plan.clock), progress or (lambda _stage, _done, _total: None), Ranks.here()
+    started = clock()
     check_room(out, FACTS, "an encoder")
     identity = identity_of(dataset, plan)
     dataset, note = with_sessions(dataset, plan.seed)
@@ -62,7 +63,7 @@ def train_encoder(dataset: Dataset, out: Path, plan: EncoderPlan, progress: Prog
         fingerprint=fingerprint,
         steps=trainer.done,
         learning_rate=decision.learning_rate,
-        seconds=round(time.monotonic() - started, 1),
+        seconds=round(clock() - started, 1),
         parameters=sum(weight.numel() for weight in trainer.model.parameters()),
         trials=decision.trials,
         validation=decision.validation,
@@ -106,7 +107,7 @@ def _save(folder: Path, trainer: Trainer, plan: EncoderPlan, dataset: Dataset, c
     if plan.lora_rank:
         merge_lora(model)
     # How the length was asked for is no fact about the model: --minutes and --steps that end at one length are one model.
-    asked = ("steps", "minutes", "base", "learning_rate")
+    asked = ("steps", "minutes", "clock", "base", "learning_rate")
     settings = {name: value for name, value in asdict(plan).items() if name not in asked}
     facts = {
         "settings": {**settings, "loop": asdict(trainer.settings)},

@@ -133,11 +133,11 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return min((step + 1) / rising, max(0.0, (steps - step) / max(1, steps - rising)))
 
 
-def seconds_per_step(loop: Loop, steps: int = SPEED_STEPS) -> float:
+def seconds_per_step(loop: Loop, clock: Callable[[], float] = time.monotonic, steps: int = SPEED_STEPS) -> float:
     """The median duration of `steps` further steps: a burst of other work on the machine must not decide a training's length."""
     took = []
     for _ in range(steps):
-        began = time.monotonic()
+        began = clock()
         loop.run(loop.done + 1)
-        took.append(time.monotonic() - began)
+        took.append(clock() - began)
     return statistics.median(took)

@@ -13,6 +13,7 @@ from retrieval.data.schema import Dataset
 from retrieval.features import Kind, Quantizer
 from retrieval.learn.batches import BatchSettings, Sampler
 from retrieval.learn.checkpoint import DATA, TrainingError, dataset_digest
+from retrieval.learn.clock import Clock
 from retrieval.learn.prepare import NothingToLearn, base_tokens, fit_entries, fit_quantizer, fit_tokens
 from retrieval.learn.train import LoopSettings, Trainer
 from retrieval.learn.warm import warm_start
@@ -26,10 +27,12 @@ class EncoderPlan:
     place of the one in `loop` and of its choice on the validation window; `warm_words` starts a model from scratch with
     latent-semantic word vectors (`retrieval.learn.warm`); `fit_entries` gives history entries the room that the members'
     histories leave (`retrieval.learn.prepare`); `quantizer` "none" leaves all numbers out of the prompts; `history`
-    "full" shows what was not engaged, too (`retrieval.learn.whole`), which the service cannot. `device` decides by rounding."""
+    "full" shows what was not engaged, too (`retrieval.learn.whole`), which the service cannot. `device` decides by rounding.
+    `clock` says what the minutes are counted in (`retrieval.learn.clock`)."""
 
     steps: int | None = None
     minutes: float | None = 5.0
+    clock: Clock = "wall"
     seed: int = 0
     base: str | None = None
     lora_rank: int | None = None

@@ -6,7 +6,6 @@ steps that fit into some minutes follows from data, plan and seed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,6 +19,7 @@ from retrieval.encoder import Encoder, Pooling
 from retrieval.evidence.protocol import EvidenceError, Queries, last_after_cut, member_views
 from retrieval.learn.checkpoint import TrainingError
 from retrieval.learn.choose import Progress, Trials, try_rates
+from retrieval.learn.clock import clock_of
 from retrieval.learn.loop import SPEED_STEPS, seconds_per_step
 from retrieval.learn.ranks import Ranks
 from retrieval.learn.start import EncoderPlan, start
@@ -67,11 +67,12 @@ def decide(
     queries = validation_queries(dataset)
     if queries is None:
         return Decision(int(Ranks.here().agreed(plan.steps or _affordable(dataset, plan, None, None, 0.0))), plan.rate), None
-    began = time.monotonic()
+    clock = clock_of(plan.clock)
+    began = clock()
     first = start(dataset, dataset.meta.cut_valid, plan, 1, identity)
-    prepared = time.monotonic() - began
+    prepared = clock() - began
     exam = Exam(dataset, first.sampler.writer, queries, plan.loop.pooling)
-    affordable = plan.steps or _affordable(dataset, plan, first, exam, prepared + time.monotonic() - began)
+    affordable = plan.steps or _affordable(dataset, plan, first, exam, prepared + clock() - began)
     steps = int(first.ranks.agreed(affordable))
     total = max(1, round(steps * VALIDATION_SHARE / (1 - VALIDATION_SHARE)))
     rate, trials, spent = plan.rate, dict[float, float](), 0
@@ -149,16 +150,17 @@ def _affordable(dataset: Dataset, plan: EncoderPlan, first: Trainer | None, exam
     `first` is the start of the validation run and `exam` its questions; both are missing where there is no such run.
     """
     assert plan.minutes is not None
-    began = time.monotonic()
+    clock = clock_of(plan.clock)
+    began = clock()
     trainer = first.again(1_000, plan.rate) if first else start(dataset, dataset.meta.cut_test, plan, 1_000)
     trainer.run(1)  # the first step pays for what is done once
-    ready = time.monotonic()
-    each = seconds_per_step(trainer)
+    ready = clock()
+    each = seconds_per_step(trainer, clock)
     if exam is None:
         return max(LEAST_STEPS, int((plan.minutes * 60 - 2 * (ready - began)) / each))
-    looked = time.monotonic()
+    looked = clock()
     exam.recall(trainer.model, last_day=True)
-    look = time.monotonic() - looked
+    look = clock() - looked
     trials = len(RATES) if plan.learning_rate is None and plan.base is None else 0
     looks = 1 + trials + len(LOOKS) * exam.days
     left = plan.minutes * 60 - prepared - (ready - began) - SPEED_STEPS * each - looks * look

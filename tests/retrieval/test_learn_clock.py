@@ -1,0 +1,51 @@
+"""What a training's minutes are counted in."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retrieval.data.schema import Dataset
+from retrieval.learn.checkpoint import TrainingError
+from retrieval.learn.clock import clock_of
+from retrieval.learn.fit import train_encoder
+from retrieval.learn.loop import Loop
+from retrieval.learn.settings import plan_of
+
+SMALL: dict[str, Any] = {"hidden": 16, "layers": 1, "vocabulary": 400, "targets": 8, "random_items": 8, "learning_rate": 1e-3}
+
+
+def test_waiting_costs_no_processor_time() -> None:
+    took = {}
+    for kind in ("wall", "processor"):
+        clock = clock_of(kind)
+        began = clock()
+        time.sleep(0.5)
+        took[kind] = clock() - began
+    assert took["wall"] >= 0.5 > 2 * took["processor"]
+
+
+def test_a_training_that_others_slow_down_is_as_long_in_processor_time(
+    tiny_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step waits as if another process had its core: on the wall only a few steps are left, in processor time hundreds."""
+    whole = Loop.run
+
+    def waited(self: Loop, *args: Any, **kwargs: Any) -> None:
+        time.sleep(0.4)
+        whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(Loop, "run", waited)
+    steps = {}
+    for kind in ("wall", "processor"):
+        plan = plan_of({**SMALL, "minutes": 0.1, "clock": kind})
+        steps[kind] = train_encoder(tiny_dataset, tmp_path / kind, plan).steps
+    assert steps["processor"] > 2 * steps["wall"]
+
+
+def test_an_unknown_clock_is_refused() -> None:
+    with pytest.raises(TrainingError, match="clock"):
+        plan_of({"minutes": 1.0, "clock": "sundial"})
