@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ranking.tasks import ENGAGE, LABEL, STRICT, Task, TaskError, impression_actions, task_named
 from retrieval.data.schema import Dataset
+from retrieval.yaml_keys import repeated_key
 
 LONGEST = 1 << 20
 """Bytes of a file beyond which it is no list of tasks."""
@@ -39,7 +40,7 @@ def read_tasks(path: Path) -> dict[str, Task]:
             raise TaskError(f"{path}: more than {LONGEST:,} bytes; expected a list of tasks")
         text = path.read_text(encoding="utf-8")
         # BaseLoader makes words, lists and mappings only: no objects, and no `yes` that turns into True.
-        repeated = _repeated(yaml.compose(text, Loader=yaml.BaseLoader))
+        repeated = repeated_key(yaml.compose(text, Loader=yaml.BaseLoader))
         if repeated:
             raise TaskError(f"{path}: {repeated} stands twice in one mapping; which of the two is meant?")
         found = yaml.load(text, Loader=yaml.BaseLoader)
@@ -85,26 +86,6 @@ def taught_tasks(dataset: Dataset, tasks: Mapping[str, Task]) -> Mapping[str, Ta
             there = ", ".join(dataset.events.surfaces) or "none"
             raise TaskError(f"task {task.name!r} asks about surface {task.surface!r}; surfaces in {dataset.meta.name}: {there}")
     return tasks
-
-
-def _repeated(root: yaml.Node | None) -> str:
-    """The first key that a mapping has twice, with its line; "" if none has. YAML itself would take the last one silently."""
-    waiting, seen = [root], set[int]()
-    while waiting:
-        node = waiting.pop()
-        if node is None or id(node) in seen:  # an alias is the same node again
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            waiting += node.value
-        elif isinstance(node, yaml.MappingNode):
-            keys = set[str]()
-            for key, value in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.value in keys:
-                    return f"line {key.start_mark.line + 1}: {key.value!r}"
-                keys.add(str(key.value))
-                waiting += [key, value]
-    return ""
 
 
 def _check(task: Task, where: str) -> None:

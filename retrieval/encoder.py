@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from index.errors import BrewlineError
 from retrieval.data.schema import Item, MemberView
+from retrieval.device import checked_device
 from retrieval.features import Quantizer
 from retrieval.fingerprint import folder_fingerprint
 from retrieval.llama import load_llama, pad_rows, save_llama
@@ -95,7 +96,7 @@ class Encoder:
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu", *, whole_log: bool = False, precision: Precision = "float32") -> Encoder:
-        """The encoder of a complete folder. Raises EncoderError, MissingPart, TokenizerError or CheckpointError.
+        """The encoder of a complete folder. Raises EncoderError, MissingPart, TokenizerError, CheckpointError or DeviceMissing.
 
         In "bfloat16" it is another encoder, under a fingerprint of its own: its vectors differ in the third digit. It is faster
         where `retrieval.packed.has_bfloat16_units` says so, and slower elsewhere.
@@ -103,7 +104,7 @@ class Encoder:
         `whole_log`: the caller hands in every action of a member. An encoder that reads whole histories is refused without it,
         since records in the service keep engagements only.
         """
-        facts = read_facts(folder)
+        where, facts = checked_device(device), read_facts(folder)
         if facts.get("history") == "full" and not whole_log:
             raise EncoderError(
                 f"{folder} reads every action of a member, and what is kept of members is engagements only; "
@@ -114,7 +115,7 @@ class Encoder:
         writer = Writer(Tokens.load(folder), Quantizer.load(folder / QUANTIZER), budgets, tuple(facts["actions"]), whole)
         if precision == "bfloat16":
             fingerprint += "-bf16"
-        model = load_llama(folder, causal_lm=False, dtype=PRECISIONS[precision]).to(device)
+        model = load_llama(folder, causal_lm=False, dtype=PRECISIONS[precision]).to(where)
         return cls(model, writer, fingerprint, facts, packed=packed(model))
 
     def items(self, items: Sequence[Item], numbers: Mapping[str, np.ndarray], progress: Progress | None = None) -> Vectors:

@@ -77,6 +77,10 @@ def test_text_that_is_no_yaml_and_settings_that_are_none_are_named(tiny_folder: 
     (tmp_path / "torn.yaml").write_text("a: [1")
     with pytest.raises(ExperimentError, match="cannot be read as YAML"):
         Experiment.read(tmp_path / "torn.yaml")
+    twice = written(tmp_path, tiny_folder)
+    twice.write_text(twice.read_text() + "seeds: [9]\n")
+    with pytest.raises(ExperimentError, match="'seeds' stands twice"):
+        Experiment.read(twice)
     for factors, said in (({"lose": ["bce"]}, "unknown settings lose"), ({"counts": ["cold"]}, "expected live or frozen")):
         experiment = Experiment.read(written(tmp_path, tiny_folder, factors=factors))
         with pytest.raises(BrewlineError, match=said):

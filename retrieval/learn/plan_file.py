@@ -10,6 +10,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from index.errors import BrewlineError
+from retrieval.yaml_keys import repeated_key
 
 T = TypeVar("T")
 
@@ -17,9 +18,13 @@ T = TypeVar("T")
 def read_plan(path: Path, kind: type[T], refused: type[BrewlineError], prepared: Callable[[Any], Any] = lambda plain: plain) -> T:
     """The file as a dataclass `kind`, `prepared` having seen its plain content. Raises `refused` naming the first thing wrong."""
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        repeated = repeated_key(yaml.compose(text, Loader=yaml.SafeLoader))
+        plain = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise refused(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if repeated:
+        raise refused(f"{path}: {repeated} stands twice in one mapping; which of the two is meant?")
     try:
         return TypeAdapter(kind).validate_python(prepared(plain))
     except ValidationError as error:

@@ -19,6 +19,8 @@ from torch import distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
+from retrieval.device import checked_device
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -96,8 +98,11 @@ def part_like(value: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """Opens the process group that torchrun describes in the environment (none without torchrun), and closes it afterwards."""
+    """Opens the process group that torchrun describes in the environment (none without torchrun), and closes it afterwards.
+
+    Raises DeviceMissing."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        checked_device(device)
         yield Ranks()
         return
     if device.startswith("cuda"):

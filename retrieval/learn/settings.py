@@ -12,8 +12,8 @@ from retrieval.learn.start import EncoderPlan
 
 PLACES = {
     "numbers": ("quantizer",),
-    **{name: (name,) for name in ("steps", "minutes", "seed", "base", "lora_rank", "learning_rate", "warm_words", "fit_entries")},
-    **{name: (name,) for name in ("history", "device", "clock")},
+    **{name: (name,) for name in ("steps", "minutes", "seed", "base", "lora_rank", "learning_rate")},
+    **{name: (name,) for name in ("warm_words", "fit_entries", "validation", "history", "device", "clock")},
     **{name: ("size", name) for name in ("hidden", "layers", "heads", "kv_heads", "mlp", "vocabulary")},
     **{f"{name}_tokens": ("budgets", name) for name in ("item", "entry", "profile")},
     "history_tokens": ("budgets", "member"),

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from retrieval.data.schema import Dataset
+from retrieval.device import checked_device
 from retrieval.features import Kind, Quantizer
 from retrieval.learn.batches import BatchSettings, Sampler
 from retrieval.learn.checkpoint import DATA, TrainingError, dataset_digest
@@ -23,12 +24,12 @@ from retrieval.writer import Budgets, Writer
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """All that decides the weights, apart from the data. One of `steps` and `minutes` says how long; `learning_rate` takes the
-    place of the one in `loop` and of its choice on the validation window; `warm_words` starts a model from scratch with
-    latent-semantic word vectors (`retrieval.learn.warm`); `fit_entries` gives history entries the room that the members'
-    histories leave (`retrieval.learn.prepare`); `quantizer` "none" leaves all numbers out of the prompts; `history`
-    "full" shows what was not engaged, too (`retrieval.learn.whole`), which the service cannot. `device` decides by rounding.
-    `clock` says what the minutes are counted in (`retrieval.learn.clock`)."""
+    """All that decides the weights, apart from the data. One of `steps` and `minutes` (of the `clock`) says how long;
+    `learning_rate` takes the place of the one in `loop` and of its choice on the validation window; `warm_words` starts a model
+    from scratch with latent-semantic word vectors (`retrieval.learn.warm`); `fit_entries` gives history entries the room that
+    the members' histories leave (`retrieval.learn.prepare`); without `validation` nothing is chosen, so steps and rate must be
+    given; `quantizer` "none" leaves all numbers out of the prompts; `history` "full" shows what was not engaged, too
+    (`retrieval.learn.whole`), which the service cannot. `device` decides by rounding."""
 
     steps: int | None = None
     minutes: float | None = 5.0
@@ -40,6 +41,7 @@ class EncoderPlan:
     quantizer: Kind | Literal["none"] = "percentile"
     warm_words: bool = True
     fit_entries: bool = True
+    validation: bool = True
     history: Literal["positives", "full"] = "positives"
     device: str = "cpu"
     size: Size = field(default_factory=Size)
@@ -61,8 +63,9 @@ def identity_of(dataset: Dataset, plan: EncoderPlan) -> dict[str, object]:
 def start(dataset: Dataset, before: int, plan: EncoderPlan, steps: int, identity: Mapping[str, object] | None = None) -> Trainer:
     """A trainer at step 0: quantizer and tokenizer fitted before `before`, the trunk new or from the base checkpoint.
 
-    `identity` is that of the whole training, if `dataset` and `plan` are not all there is to it.
+    `identity` is that of the whole training, if `dataset` and `plan` are not all there is to it. Raises DeviceMissing first.
     """
+    checked_device(plan.device)
     torch.manual_seed(plan.seed)
     kind = plan.quantizer
     quantizer = Quantizer("percentile", {}) if kind == "none" else fit_quantizer(dataset, before, kind, plan.seed)

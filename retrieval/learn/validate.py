@@ -64,6 +64,10 @@ def decide(
     """The decision, and the trainer at the end of the validation run (None if the data asks nothing between the cuts)."""
     if plan.steps is None and plan.minutes is None:
         raise TrainingError("neither steps nor minutes were given; say how long to train")
+    if not plan.validation:
+        if plan.steps is None or plan.learning_rate is None:
+            raise TrainingError("without a validation run steps and learning_rate are given, for nothing else could choose them")
+        return Decision(plan.steps, plan.rate), None
     queries = validation_queries(dataset)
     if queries is None:
         return Decision(int(Ranks.here().agreed(plan.steps or _affordable(dataset, plan, None, None, 0.0))), plan.rate), None
