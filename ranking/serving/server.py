@@ -39,6 +39,7 @@ from ranking.serving.ui import Page
 from ranking.serving.watching import Watching
 from ranking.serving.web import Web
 from ranking.serving.worker import MOST_TOGETHER, Worker
+from ranking.serving.workers import BEAT_S
 from ranking.serving.workers_peers import Peers
 
 LAST_WORDS_S = 0.5
@@ -217,6 +218,8 @@ def serve_until_signal(current: Current, settings: ServeSettings, ready: Callabl
         gc.collect()
         gc.freeze()  # 400,000 objects of libraries and models; to look through them again stops every request for 180 ms
         ready(port)
+        if settings.worker is not None:
+            _beat()
 
     async def main() -> None:
         stop, asked = asyncio.Event(), asyncio.Event()
@@ -230,6 +233,13 @@ def serve_until_signal(current: Current, settings: ServeSettings, ready: Callabl
 
     asyncio.run(main())
     leave()
+
+
+def _beat() -> None:
+    """From now on the parent hears every `BEAT_S` seconds that the event loop turns."""
+    with contextlib.suppress(BrokenPipeError):  # it is gone, as the end of the standard input tells
+        os.write(sys.stdout.fileno(), b"\n")
+        asyncio.get_running_loop().call_later(BEAT_S, _beat)
 
 
 def _stop_with_parent(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:

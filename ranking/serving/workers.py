@@ -1,8 +1,8 @@
 """The small parent of several servers at one port: it starts them, starts again what dies, passes signals on, and loads no model.
 
 Each worker is a whole `brewline serve` that shares the port (SO_REUSEPORT: the kernel gives each connection to one of them) and
-the snapshot's mapped pages. It tells in one line on its standard output that it answers, and ends when its standard input does,
-so none outlives a parent that was killed.
+the snapshot's mapped pages. It tells in one line on its standard output that it answers, then in an empty one every `BEAT_S`
+seconds that its event loop turns, and ends when its standard input does, so none outlives a parent that was killed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 STEADY_S = 60.0
 GRACE_S = 15.0
 """Seconds that a worker may take to end beyond the time for draining; then it is killed."""
+BEAT_S, SILENT_S = 2.0, 30.0
+"""So often a worker says that it lives; one that has said nothing for so long hangs, and is killed: the kernel would go on
+sending connections to it, and nobody would ever answer them."""
 MOST_LINE = 1 << 20
 THREADS = "OMP_NUM_THREADS"
 
@@ -142,6 +145,10 @@ class Workers:
             if line := await process.stdout.readline():
                 one.answers(line)
                 log.info("worker %s answers", one.name, extra={"pid": process.pid})
+                if not await _heard_to_the_end(process.stdout):
+                    one.tell(signal.SIGKILL)
+                    await process.wait()
+                    return f"killed, for it hangs: nothing was heard of it for {SILENT_S:.0f} s"
             code = await process.wait()
         except ValueError as error:
             one.tell(signal.SIGKILL)
@@ -161,6 +168,16 @@ class Workers:
             for one in self.all:
                 one.tell(signal.SIGKILL)
             await asyncio.wait(kept)
+
+
+async def _heard_to_the_end(outlet: asyncio.StreamReader) -> bool:
+    """Whether a worker went on saying that it lives until it ended. Raises ValueError for a line without end."""
+    try:
+        while await asyncio.wait_for(outlet.readline(), SILENT_S):
+            pass
+    except TimeoutError:
+        return False
+    return True
 
 
 def share_of_cores(workers: int, environment: Mapping[str, str]) -> dict[str, str]:

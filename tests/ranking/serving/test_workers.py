@@ -230,6 +230,7 @@ def test_a_worker_ends_with_its_parent_however_that_ended(night: Path, tmp_path:
         worker = int(parent.stdout.readline())
         try:
             assert json.loads(parent.stdout.readline())["ready"] and (folder / "0").is_socket()
+            assert [parent.stdout.readline() for _ in range(2)] == ["\n", "\n"], "it says that it lives"
             parent.kill()
             parent.wait()
             assert alive(worker)

@@ -20,7 +20,7 @@ from ranking.serving.workers import Facts, WorkerFailed, Workers, share_of_cores
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="--workers needs Linux")
 WAIT_S = 120.0
 """Longer than anything here takes on a busy machine."""
-SERVES = """trap 'exit 0' TERM; echo '{"worker": "%s"}'; while :; do sleep .05; done"""
+SERVES = """trap 'exit 0' TERM; echo '{"worker": "%s"}'; while :; do echo; sleep .05; done"""
 
 
 def shells(*scripts: str) -> Workers:
@@ -83,6 +83,21 @@ def test_lives_that_cannot_begin_or_babble_are_deaths_of_one(tmp_path: Path, mon
 
     workers = asyncio.run(run())
     assert said.exists() and workers.all[0].restarts >= 3 and workers.all[1].restarts == 0
+
+
+def test_a_worker_that_hangs_is_killed_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It deafens itself to SIGTERM, answers, says once more that it lives, and then nothing."""
+    monkeypatch.setattr("ranking.serving.workers.SILENT_S", 5.0)
+    hangs = f"touch {tmp_path}/hung; trap '' TERM; echo '{{}}'; echo; exec sleep 600"
+    first = f"if test -e {tmp_path}/hung; then {SERVES % 0}; fi; {hangs}"
+
+    async def run() -> Workers:
+        workers = shells(first, SERVES % 1)
+        async with kept(workers) as until:
+            await until(lambda: workers.all[0].facts == {"worker": "0"})
+        return workers
+
+    assert [one.restarts for one in asyncio.run(run()).all] == [1, 0]
 
 
 def test_to_look_is_told_to_a_worker_once_it_can_hear_it(tmp_path: Path) -> None:
