@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 
 
 class Pace:
@@ -12,9 +13,13 @@ class Pace:
     A run of n candidates bounds any other from above: a smaller one takes no longer, a larger one no longer than in
     proportion. The forecast is the largest bound of the four recent runs nearest in size. Without a recent run (`MEMORY_S`)
     the best pace ever seen counts, so that one slow minute cannot switch ranking off for good.
+
+    Proportion is a bound, and a poor one from far below: most of what one candidate takes is the member's part. So a run says
+    nothing of one more than `REACH` times as large, but that it takes no less.
     """
 
     MEMORY_S = 30.0
+    REACH = 4
 
     def __init__(self) -> None:
         self._runs: deque[tuple[float, int, float]] = deque(maxlen=64)
@@ -29,8 +34,15 @@ class Pace:
             self._best = (candidates, seconds)
 
     def forecast(self, candidates: int, now: float) -> float:
-        """Seconds that ranking so many candidates will take at most; 0 if nothing was ever measured."""
-        runs = [(size, seconds) for when, size, seconds in self._runs if now - when <= self.MEMORY_S]
-        runs = runs or ([self._best] if self._best is not None else [])
-        nearest = sorted(runs, key=lambda run: abs(math.log(run[0] / max(candidates, 1))))[:4]
-        return max((seconds * max(1.0, candidates / size) for size, seconds in nearest), default=0.0)
+        """Seconds that ranking so many candidates will take at most, or, where nothing of the kind was ever measured, at least; 0
+        if nothing was measured at all."""
+        recent = [(size, seconds) for when, size, seconds in self._runs if now - when <= self.MEMORY_S]
+        best = [self._best] if self._best is not None else []
+        near = self._telling(recent, candidates) or self._telling(best, candidates)
+        if not near:
+            return max((seconds for _, seconds in recent or best), default=0.0)
+        nearest = sorted(near, key=lambda run: abs(math.log(run[0] / max(candidates, 1))))[:4]
+        return max(seconds * max(1.0, candidates / size) for size, seconds in nearest)
+
+    def _telling(self, runs: Sequence[tuple[int, float]], candidates: int) -> list[tuple[int, float]]:
+        return [(size, seconds) for size, seconds in runs if size * self.REACH >= candidates]

@@ -3,7 +3,8 @@
     python probe.py HOST:PORT [NAME]
 
 With BREWLINE_CA the connection is TLS, and NAME is the name that the certificate must hold: a probe comes from inside the
-container, by an address that no certificate names. The answer is made by a real small encode and search, so give it time.
+container, by an address that no certificate names. A server that asks for certificates is shown BREWLINE_CERT and BREWLINE_KEY.
+The answer is made by a real small encode and search, so give it time.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ SECONDS = 12.0
 
 def main(address: str, name: str = "") -> int:
     """0 if the server says SERVING; else what it says, or the status, is on stderr."""
-    ca = os.environ.get("BREWLINE_CA", "")
+    ca, cert, key = (_pem(f"BREWLINE_{name}") for name in ("CA", "CERT", "KEY"))
     options = [("grpc.ssl_target_name_override", name)] if name else []
     if ca:
-        channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(Path(ca).read_bytes()), options)
+        channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, cert), options)
     else:
         channel = grpc.insecure_channel(address)
     try:
@@ -38,6 +39,11 @@ def main(address: str, name: str = "") -> int:
     if told != "SERVING":
         sys.stderr.write(f"{address}: {told}\n")
     return int(told != "SERVING")
+
+
+def _pem(name: str) -> bytes | None:
+    path = os.environ.get(name, "")
+    return Path(path).read_bytes() if path else None
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ def answer_table(answer: Answer, title: str) -> RenderableType:
         cells += [Text(f"{row.probability:.4f}"), Text(str(row.place + 1))] if ranked else []
         table.add_row(*cells)
     lines: list[RenderableType] = [table]
+    if not answer.rows:
+        lines.append(
+            Text("nothing is left: all candidates are excluded, already known, or kept out by the filter", style="bold yellow")
+        )
     if answer.degraded:
         lines.append(Text(f"degraded to {answer.degraded.name}: {answer.degraded_detail}", style="bold yellow"))
     lines.append(Text(_stages(answer.times), style="dim"))

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     help="Ask a running server (`brewline serve`): recommend, retrieve, rank, explain, info; tell it: upsert, withdraw, record.",
+    epilog="A server with TLS or tokens: `brewline ask --ca FILE [--cert FILE --key FILE] recommend ...`, or BREWLINE_CA, "
+    "BREWLINE_CERT, BREWLINE_KEY; the token is read from BREWLINE_TOKEN_FILE or BREWLINE_TOKEN.",
 )
 app.command()(tell.upsert)
 app.command()(tell.withdraw)

@@ -107,7 +107,7 @@ def verify(store: Store, name: Name = "", as_json: AsJson = False) -> None:
 
 @app.command()
 def rollback(store: Store, as_json: AsJson = False) -> None:
-    """Serve the snapshot that was served before. A running server keeps its own until it is started again.
+    """Serve the snapshot that was served before. Running servers follow within a second or two (`--swap-poll-seconds`).
 
     brewline index rollback --store store/
     """

@@ -34,6 +34,9 @@ BAD_REQUEST = 2
 CALL_HOME = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
 """Switches of libraries that report to their makers unless told not to; they read them when they are first loaded."""
 
+QUIET = ("GRPC_VERBOSITY", "ERROR")
+"""gRPC's library writes a line of its own, no JSON, about each stranger's handshake; it reads this when it is first loaded."""
+
 app = typer.Typer(
     name="brewline",
     no_args_is_help=True,
@@ -83,6 +86,7 @@ def main() -> None:
     """Runs the command line of this process. Exit status: 0 done, 2 a mendable error, 130 interrupted, 1 a bug."""
     for name in CALL_HOME:
         os.environ.setdefault(name, "1")
+    os.environ.setdefault(*QUIET)
     try:
         app()
     except BrewlineError as error:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from retrieval.data.schema import Item
 
 AT_ONCE = 256
+ITEM = ("item_id", "title", "text", "category", "creator", "created_at", "numbers")
+"""What a line of --from may say."""
 
 
 class TellError(BrewlineError):
@@ -40,7 +42,7 @@ def upsert(
         Path | None,
         typer.Option(
             "--from",
-            help="JSON lines instead: item_id, title, text, category, creator, created_at, numbers ({name: value}).",
+            help=f"JSON lines instead, of {', '.join(ITEM)} (name to value).",
             metavar="FILE",
         ),
     ] = None,
@@ -66,7 +68,8 @@ def upsert(
     with Client(address, deadline_ms) as client:
         for start in range(0, len(items), AT_ONCE):
             done = client.upsert(items[start : start + AT_ONCE])
-    told = f"{len(items):,} items are kept up to position {done.position} of the log, over snapshot {done.snapshot}"
+    kept = "1 item is" if len(items) == 1 else f"{len(items):,} items are"
+    told = f"{kept} kept up to position {done.position} of the log, over snapshot {done.snapshot}"
     emit({"items": len(items), **asdict(done)}, as_json=as_json, table=lambda: words(told))
 
 
@@ -122,7 +125,7 @@ def record(
     told = [Told(event_id or uuid.uuid4().hex, Entry(item, timestamp, action, label), request_id, surface) for item in items]
     with Client(address, deadline_ms) as client:
         done = client.record(member, told)
-    said = f"{done.recorded:,} engagements of {member} are kept, {done.known:,} were known"
+    said = f"engagements of {member}: {done.recorded:,} kept, {done.known:,} known before"
     emit(asdict(done), as_json=as_json, table=lambda: words(said))
 
 
@@ -150,6 +153,10 @@ def _read(file: Path) -> Iterator[Item]:
     for place, line in enumerate(lines, 1):
         if line.strip():
             try:
-                yield Item(**json.loads(line))
+                given = json.loads(line)
+                unknown = sorted(set(given) - set(ITEM)) if isinstance(given, dict) else []
+                if unknown or not isinstance(given, dict):
+                    raise ValueError(f"unknown {', '.join(unknown)}" if unknown else "not an object")
+                yield Item(**given)
             except (ValueError, TypeError) as error:
-                raise TellError(f"{file}, line {place}: no item ({error}); expected item_id, title, ... as in --help") from error
+                raise TellError(f"{file}, line {place}: no item ({error}); expected {', '.join(ITEM)}") from error

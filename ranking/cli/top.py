@@ -96,7 +96,7 @@ def _state(told: Mapping[str, Any]) -> Table:
         "rejected/s": _pairs(told["rejected"]),
         "degraded/s": _pairs(told["degraded"]),
         "queue": f"{_number(queue['length'])} waiting, the oldest {_number(queue['oldest_seconds'])} s",
-        "prefix cache": f"{_number(cache['reused'])} of tokens reused, {(cache['bytes'] or 0) / 2**20:,.0f} MiB",
+        "prefix cache": f"{_share(cache['reused'])} of tokens reused, {(cache['bytes'] or 0) / 2**20:,.0f} MiB",
         "snapshot": f"{snapshot.get('snapshot', '-')}   {ages}",
         "models": f"encoder {snapshot.get('encoder', '-')}   ranker {snapshot.get('ranker', '') or '-'}",
         "items": _pairs(told["items"]),
@@ -112,6 +112,10 @@ def _state(told: Mapping[str, Any]) -> Table:
 
 def _pairs(values: Mapping[str, float]) -> str:
     return "   ".join(f"{name} {_number(value)}" for name, value in values.items()) or "-"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
 
 
 def _number(value: float | None) -> str:

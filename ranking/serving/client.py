@@ -13,7 +13,7 @@ from index.errors import BrewlineError
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving import recommender_pb2_grpc
 from ranking.serving.change_messages import event_message, item_message, wanted_message
-from ranking.serving.client_retry import Reply, never_reached, reply_to
+from ranking.serving.client_retry import Reply, never_reached, reply_to, why_not_reached
 from ranking.serving.messages import member_message, pack_ids
 from ranking.serving.replies import Answer, Changed, Explanation, Recorded, Row, ServerInfo, answer_of, explanation_of, info_of
 from ranking.serving.security_client import Credentials, open_channel
@@ -237,7 +237,9 @@ class Client:
 def _reason(error: grpc.RpcError) -> str:
     details = error.details() or "no details"
     if never_reached(error):
-        return f"nobody answers ({details.rpartition(': ')[2]}); is `brewline serve` running there?"
+        return why_not_reached(details.rpartition(": ")[2])
+    if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+        return f"{details} (a token is read from BREWLINE_TOKEN_FILE or BREWLINE_TOKEN)"
     return details
 
 

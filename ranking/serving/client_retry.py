@@ -20,6 +20,12 @@ RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 PUSHBACK = "grpc-retry-pushback-ms"
 FIRST_S, MOST_S = 0.05, 2.0
 LEAST_S = 0.001
+HINTS = {
+    "Hostname Verification": "its certificate names other hosts; ask by a name that it holds",
+    "Socket closed": "it hung up; does it want TLS (BREWLINE_CA), or a certificate of ours (BREWLINE_CERT, BREWLINE_KEY)?",
+    "OK": "it is not believed; is BREWLINE_CA the authority of its certificate?",
+}
+"""What the last words of gRPC about a connection that failed stand for."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,14 @@ def reply_to(
 def never_reached(error: grpc.RpcError) -> bool:
     """Whether there was no connection over which the call could have been sent."""
     return error.code() is grpc.StatusCode.UNAVAILABLE and "failed to connect" in (error.details() or "")
+
+
+def why_not_reached(last: str) -> str:
+    """What gRPC's last word about a connection means to whoever wanted it, and what to do."""
+    for word, meaning in HINTS.items():
+        if word in last:
+            return f"no connection ({last.strip('. ')}): {meaning}"
+    return f"nobody answers ({last}); is `brewline serve` running there?"
 
 
 def maybe_done(error: grpc.RpcError) -> bool:

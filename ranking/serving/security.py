@@ -87,6 +87,11 @@ def _turned_away(method: str, caller: str, code: grpc.StatusCode, words: str) ->
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
+def _event(method: str, code: str) -> str:
+    done = "looked" if method.rpartition("/")[2] == "Explain" else "changed"
+    return done if code == Code.OK.name else f"not {done}"
+
+
 def _noted(handler: grpc.RpcMethodHandler, method: str, caller: str) -> grpc.RpcMethodHandler:
     answer = handler.unary_unary
 
@@ -100,7 +105,7 @@ def _noted(handler: grpc.RpcMethodHandler, method: str, caller: str) -> grpc.Rpc
             code = said.name if isinstance(said, grpc.StatusCode) else Code.UNKNOWN.name
             raise
         finally:
-            audit.note("changed" if code == Code.OK.name else "not changed", method, caller, code, context, request_id)
+            audit.note(_event(method, code), method, caller, code, context, request_id)
         return reply
 
     return grpc.unary_unary_rpc_method_handler(behave, handler.request_deserializer, handler.response_serializer)

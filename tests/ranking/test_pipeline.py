@@ -155,6 +155,21 @@ def test_pace_forecasts_from_runs_near_in_size() -> None:
     assert pace.forecast(12, 4.0) == pytest.approx(0.12)
 
 
+def test_a_run_of_one_says_nothing_of_two_thousand() -> None:
+    """The member's part is most of what one candidate takes; in proportion it would switch ranking off."""
+    pace = Pace()
+    pace.record(1, 0.04, 0.0)
+    assert pace.forecast(2_000, 1.0) == 0.04, "nothing of the kind was measured, so it is tried"
+    pace.record(2_000, 1.1, 2.0)
+    for run in range(4):
+        pace.record(1, 0.04, 3.0 + run)
+    assert pace.forecast(2_000, 8.0) == 1.1
+    for run in range(4):
+        pace.record(1, 0.04, 3.0 + Pace.MEMORY_S + run)
+    assert pace.forecast(2_000, 8.0 + Pace.MEMORY_S) == 1.1, "the best of what is like it, however long ago"
+    assert pace.forecast(1, 8.0 + Pace.MEMORY_S) == 0.04
+
+
 def test_pace_forgets_a_slow_minute() -> None:
     pace = Pace()
     pace.record(100, 0.1, 0.0)

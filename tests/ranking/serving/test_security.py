@@ -22,7 +22,7 @@ from ranking.cli import ask
 from ranking.serving import recommender_pb2, recommender_pb2_grpc
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving.client import Client, ServiceError
-from ranking.serving.security import NEEDS
+from ranking.serving.security import NEEDS, _event
 from ranking.serving.security_client import Credentials
 from ranking.serving.security_tls import CertificateError, TlsFiles, check_tls, server_credentials
 from ranking.serving.server import CannotListen, ServeSettings, check_address
@@ -115,6 +115,7 @@ def test_roles_rotation_and_logs_over_the_wire(
     } <= told
     assert ("not changed", "feed", "INVALID_ARGUMENT") in told and ("turned away", "", "UNAVAILABLE") in told
     everything = " ".join(str(record.__dict__) for record in caplog.records)
+    assert _event("/brewline.v1.Recommender/Explain", "OK") == "looked", "a look changes nothing"
     assert not any(token.partition(".")[2] in everything for token in (reader, writer, late))
     assert "m39" not in " ".join(str(record.__dict__) for record in lines)
 
@@ -155,9 +156,9 @@ def test_tls_and_mutual_tls(stack: Stack, start: Start, pki: Path, tmp_path: Pat
     port, stop = start(stack, tls=TlsFiles(tls.cert, tls.key), tokens=file)
     whole = Credentials(pki / "ca.pem", pki / "shop.pem", pki / "shop.key", token)
     refused = (
-        (Credentials(pki / "ca.pem"), "UNAUTHENTICATED"),
-        (Credentials(token=token), "UNAVAILABLE"),
-        (Credentials(pki / "stranger.pem", token=token), "UNAVAILABLE"),
+        (Credentials(pki / "ca.pem"), "UNAUTHENTICATED", "BREWLINE_TOKEN_FILE"),
+        (Credentials(token=token), "UNAVAILABLE", "does it want TLS"),
+        (Credentials(pki / "stranger.pem", token=token), "UNAVAILABLE", "is BREWLINE_CA the authority"),
     )
 
     def ask(credentials: Credentials) -> int:
@@ -165,8 +166,10 @@ def test_tls_and_mutual_tls(stack: Stack, start: Start, pki: Path, tmp_path: Pat
             return client.info().items
 
     assert ask(Credentials(pki / "ca.pem", token=token)) > 0
-    for credentials, code in refused:
-        assert code_of(lambda shown=credentials: ask(shown)) == code
+    for credentials, code, words in refused:
+        with pytest.raises(ServiceError, match=words) as caught:
+            ask(credentials)
+        assert caught.value.code == code
     stop()
     port, _ = start(stack, tls=tls, tokens=file)
     assert ask(whole) > 0

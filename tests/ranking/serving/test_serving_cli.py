@@ -102,6 +102,7 @@ def test_questions_have_readable_answers(port: int, views: list[MemberView]) -> 
     assert sorted(ranked["ids"]) == sorted(["i1", seen]) and ranked["scores"] is None
     assert answer("ask", "info", *at)["items"] == 60
     assert "attention" in run("ask", "info", *at).stdout
+    assert "nothing is left" in run("ask", "retrieve", "--member", "m5", "--category", "nowhere", *at).stdout
 
 
 def test_a_server_is_told_what_changed(night: Path, copied: Path, start: Start, tmp_path: Path) -> None:
@@ -109,7 +110,8 @@ def test_a_server_is_told_what_changed(night: Path, copied: Path, start: Start, 
     at = ("--address", f"127.0.0.1:{port}")
     put = ("ask", "upsert", "new", "--title", "roses", "--category", "gardens", "--creator", "author 9", "--number", "price=3")
     assert answer(*put, *at)["position"] == 1
-    lines = tmp_path / "items.jsonl"
+    lines, mistyped = tmp_path / "items.jsonl", tmp_path / "mistyped.jsonl"
+    mistyped.write_text('{"item_id": "a", "titel": "hedge"}\n')
     lines.write_text('{"item_id": "a", "title": "hedge", "numbers": {"price": 2}}\n\n{"item_id": "b", "text": "signal"}\n')
     assert "2 items are kept up to position 2" in run("ask", "upsert", "--from", lines, *at).stdout
     assert answer("ask", "withdraw", "b", "nobody", *at)["were_here"] == 1
@@ -125,6 +127,7 @@ def test_a_server_is_told_what_changed(night: Path, copied: Path, start: Start, 
         (("upsert", "x", "--from", lines), "two things"),
         (("upsert", "x", "--number", "price"), "NAME=VALUE"),
         (("upsert", "--from", tmp_path), "cannot be read"),
+        (("upsert", "--from", mistyped), "unknown titel"),
         (("upsert", "--from", tmp_path / "store" / "CURRENT"), "line 1: no item"),
         (("record", "--member", "m1", "i1", "i2", "--event-id", "e"), "one by one"),
         (("retrieve", "--member", "m2", "--region", "north"), "no column 'region'"),
