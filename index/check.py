@@ -95,7 +95,7 @@ def _count(snapshot: Snapshot, previous: Snapshot | None, settings: GateSettings
     count = snapshot.manifest.count
     before = previous.manifest.count if previous is not None else 0
     if before == 0:
-        return GateResult("count", count > 0, f"{count}", "at least 1 (nothing was published before)")
+        return GateResult("count", count > 0, f"{count}", "at least 1 (compared with no other night)")
     low, high = before * settings.min_ratio, before * settings.max_ratio
     expected = f"{settings.min_ratio:g} to {settings.max_ratio:g} times the {before} before"
     return GateResult("count", count > 0 and low <= count <= high, f"{count}", expected)
