@@ -22,7 +22,7 @@ from ranking.calibrate import Calibrator
 from ranking.fusion import FUSION_FILE, Head
 from ranking.fusion_features import Asked, features
 from ranking.prefill.engine import Engine
-from ranking.prefill.load import ready
+from ranking.prefill.load import Arithmetic, load_model
 from ranking.prefill.request import Limits, Request
 from ranking.prompts import RANK_TEMPLATE, LabelWordError, RankBudgets, RankLayout, RankPrompts, label_id
 from ranking.shots import Shots, shots_facts, shots_of
@@ -30,7 +30,7 @@ from ranking.tasks import LABEL, Task, task_named
 from retrieval.data.schema import Item, MemberView
 from retrieval.features import Quantizer
 from retrieval.fingerprint import folder_fingerprint
-from retrieval.llama import load_llama, save_llama
+from retrieval.llama import save_llama
 from retrieval.prompts import TEMPLATE_VERSION
 from retrieval.tokens import Tokens
 
@@ -70,11 +70,19 @@ class Ranker:
         self.prompts, self.facts, self.fingerprint, self.engine, self.head = prompts, facts, fingerprint, engine, head
 
     @classmethod
-    def load(cls, folder: Path, *, device: str = "cpu", backend: str | None = None, max_tokens: int = 8192) -> Ranker:
+    def load(
+        cls,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        backend: str | None = None,
+        max_tokens: int = 8192,
+        arithmetic: Arithmetic = "float32",
+    ) -> Ranker:
         """The ranker of a complete folder; `max_tokens` bounds one forward pass.
 
         Raises RankerError, LabelWordError, MissingPart, TokenizerError, QuantizerError, CheckpointError, BackendMissing (a named
-        attention backend that cannot run), each saying what was seen and what was expected.
+        attention backend that cannot run), Int8Missing, Float8Missing, each saying what was seen and what was expected.
         """
         facts = read_facts(folder)
         fingerprint = folder_fingerprint(folder, _parts(folder))
@@ -86,13 +94,12 @@ class Ranker:
                     f"{folder}: the tokenizer reads the answers of task {name!r} as {found}, {FACTS} says "
                     f"{facts.labels[name]}; the two files are of different rankers"
                 )
-        model = load_llama(folder, causal_lm=True)
+        model = load_model(folder, arithmetic, device)
         rows = len(model.get_input_embeddings().weight)
         if rows < len(tokens):
             raise RankerError(f"{folder}: {len(tokens)} tokens but {rows} embeddings; the parts are of different rankers")
         head = Head.load(folder) if (folder / FUSION_FILE).is_file() else None
-        ready_model = ready(model.to(device))
-        return cls.of(ready_model, prompts, facts, fingerprint, backend=backend, max_tokens=max_tokens, head=head)
+        return cls.of(model, prompts, facts, fingerprint, backend=backend, max_tokens=max_tokens, head=head)
 
     @classmethod
     def of(

@@ -4,8 +4,8 @@ A quantized folder holds every projection as the nearest value that the small fo
 transformers, the ONNX export) scores exactly what those values score. What arithmetic runs over them is the server's choice:
 
     bfloat16   stored in two bytes
-    int8       per output row, symmetric: w = scale * q, q in -127..127. The products in int8 are onnxruntime's, from the exported
-               engine (`ranking.export`), which has a gate of its own
+    int8       per output row, symmetric: w = scale * q, q in -127..127. The products in int8 are the engine's
+               (`arithmetic="int8"`, on a CPU), or onnxruntime's from the export (`ranking.export`), which has a gate of its own
     fp8        e4m3 per output row (448 is its largest value); the products are the engine's: `load_engine(arithmetic="fp8")`
 
 Why the answers' rows are left alone: `head_study` shows what else would happen.

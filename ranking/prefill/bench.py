@@ -57,7 +57,7 @@ class Wishes:
     """`dtype` of the contenders' weights, `arithmetic` of the engine's copy, rounds, seed of the tokens, budget of seconds."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    arithmetic: Literal["auto", "float32", "bfloat16"] = "auto"
+    arithmetic: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     repeats: int = 5
     seed: int = 0
     seconds: float = math.inf
@@ -100,9 +100,12 @@ def bench_prefill(model: PreTrainedModel, shape: PrefillShape, wishes: Wishes, r
     """
     ends, busy_before, body = time.perf_counter() + wishes.seconds, os.getloadavg()[0], body_of(model)
     theirs: torch.dtype = getattr(torch, wishes.dtype)
-    chosen: torch.dtype = fastest("cpu") if wishes.arithmetic == "auto" else getattr(torch, wishes.arithmetic)
+    small = wishes.arithmetic == "int8"
+    wanted = "float32" if small else wishes.arithmetic
+    chosen: torch.dtype = fastest("cpu") if wanted == "auto" else getattr(torch, wanted)
     models = twins(model, theirs, {chosen, torch.float32})
-    engine = Engine(ready(models[chosen]), LABELS, cache_bytes=UNBOUNDED)
+    ours = ready(copy.deepcopy(models[chosen]), int8=True) if small else ready(models[chosen])
+    engine = Engine(ours, LABELS, cache_bytes=UNBOUNDED)
     requests = fresh_requests(np.random.default_rng(wishes.seed), model.config.vocab_size, shape)
     first: list[float] = []
     peak = growth(lambda: first.extend(_cold(engine, *next(requests)) for _ in range(2)))  # before any contender has left memory
@@ -118,7 +121,7 @@ def bench_prefill(model: PreTrainedModel, shape: PrefillShape, wishes: Wishes, r
     rows.append(_dense(plain[theirs], plain[torch.float32], shape, requests, some, (foretold, ends - time.perf_counter())))
     return {
         **speed(times, shape),
-        **speedups(rows, statistics.median(times.cold), {"": name_of(theirs), "_same_arithmetic": name_of(chosen)}),
+        **speedups(rows, statistics.median(times.cold), {"": name_of(theirs), "_same_arithmetic": engine.arithmetic}),
         **shares(times, body, shape),
         "max_abs_logit": apart[0],
         "max_abs_diff": apart[1],
@@ -239,7 +242,7 @@ def _circumstances(engine: Engine, busy_before: float) -> Facts:
     return {
         "weights_bytes": sum(weight.numel() * weight.element_size() for weight in engine.model.parameters()),
         "backend": engine.backend,
-        "arithmetic": name_of(engine.model.dtype),
+        "arithmetic": engine.arithmetic,
         "allocator": allocator(),
         "threads": torch.get_num_threads(),
         "load_average": [busy_before, os.getloadavg()[0]],

@@ -29,7 +29,7 @@ from ranking.prefill.llama import Layers, cascade
 from ranking.prefill.plan import Plan, plan
 from ranking.prefill.request import Limits, Request, check_history, check_labels, check_prefix
 from ranking.prefill.steady import Steady
-from ranking.prefill.weights import Weights, check_family, longest_text, state_of
+from ranking.prefill.weights import Weights, arithmetic_of, check_family, longest_text, state_of
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,8 @@ class Engine:
         limits = limits or Limits(max_tokens=PASS_ROWS[cpu])
         self.limits = replace(limits, max_positions=min(known, limits.max_positions or known))
         self.model, self.deterministic = model.eval(), deterministic
-        self.cache = PrefixCache(CACHE_BYTES[cpu] if cache_bytes is None else cache_bytes, f"{revision}|{embedding.dtype}")
+        held = CACHE_BYTES[cpu] if cache_bytes is None else cache_bytes
+        self.cache = PrefixCache(held, f"{revision}|{arithmetic_of(model)}")
         self._wanted, self._graph_bytes = backend, graph_bytes
         self._lock = threading.Lock()
         self._attach()
@@ -107,6 +108,11 @@ class Engine:
     def stats(self) -> CacheStats:
         """What the prefix cache has done so far."""
         return self.cache.stats
+
+    @property
+    def arithmetic(self) -> str:
+        """How the projections multiply: "float32", "bfloat16", "fp8" or "int8"."""
+        return arithmetic_of(self.model)
 
     @property
     def graphs(self) -> GraphStats | None:

@@ -1,17 +1,17 @@
-"""Weights that read the same rows lie side by side, as they are or in FP8, for a model that only serves.
+"""Weights that read the same rows lie side by side, as they are, in FP8 or in int8, for a model that only serves.
 
 The module's parameters become views of the joint matrices: nothing is held twice, and the module's own forward still works.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ranking.prefill.float8 import check_device, check_layer, side_by_side
+from ranking.prefill import float8, int8
 from ranking.prefill.weights import UnsupportedModel, check_family, is_plain
 
 TOGETHER = (
@@ -45,19 +45,37 @@ def in_float8(model: PreTrainedModel) -> None:
     widths that are no multiples of 16, or a device without FP8 products.
     """
     _check_plain(model)
-    check_device(model.device)
-    groups = [(layer, names) for layer in model.model.layers for names in TOGETHER]
-    for layer, names in groups:
-        for name in names:
-            check_layer(layer.get_submodule(name))
-    for layer, names in groups:
-        for name, small in zip(names, side_by_side([layer.get_submodule(name) for name in names])):
-            layer.set_submodule(name, small)
+    float8.check_device(model.device)
+    _replace(model, float8.check_layer, float8.side_by_side)
+
+
+def in_int8(model: PreTrainedModel) -> None:
+    """The projections are int8, weights that read the same rows side by side; the wide matrices go, one layer after another.
+
+    Embeddings, norms and the answers' rows stay. Raises UnsupportedModel, and Int8Missing for another body than float32, weights
+    of one column, or a device without exact int8 products.
+    """
+    _check_plain(model)
+    int8.check_device(model.device)
+    _replace(model, int8.check_layer, int8.side_by_side)
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of all parameters, scales included, shared ones once."""
     return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def _replace(
+    model: PreTrainedModel, check: Callable[[nn.Linear], None], small: Callable[[list[nn.Linear]], Sequence[nn.Module]]
+) -> None:
+    """Every projection gives way to what `small` makes of those that read the same rows, after `check` has seen all of them."""
+    groups = [(layer, names) for layer in model.model.layers for names in TOGETHER]
+    for layer, names in groups:
+        for name in names:
+            check(layer.get_submodule(name))
+    for layer, names in groups:
+        for name, made in zip(names, small([layer.get_submodule(name) for name in names])):
+            layer.set_submodule(name, made)
 
 
 def _move(parameters: Sequence[nn.Parameter]) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ranking.prefill import int8
 from ranking.prefill.attend import Bounds
 from ranking.prefill.cache import Keys
 from ranking.prefill.cascade import ROWS, Attention, Pair
@@ -219,7 +220,7 @@ class Lean:
         return rows if self._tile is None else -(-rows // self._tile) * self._tile
 
     def _blocks(self, rows: int) -> Iterator[slice]:
-        step = self._tile or (ROWS if self.weights.embedding.device.type == "cpu" else ROWS_ELSEWHERE)
+        step = self._tile or block_rows(self.weights)
         for first in range(0, rows, step):
             yield slice(first, min(first + step, rows))
 
@@ -228,6 +229,13 @@ class Lean:
 
     def _take(self, name: str, *shape: int) -> Tensor:
         return self._space.take(name, shape, self.weights.embedding.dtype, self.weights.embedding.device)
+
+
+def block_rows(weights: Weights) -> int:
+    """Rows of a block between two attentions, where no tile is asked for."""
+    if weights.embedding.device.type != "cpu":
+        return ROWS_ELSEWHERE
+    return int8.block_rows(weights.mlp) if isinstance(weights.blocks[0].v, int8.Int8) else ROWS
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:

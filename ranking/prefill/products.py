@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ranking.prefill.cascade import ROWS
 from ranking.prefill.engine import Engine
+from ranking.prefill.lean import block_rows
 from ranking.prefill.operations import Body, PrefillShape
 from ranking.prefill.weights import UnsupportedModel, Weights
 
@@ -21,10 +21,11 @@ class Products:
         if weights is None:
             raise UnsupportedModel("the model's projections are wrapped (LoRA); merge them, bare products need plain weights")
         self._layers, self._body, self._shape = weights.blocks, body, shape
-        like = weights.embedding
-        self._x = {width: torch.randn(ROWS, width).to(like) for width in {body.hidden, body.heads * body.dims, body.mlp}}
+        like, self._block = weights.embedding, block_rows(weights)
+        self._x = {width: torch.randn(self._block, width).to(like) for width in {body.hidden, body.heads * body.dims, body.mlp}}
+        self._small = {width: torch.randint(-127, 128, x.shape, dtype=torch.int8) for width, x in self._x.items()}
         widest = max(2 * body.mlp, body.hidden, (body.heads + body.kv_heads) * body.dims)
-        self._out = torch.empty(ROWS * widest, dtype=like.dtype)
+        self._out = torch.empty(self._block * widest, dtype=like.dtype)
         full = max(shape.length, engine.limits.max_tokens // shape.length * shape.length)
         self._rows = [*_cut(shape.prefix, engine.limits.max_tokens), *_cut(shape.item_rows, full)]
         self._read = [rows // shape.length for rows in _cut(shape.item_rows, full)]
@@ -57,10 +58,13 @@ class Products:
                     self._attend(rows, keys)
 
     def _multiply(self, weights: list[torch.Tensor], passes: list[int]) -> None:
-        for rows in (some for one in passes for some in _cut(one, ROWS)):
+        for rows in (some for one in passes for some in _cut(one, self._block)):
             for weight in weights:
                 out = self._out[: rows * len(weight)].view(rows, len(weight))
-                torch.mm(self._x[weight.shape[1]][:rows], weight.t(), out=out)
+                if weight.dtype == torch.int8:
+                    torch._int_mm(self._small[weight.shape[1]][:rows], weight.t(), out=out.view(torch.int32))
+                else:
+                    torch.mm(self._x[weight.shape[1]][:rows], weight.t(), out=out)
 
     def _attend(self, rows: int, keys: int) -> None:
         for some in _cut(rows, ATTENTION_ROWS):

@@ -17,6 +17,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from index.errors import BrewlineError
 from ranking.prefill.float8 import Float8, Float8Linear, Scaled
+from ranking.prefill.int8 import Int8, Int8Linear
+from ranking.prefill.workspace import Workspace
 
 FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 BY_POSITION = frozenset(("default", "linear", "llama3", "yarn"))
@@ -134,9 +136,10 @@ class Weights:
         config, body = model.config, model.model
         if not is_plain(model):
             return None
+        space = Workspace()
         return cls(
             embedding=body.embed_tokens.weight.detach(),
-            blocks=tuple(_block(layer) for layer in body.layers),
+            blocks=tuple(_block(layer, space) for layer in body.layers),
             norm=body.norm.weight.detach(),
             epsilon=config.rms_norm_eps,
             rotary=body.rotary_emb,
@@ -168,14 +171,21 @@ def check_family(model: PreTrainedModel) -> None:
 
 
 def is_plain(model: PreTrainedModel) -> bool:
-    """Whether every projection is a plain matrix or one in FP8, none wrapped."""
+    """Whether every projection is a plain matrix or one in FP8 or int8, none wrapped."""
     halves = [half for layer in model.model.layers for half in (layer.self_attn, layer.mlp)]
     return all(
-        type(part) in (nn.Linear, Float8Linear)
+        type(part) in (nn.Linear, Float8Linear, Int8Linear)
         for half in halves
         for name, part in half.named_children()
         if name.endswith("_proj")
     )
+
+
+def arithmetic_of(model: PreTrainedModel) -> str:
+    """How the projections multiply, as `load_engine` spells it: "fp8", "int8", else the dtype of the embedding."""
+    kind = type(model.model.layers[0].mlp.down_proj)
+    small = {Float8Linear: "fp8", Int8Linear: "int8"}
+    return small.get(kind, str(model.get_input_embeddings().weight.dtype).removeprefix("torch."))
 
 
 def state_of(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
@@ -196,41 +206,46 @@ def head_dims(model: PreTrainedModel) -> int:
     return int(model.model.layers[0].self_attn.head_dim)
 
 
-def _block(layer: Any) -> Block:
+def _block(layer: Any, space: Workspace) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     qwen3 = isinstance(attention, Qwen3Attention)
     return Block(
         before=layer.input_layernorm.weight.detach(),
         after=layer.post_attention_layernorm.weight.detach(),
-        qk=_joined(attention.q_proj, attention.k_proj),
-        q=_linear(attention.q_proj),
-        k=_linear(attention.k_proj),
-        v=_linear(attention.v_proj),
+        qk=_joined(space, attention.q_proj, attention.k_proj),
+        q=_linear(attention.q_proj, space),
+        k=_linear(attention.k_proj, space),
+        v=_linear(attention.v_proj, space),
         q_gain=attention.q_norm.weight.detach() if qwen3 else None,
         k_gain=attention.k_norm.weight.detach() if qwen3 else None,
-        o=_linear(attention.o_proj),
-        gate_up=_joined(mlp.gate_proj, mlp.up_proj),
-        down=_linear(mlp.down_proj),
+        o=_linear(attention.o_proj, space),
+        gate_up=_joined(space, mlp.gate_proj, mlp.up_proj),
+        down=_linear(mlp.down_proj, space),
     )
 
 
-def _linear(layer: Any) -> Product:
+def _linear(layer: Any, space: Workspace) -> Product:
     if isinstance(layer, Float8Linear):
         return layer.product
+    if isinstance(layer, Int8Linear):
+        return layer.product(space)
     return Linear(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
 
 
-def _joined(*layers: nn.Module) -> Joined:
-    parts = [_linear(layer) for layer in layers]
+def _joined(space: Workspace, *layers: nn.Module) -> Joined:
+    parts = [_linear(layer, space) for layer in layers]
     weight = _over(part.weight for part in parts)
     biases = [part.bias for part in parts if part.bias is not None]
     bias = _over(biases) if biases else None
     if weight is None or (biases and bias is None):
         return tuple(parts)
-    if not isinstance(parts[0], Float8):
+    scales = [part.scale for part in parts if isinstance(part, Float8 | Int8)]
+    if not scales:
         return (Linear(weight, bias),)
-    scale = _over(part.scale for part in parts if isinstance(part, Float8))
-    return tuple(parts) if scale is None else (Float8(weight, scale, bias),)
+    scale = _over(scales)
+    if scale is None:
+        return tuple(parts)
+    return (Float8(weight, scale, bias) if isinstance(parts[0], Float8) else Int8(weight, scale, bias, space),)
 
 
 def _over(parts: Iterable[Tensor]) -> Tensor | None:

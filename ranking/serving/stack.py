@@ -25,6 +25,7 @@ from retrieval.members import MemberStore
 from retrieval.retrieve import Retriever
 
 if TYPE_CHECKING:
+    from ranking.prefill.load import Arithmetic
     from ranking.ranker import Ranker
     from retrieval.encoder import Encoder
 
@@ -100,17 +101,26 @@ def open_members(url: str) -> SteadyStore:
 
 
 def open_stack(
-    store: Path, encoder: Path, ranker: Path | None, members: str | None, *, hybrid: bool = False, shadow_share: float = 0.0
+    store: Path,
+    encoder: Path,
+    ranker: Path | None,
+    members: str | None,
+    *,
+    hybrid: bool = False,
+    shadow_share: float = 0.0,
+    arithmetic: Arithmetic = "float32",
 ) -> Stack:
     """The current night of a store with the models that made it; the encoder's vectors are cut to the night's length.
 
     `members` is a store URL (None: the snapshot store's own). `hybrid`: candidates come from the hybrid first stage that the
-    night wrote. `shadow_share` of the searches are compared with the exact one's answer. Raises HybridError if the night wrote
-    none, FingerprintMismatch or SnapshotMismatch with both values if the models are not the ones that the snapshot was made
-    with, ShadowError, NotServable or the models' own errors if something is missing.
+    night wrote. `shadow_share` of the searches are compared with the exact one's answer. The ranker multiplies in `arithmetic`,
+    and so does each that comes after it. Raises HybridError if the night wrote none, FingerprintMismatch or SnapshotMismatch with
+    both values if the models are not the ones that the snapshot was made with, ShadowError, NotServable or the models' own errors
+    if something is missing.
     """
     shadow = Shadow(shadow_share) if shadow_share else None
-    return load_stack(Source(store, encoder, ranker, members or default_members(store), hybrid), shadow=shadow)
+    source = Source(store, encoder, ranker, members or default_members(store), hybrid, arithmetic)
+    return load_stack(source, shadow=shadow)
 
 
 def load_stack(source: Source, before: Stack | None = None, shadow: Shadow | None = None) -> Stack:
@@ -147,12 +157,12 @@ def load_stack(source: Source, before: Stack | None = None, shadow: Shadow | Non
 def _models(source: Source, seen: Seen, before: Stack | None) -> tuple[Encoder, Ranker | None]:
     """The models of a source; those of `before` as far as their fingerprints are the same. Raises as `load_models` does."""
     if before is None:
-        return load_models(source.encoder, source.ranker)
+        return load_models(source.encoder, source.ranker, source.arithmetic)
     reader, judge = before.origin.encoder, before.ranker
     if seen.encoder != before.origin.seen.encoder and not _is(reader, source.encoder):
         reader = load_encoder(source.encoder)
     if source.ranker is not None and judge is not None and seen.ranker != before.origin.seen.ranker:
-        other = load_ranker(source.ranker)
+        other = load_ranker(source.ranker, source.arithmetic)
         judge = judge if other.fingerprint == judge.fingerprint else other
     if judge is not None:
         require_pair(judge, reader)
@@ -166,11 +176,11 @@ def _is(encoder: Encoder, folder: Path) -> bool:
     return stored_fingerprint(folder.resolve()) == encoder.fingerprint
 
 
-def load_models(encoder: Path, ranker: Path | None) -> tuple[Encoder, Ranker | None]:
+def load_models(encoder: Path, ranker: Path | None, arithmetic: Arithmetic = "float32") -> tuple[Encoder, Ranker | None]:
     """The two models of one night. Raises FingerprintMismatch if they do not go together, NotServable, the models' own errors."""
     _exists("--ranker", ranker)
     reader = load_encoder(encoder)
-    judge = None if ranker is None else load_ranker(ranker)
+    judge = None if ranker is None else load_ranker(ranker, arithmetic)
     if judge is not None:
         require_pair(judge, reader)
     return reader, judge
@@ -184,12 +194,12 @@ def load_encoder(folder: Path) -> Encoder:
     return Encoder.load(folder.resolve())
 
 
-def load_ranker(folder: Path) -> Ranker:
+def load_ranker(folder: Path, arithmetic: Arithmetic = "float32") -> Ranker:
     """The ranker of a folder, or of the one that a link leads to now. Raises NotServable and its own errors."""
     from ranking.ranker import Ranker
 
     _exists("--ranker", folder)
-    return Ranker.load(folder.resolve())
+    return Ranker.load(folder.resolve(), arithmetic=arithmetic)
 
 
 def _exists(what: str, folder: Path | None) -> None:

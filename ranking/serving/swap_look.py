@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from index.errors import BrewlineError
 from index.publish import current
+
+if TYPE_CHECKING:
+    from ranking.prefill.load import Arithmetic
 
 Marks = tuple[tuple[str | int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where stacks come from: a store, folders or links to folders, the address of the member store."""
+    """Where stacks come from: a store, folders or links to them, the address of the member store, how the ranker multiplies."""
 
     store: Path
     encoder: Path
     ranker: Path | None
     members: str
     hybrid: bool = False
+    arithmetic: Arithmetic = "float32"
 
 
 @dataclass(frozen=True)

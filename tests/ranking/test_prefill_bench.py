@@ -103,6 +103,15 @@ def test_a_budget_without_room_leaves_the_engine_and_the_reasons() -> None:
     assert grid_table([{**found, "prefix": 16, "items": 8, "length": 4}]).row_count == 1
 
 
+def test_int8_says_what_it_costs_and_has_no_contender_of_its_kind(facts: dict[str, object]) -> None:
+    told = bench_prefill(model_of(SIZE, Wishes()), SHAPE, Wishes(arithmetic="int8", repeats=1))
+    assert told["arithmetic"] == "int8" and 1e-5 < told["max_abs_diff"] < 0.1 * told["max_abs_logit"]
+    assert told["max_abs_diff_hugging_face"] == 0 and 0 < told["matmul_share"] < told["attention_matmul_share"]
+    assert all(one["dtype"] == "float32" and one["max_abs_diff"] < 1e-5 for one in told["contenders"])
+    assert told["speedup_best_contender"] and told["speedup_best_contender_same_arithmetic"] is None
+    assert told["weights_bytes"] < facts["weights_bytes"]
+
+
 def test_the_command_tells_people_ways_then_shares_then_notes() -> None:
     done = CliRunner().invoke(cli.app, ["bench", "prefill", *WORDS, "--lengths=mixed", "--seconds=30"], catch_exceptions=False)
     places = [done.stdout.index(word) for word in ("(mixed)", "brewline", *WAYS, "packed_dense", "matmul_share", "allocator")]

@@ -143,12 +143,17 @@ def test_recordings_stay_within_their_bytes_and_number(toy: Any, monkeypatch: py
     assert few.graphs is not None and few.graphs.evicted == 4 and len(recordings(few)) == 2
 
 
-def test_float8_layers_and_new_weights_pass_through_recordings(toy: Any) -> None:
-    model, asked = ready(toy.model().to(torch.bfloat16), float8=True), toy.request(70, [3, 1, 9, 3, 5])
+@pytest.mark.parametrize(("dtype", "small"), [(torch.bfloat16, "float8"), (torch.float32, "int8")])
+def test_small_layers_pass_through_recordings(dtype: torch.dtype, small: str, toy: Any) -> None:
+    model, asked = toy.model().to(dtype), toy.request(70, [3, 1, 9, 3, 5])
+    ready(model, float8=small == "float8", int8=small == "int8")
     engine, plain = recorded(model), Engine(model, LABELS)
     want = plain.score([asked])[0]
     assert np.abs(engine.score([asked])[0] - want).max() < 0.05 * np.abs(want).max()
-    other = toy.model()
+
+
+def test_new_weights_pass_through_recordings(toy: Any) -> None:
+    other, asked = toy.model(), toy.request(70, [3, 1, 9, 3, 5])
     engine = recorded(other)
     before = engine.score([asked])[0]
     with torch.no_grad():
