@@ -154,9 +154,8 @@ def serve(
         brewline serve --store store/ --encoder encoder/ --ranker ranker/ --port 50051
         brewline serve --store store/ --encoder encoder/ --members redis://localhost/0 --port 0 --json
 
-    Ask it with `brewline ask recommend --member ID`, or with grpcurl: reflection and the health service are on. Tell it what
-    changed with `brewline ask upsert`, `withdraw` and `record`; of several servers over one store one takes changes of items.
-    Tomorrow's night, a rollback and other models are served without a restart, as soon as they fit together.
+    Ask it with `brewline ask recommend --member ID`, or with grpcurl: reflection is on. Tell it what changed with `brewline ask
+    upsert`, `withdraw` and `record`. A new night, a rollback, other models are served without a restart once they fit together.
     """
     if workers > 1:
         return serve_workers(context)
