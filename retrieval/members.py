@@ -75,8 +75,8 @@ class MemberStore:
         told = decode_told(recent, member_id)
         if stored is None and not told:
             raise UnknownMember(
-                f"member {member_id[:80]!r} is not in the member store; check the id, run `brewline nightly` over data that holds the member, "
-                "or describe the member in the request"
+                f"member {member_id[:80]!r} is not in the member store; check the id, run `brewline nightly` over data that "
+                "holds the member, or describe the member in the request"
             )
         return self._known(member_id, stored, told, value)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ranking.cli.arithmetic import How, RankerArithmetic
 from ranking.cli.evaluate_inputs import AsJson, Counts, CountsChoice, Data, NotAsked, Out, read_with_truth
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def ranking(
     counts: Counts = CountsChoice.live,
     task: OneTask = None,
     shots: Shots = None,
+    arithmetic: How = RankerArithmetic.float32,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -63,7 +65,7 @@ def ranking(
     from retrieval.provenance import check_provenance
 
     dataset, truth = read_with_truth(data)
-    loaded = Ranker.load(ranker)
+    loaded = Ranker.load(ranker, arithmetic=arithmetic.value)
     check_provenance(ranker, loaded.facts.training, dataset)
     if task is not None or shots is not None:
         _one_task(dataset, loaded, task or "", counts, shots, as_json)
@@ -84,7 +86,7 @@ def ranking(
     if out is not None:
         write_ranking_report(report, rows, scores, out, shlex.join(["brewline", *sys.argv[1:]]))
     missing = loaded.head is not None and loaded.head.reads_cosine and reader is None
-    facts = {"ranker": loaded.fingerprint, "notes": [WITHOUT_ENCODER] if missing else []}
+    facts = {"ranker": loaded.fingerprint, "arithmetic": loaded.engine.arithmetic, "notes": [WITHOUT_ENCODER] if missing else []}
     emit({**report.as_dict(), **facts}, as_json=as_json, table=lambda: ranking_table(report))
     if missing and not as_json:
         sys.stderr.write(f"{WITHOUT_ENCODER}\n")

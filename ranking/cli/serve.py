@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ranking.cli.arithmetic import How, RankerArithmetic
 from ranking.cli.member_store import MembersUrl
 from ranking.cli.output import emit
 from ranking.cli.serve_workers import serve_workers
@@ -24,25 +24,8 @@ if TYPE_CHECKING:
     from ranking.serving.web import Web
 
 
-class RankerArithmetic(StrEnum):
-    """How the ranker's projections multiply; "auto" is the faster of the first two on this machine."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    auto = "auto"
-    int8 = "int8"
-
-
 Ranker = Annotated[Path | None, typer.Option(help="The ranker of the snapshot; without it only Retrieve answers.", metavar="DIR")]
 Hybrid = Annotated[bool, typer.Option("--hybrid", help="Find candidates with the hybrid first stage that the night wrote.")]
-How = Annotated[
-    RankerArithmetic,
-    typer.Option(
-        help="How the ranker multiplies. float32: as it was judged. int8: its layers take a quarter of the memory and, from a "
-        "width of 256 on, about three quarters of the time or less, but probabilities move by up to a few hundredths. auto: "
-        "bfloat16 on CPUs with matrix units for it, else float32, never int8.",
-    ),
-]
 InsecurePublic = Annotated[
     bool, typer.Option("--insecure-public", help="Listen beyond this machine although TLS or tokens are missing.")
 ]
@@ -154,8 +137,7 @@ def serve(
         brewline serve --store store/ --encoder encoder/ --ranker ranker/ --port 50051
         brewline serve --store store/ --encoder encoder/ --members redis://localhost/0 --port 0 --json
 
-    Ask it with `brewline ask recommend --member ID`, or with grpcurl: reflection is on. Tell it what changed with `brewline ask
-    upsert`, `withdraw` and `record`. A new night, a rollback, other models are served without a restart once they fit together.
+    Ask and tell it with `brewline ask`, or grpcurl (reflection is on). New nights and models are served without a restart.
     """
     if workers > 1:
         return serve_workers(context)

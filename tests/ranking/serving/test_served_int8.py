@@ -7,7 +7,7 @@ from typing import get_args
 
 import numpy as np
 
-from ranking.cli.serve import RankerArithmetic
+from ranking.cli.arithmetic import RankerArithmetic
 from ranking.prefill.load import Arithmetic
 from ranking.ranker import Ranker
 from ranking.serving.stack import PROBE, load_stack, open_stack
