@@ -5,6 +5,7 @@ Rows are the labelled events of the test split. Legend: E rows, R bootstrap samp
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,6 +45,8 @@ WEEK = 7 * 86_400
 LAST_WEEK = 4
 """Weeks since the cut from which on all later ones are one slice."""
 _WEIGHTS_AT_ONCE = 1 << 23
+
+told = logging.getLogger(__name__)
 
 
 class RankingEvidenceError(BrewlineError):
@@ -90,14 +93,24 @@ class Judged:
 
 
 def labelled_test_rows(dataset: Dataset) -> Rows:
-    """Returns the labelled events of the test split. Raises RankingEvidenceError if there are none or of one kind only."""
+    """Returns the labelled events of the test split, with a warning if some are before the test cut.
+
+    Raises RankingEvidenceError if there are none or of one kind only.
+    """
     log = dataset.events
     event = np.flatnonzero((log.split == TEST) & (log.label >= 0))
     label = log.label[event].astype(np.float64)
     if not len(event) or label.min() == label.max():
+        missing = f"label {1 - int(label[0])}" if len(event) else "labels"
         raise RankingEvidenceError(
             f"{dataset.meta.name} has {len(event)} labelled test events, {int(label.sum())} of them positive; ranking can only "
-            "be judged where both labels occur. Give the events labels, or move the test cut."
+            f"be judged where both labels occur. Give events from the test cut on {missing} too, or move the cut."
+        )
+    if early := int((log.timestamp[event] < dataset.meta.cut_test).sum()):
+        told.warning(
+            "%s: %s of %s labelled events of the test split are before cut_test, and models learn from everything before it: "
+            "they have seen what they are judged on. Make the split column and the cuts agree",
+            *(dataset.meta.name, f"{early:,}", f"{len(event):,}"),
         )
     return rows_of(dataset, event)
 

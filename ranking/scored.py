@@ -22,7 +22,7 @@ from ranking.learn.examples import GroupSettings, Pool, pools_of, sampled
 from ranking.metrics import auc, debiased_calibration_error, log_loss, member_aucs, normalized_entropy
 from ranking.ranker import Ranker
 from ranking.scores import OrderOnly, Scores
-from ranking.tasks import LABEL, task_named
+from ranking.tasks import LABEL
 from retrieval.data.schema import DAY, Dataset
 from retrieval.encoder import Encoder, stored_fingerprint
 from retrieval.evidence.baselines import Knowledge
@@ -46,13 +46,17 @@ def score_rows(
 ) -> Scores:
     """Returns every probability of a ranker for each row. Rows of one member at one moment share a prefix.
 
-    Raises TaskError if the ranker was not taught labels, FusionError if its head does not fit the folder.
+    Raises RankingEvidenceError if the ranker was not taught labels, FusionError if its head does not fit the folder.
     """
-    task = task_named(ranker.tasks, LABEL)
+    if LABEL not in ranker.tasks:
+        raise RankingEvidenceError(
+            f"This ranker was not taught labels, its tasks are {', '.join(ranker.tasks)}: the folder that it was trained on had "
+            "no labelled event before its test cut. Train one where there are some, or judge a task that it knows with --task."
+        )
     pool, back = moments(dataset, rows, counts)
     until = known_until(dataset, counts)
     writer = GroupWriter(dataset, ranker.prompts, ranker.tasks, until)
-    logits = text_logits(ranker, writer, pool, [(task.name, group) for group in range(len(pool))], progress)
+    logits = text_logits(ranker, writer, pool, [(LABEL, group) for group in range(len(pool))], progress)
     text = ranker.text_probabilities(logits, LABEL).astype(np.float64)[back]
     cosine = None if encoder is None else cosines(dataset, pool, until, encoder)
     seen = None if cosine is None else cosine[back]

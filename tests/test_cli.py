@@ -136,6 +136,26 @@ def test_a_mendable_error_is_one_line_and_status_2(tmp_path: Path) -> None:
     assert re.fullmatch(r"error: [^\n]+nothing[^\n]+\n", done.stderr)
 
 
+@pytest.mark.parametrize("command", ["encoder train", "ranker train"])
+def test_a_training_of_no_steps_is_refused_before_anything_is_read(command: str, tmp_path: Path) -> None:
+    for steps in ("0", "-1"):
+        asked = [*command.split(), str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"), "--steps", steps]
+        shown = CliRunner().invoke(cli.app, asked, catch_exceptions=False)
+        assert shown.exit_code == 2 and "equal to 1" in shown.stderr and not shown.stdout
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+@pytest.mark.parametrize("command", ["evaluate baselines", "encoder train", "ranker train"])
+def test_results_that_cannot_be_written_are_refused_before_anything_is_read(command: str, out: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    asked = [*command.split(), str(tmp_path / "nowhere"), "--out", str(tmp_path / out)]
+    shown = CliRunner().invoke(cli.app, asked, env={"COLUMNS": "400"}, catch_exceptions=False)
+    assert shown.exit_code == 2 and "file is a file; name a folder" in shown.stderr and not shown.stdout
+    with pytest.raises(BrewlineError, match="nowhere is not a folder"):
+        CliRunner().invoke(cli.app, [*asked[:4], str(tmp_path / "new" / "deep")], catch_exceptions=False)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise ZeroDivisionError("a bug")

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ranking.cli.out_folder import out_folder
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -27,7 +29,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 @app.command()
 def train(
     data: Annotated[Path, typer.Argument(help="The data folder.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", help="The encoder folder to make.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="The encoder folder to make.", show_default=False, callback=out_folder)],
     base: Annotated[
         str | None, typer.Option(help="A LLaMA checkpoint to start from: a local folder (or hub name). Without it: from scratch.")
     ] = None,
@@ -35,7 +37,7 @@ def train(
         int | None, typer.Option(help="With --base: train LoRA of this rank instead of all weights.", min=1)
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Time for everything: rate, length and refit.", min=0)] = None,
-    steps: Annotated[int | None, typer.Option(help="Exactly this many refit steps; same seed, same weights.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Exactly this many refit steps; same seed, same weights.", min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Fixed, instead of chosen from three.", min=1e-9)] = None,
     seed: Annotated[int, typer.Option(help="Decides first weights, batches and negatives.")] = 0,
     hidden: Annotated[int, typer.Option(help="From scratch: width.", min=16)] = 128,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ranking.cli.out_folder import out_folder
+
 if TYPE_CHECKING:
     from retrieval.data.schema import Dataset
     from retrieval.data.world import Truth
@@ -22,7 +24,8 @@ class CountsChoice(StrEnum):
 
 Data = Annotated[Path, typer.Argument(help="The data folder.", show_default=False)]
 Out = Annotated[
-    Path | None, typer.Option("--out", help="Folder for report.html, metrics.json and the scores.", show_default=False)
+    Path | None,
+    typer.Option("--out", help="Folder for report.html, metrics.json and the scores.", show_default=False, callback=out_folder),
 ]
 Counts = Annotated[CountsChoice, typer.Option(help="live: numbers as of each day's start; frozen: as of the test cut.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]

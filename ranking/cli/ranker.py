@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ranking.cli.compress import compress
+from ranking.cli.out_folder import out_folder
 from ranking.cli.stages import run
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ Encoder = Annotated[
     typer.Option(help="An encoder folder: its tokenizer, numbers and word vectors are the start.", show_default=False),
 ]
 Minutes = Annotated[float | None, typer.Option(help="How long to train; the steps reached are recorded.", show_default="5")]
-Steps = Annotated[int | None, typer.Option(help="How many steps instead: the same seed gives the same weights.")]
+Steps = Annotated[int | None, typer.Option(help="How many steps instead: the same seed gives the same weights.", min=1)]
 LearningRate = Annotated[
     float | None,
     typer.Option(help="The highest learning rate.", min=1e-9, show_default="3e-4, or chosen by trials in a long run"),
@@ -65,7 +66,10 @@ More = Annotated[
 @app.command()
 def train(
     data: Annotated[Path, typer.Argument(help="The data folder.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The ranker folder to write; it must not hold a ranker yet.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(help="The ranker folder to write; it must not hold a ranker yet.", show_default=False, callback=out_folder),
+    ],
     base: Base = None,
     encoder: Encoder = None,
     minutes: Minutes = None,

@@ -17,7 +17,7 @@ from ranking.ranker import Ranker, RankerFacts, labels_of, save_ranker
 from ranking.scored import check_encoder, moments, other_tasks, score_rows
 from ranking.tasks import tasks_of
 from retrieval.counts import Counts
-from retrieval.data.schema import DAY, Dataset, MemberView
+from retrieval.data.schema import DAY, TEST, Dataset, MemberView
 from retrieval.evidence.protocol import engagements
 from retrieval.features import Quantizer
 from retrieval.llama import Size, new_llama
@@ -85,6 +85,28 @@ def test_a_ranker_of_another_encoder_is_refused(ranker: Ranker, tmp_path: Path, 
     monkeypatch.setattr("ranking.scored.stored_fingerprint", lambda folder: f"that of {folder.name}")
     with pytest.raises(RankingEvidenceError, match=r"trained beside encoder an encoder, .* is that of other"):
         check_encoder(ranker, tmp_path / "other")
+
+
+def test_a_ranker_that_was_not_taught_labels_says_what_it_knows(ranker: Ranker, tiny_dataset: Dataset) -> None:
+    tasks = {name: task for name, task in ranker.tasks.items() if name != "label"}
+    asked = Ranker(ranker.prompts, replace(ranker.facts, tasks=tasks), ranker.fingerprint, ranker.engine)
+    with pytest.raises(RankingEvidenceError, match=r"not taught labels, its tasks are like: .* --task"):
+        score_rows(tiny_dataset, labelled_test_rows(tiny_dataset), asked, "live")
+
+
+def test_labels_of_one_kind_and_of_before_the_cut_are_told(tiny_dataset: Dataset, caplog: pytest.LogCaptureFixture) -> None:
+    log = tiny_dataset.events
+    liked = replace(tiny_dataset, events=replace(log, label=np.where(log.label < 0, -1, 1).astype(np.int8)))
+    with pytest.raises(RankingEvidenceError, match="Give events from the test cut on label 0 too"):
+        labelled_test_rows(liked)
+    with pytest.raises(RankingEvidenceError, match=r"0 labelled test events.* on labels too"):
+        labelled_test_rows(replace(liked, events=replace(log, label=np.full(len(log), -1, np.int8))))
+    labelled_test_rows(tiny_dataset)
+    assert not caplog.records
+    split = np.where(np.arange(len(log)) % 2, log.split, TEST).astype(np.int8)
+    rows = labelled_test_rows(replace(tiny_dataset, events=replace(log, split=split)))
+    early = int((log.timestamp[rows.event] < tiny_dataset.meta.cut_test).sum())
+    assert early and f"{early:,} of {len(rows):,} labelled events of the test split are before" in caplog.records[-1].getMessage()
 
 
 @pytest.mark.parametrize(("held_out", "told"), [(True, "never (held out)"), (False, "yes")])
