@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import UTC, datetime
 
 from index.errors import BrewlineError
 from retrieval.data.schema import DAY, MISSING_TIME, Dataset
+
+
+QUIET_DAYS = 30
+"""Days without any event, after which a night is probably not meant to be then."""
+
+log = logging.getLogger(__name__)
 
 
 class NightError(BrewlineError):
@@ -15,12 +22,17 @@ class NightError(BrewlineError):
 def read_as_of(text: str, dataset: Dataset, now: float) -> int:
     """Seconds since 1970 (UTC) of what a person wrote: "now", "end" (the day after the last event), seconds, or an ISO time.
 
-    A time without a zone is UTC. Raises NightError.
+    A time without a zone is UTC; one that is far from the last event is told as a warning. Raises NightError.
     """
-    if text == "now":
-        return int(now)
-    if text == "end":
-        return end_of(dataset)
+    found = end_of(dataset) if text == "end" else int(now) if text == "now" else _written(text)
+    last = dataset.events.timestamp[-1:].tolist() if dataset.meta.order == "timestamp" else []
+    if last and (days := (found - last[0]) // DAY) > QUIET_DAYS:
+        why = "an item says that it was made later" if text == "end" else "historical data want --as-of end"
+        log.warning("the last event is %s days before %s, so all recent counts are 0: %s", f"{days:,}", moment_words(found), why)
+    return found
+
+
+def _written(text: str) -> int:
     if text.lstrip("-").isdigit():
         return int(text)
     try:

@@ -216,3 +216,16 @@ def test_moments_as_people_write_them(tiny_dataset: Dataset) -> None:
     assert last < read_as_of("end", tiny_dataset, 0) <= last + DAY
     with pytest.raises(NightError, match="tomorrow-ish"):
         read_as_of("tomorrow-ish", tiny_dataset, 0)
+
+
+def test_a_night_far_from_the_last_event_is_told(tiny_dataset: Dataset, caplog: pytest.LogCaptureFixture) -> None:
+    last = int(tiny_dataset.events.timestamp[-1])
+    for text, now in (("now", last + 3 * DAY), ("end", 0), (str(last - 90 * DAY), 0)):
+        read_as_of(text, tiny_dataset, now)
+    assert not caplog.records
+    read_as_of("now", tiny_dataset, last + 419 * DAY)
+    created = tiny_dataset.items.created_at.copy()
+    created[3] = last + 20_000 * DAY
+    read_as_of("end", replace(tiny_dataset, items=replace(tiny_dataset.items, created_at=created)), 0)
+    far, late = (record.getMessage() for record in caplog.records)
+    assert "419 days before" in far and "--as-of end" in far and "20,000 days" in late and "made later" in late
