@@ -68,7 +68,9 @@ def rollback(store_dir: Path) -> str:
     with exclusive(store_dir):
         past = _history(store_dir, _read_current(store_dir))
         if not past:
-            raise PublishError(f"store {store_dir} has no earlier snapshot to go back to; the next `brewline nightly` publishes a new one")
+            raise PublishError(
+                f"store {store_dir} has no earlier snapshot to go back to; the next `brewline nightly` publishes a new one"
+            )
         _whole(store_dir, past[-1])
         _write_names(store_dir / CURRENT_FILE, past[-1:])
         _write_names(store_dir / HISTORY_FILE, past[:-1])

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
 
 
 class Pace:
     """How long ranking will take, learned from how long it took.
 
     A run of n candidates bounds any other from above: a smaller one takes no longer, a larger one no longer than in
-    proportion. The forecast is the largest bound of the four recent runs nearest in size. Without a recent run (`MEMORY_S`)
-    the best pace ever seen counts, so that one slow minute cannot switch ranking off for good.
+    proportion. The forecast is the largest bound of the four recent runs nearest in size, the newest of equals. Without a recent
+    run (`MEMORY_S`) the best pace ever seen counts, so that one slow minute cannot switch ranking off for good.
 
     Proportion is a bound, and a poor one from far below: most of what one candidate takes is the member's part. So a run says
     nothing of one more than `REACH` times as large, but that it takes no less.
@@ -36,13 +35,10 @@ class Pace:
     def forecast(self, candidates: int, now: float) -> float:
         """Seconds that ranking so many candidates will take at most, or, where nothing of the kind was ever measured, at least; 0
         if nothing was measured at all."""
-        recent = [(size, seconds) for when, size, seconds in self._runs if now - when <= self.MEMORY_S]
+        recent = [(size, seconds) for when, size, seconds in reversed(self._runs) if now - when <= self.MEMORY_S]
         best = [self._best] if self._best is not None else []
-        near = self._telling(recent, candidates) or self._telling(best, candidates)
-        if not near:
-            return max((seconds for _, seconds in recent or best), default=0.0)
-        nearest = sorted(near, key=lambda run: abs(math.log(run[0] / max(candidates, 1))))[:4]
-        return max(seconds * max(1.0, candidates / size) for size, seconds in nearest)
-
-    def _telling(self, runs: Sequence[tuple[int, float]], candidates: int) -> list[tuple[int, float]]:
-        return [(size, seconds) for size, seconds in runs if size * self.REACH >= candidates]
+        recent.sort(key=lambda run: abs(math.log(run[0] / max(candidates, 1))))
+        of_now, of_ever = ([run for run in runs if run[0] * self.REACH >= candidates] for runs in (recent, best))
+        less = [seconds for size, seconds in recent or best if size * self.REACH < candidates]
+        bounds = [seconds * max(1.0, candidates / size) for size, seconds in (of_now or of_ever)[:4]]
+        return max([*bounds, *less[:4]], default=0.0)

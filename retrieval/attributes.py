@@ -16,7 +16,8 @@ from index.errors import BrewlineError
 from index.filters import Column, RowSet
 
 ATTRIBUTES = ("category", "creator")
-"""What every catalogue has; `language` and `region` only where the data have such a column."""
+"""What every catalogue has; `language` and `region` (`schema.FACETS`) only where the night's data have such a column, and never
+known of an item put in by day, which the contract gives no such words."""
 
 
 class UnknownAttribute(BrewlineError):

@@ -3,8 +3,9 @@
 A snapshot's rows are numbers; whoever ranks, shows or describes them needs their words, and needs those of the same day.
 So the night writes them into the snapshot as two opaque parts (`retrieval.parts`):
 
-  `catalog.arrow`  item_id, title, text, category, creator, created_at, `static:NAME` (numbers of the data), `asof:NAME`
-                   (numbers from the event log at the night's time), digest (of the encoder's prompt tokens)
+  `catalog.arrow`  item_id, title, text, category, creator, language and region where the data have them, created_at,
+                   `static:NAME` (numbers of the data), `asof:NAME` (numbers from the event log at the night's time), digest
+                   (of the encoder's prompt tokens)
   `tokens.arrow`   the ranker's token ids of each item, with the fingerprint of the ranker that made them.
 
 Opening maps the files and reads nothing; a row costs microseconds. Nothing here imports torch.
@@ -22,7 +23,7 @@ from index.errors import BrewlineError
 from index.ids import Ids
 from index.snapshot import Snapshot
 from retrieval.attributes import ATTRIBUTES, Attribute, UnknownAttribute
-from retrieval.data.schema import MISSING_TIME, Item, Items
+from retrieval.data.schema import FACETS, MISSING_TIME, Item, Items
 from retrieval.fingerprint import FingerprintMismatch
 from retrieval.parts import CatalogError, map_part, part_bytes, part_facts
 
@@ -36,7 +37,7 @@ COLUMNS = {
     CATALOG_PART: dict.fromkeys((*WORDS, "digest"), pa.large_string()) | {"created_at": pa.int64()},
     TOKENS_PART: {"tokens": pa.large_list(pa.int32())},
 }
-"""What each part must hold, beside the `static:` and `asof:` numbers."""
+"""What each part must hold, beside the `static:` and `asof:` numbers and the facets."""
 
 
 class UnknownItem(BrewlineError):
@@ -61,6 +62,7 @@ class Columns:
         self.ids = ids
         self.raw = {name: records.column(index) for index, name in enumerate(records.schema.names)}
         self.text = {name: Texts(self.raw[name]) for name in (*WORDS, "digest")}
+        self.facets = {name: Texts(self.raw[name]) for name in FACETS if name in self.raw}
         self.static, self.numbers = _numbers(self.raw, STATIC), _numbers(self.raw, AS_OF)
         self.as_of = int(str(part_facts(records, CATALOG_PART, COLUMNS[CATALOG_PART])["as_of"]))
         self.tokens_of = ""
@@ -98,7 +100,8 @@ class Catalog:
         for part, batch in ((CATALOG_PART, records), (TOKENS_PART, tokens)):
             if batch is None:
                 continue
-            part_facts(batch, part, COLUMNS[part])
+            facets = {name: pa.large_string() for name in FACETS if name in batch.schema.names}
+            part_facts(batch, part, COLUMNS[part] | facets)
             if batch.num_rows != len(snapshot.ids):
                 raise CatalogError(
                     f"snapshot {snapshot.name} holds {len(snapshot.ids):,} vectors but {part} holds {batch.num_rows:,} rows; "
@@ -114,7 +117,8 @@ class Catalog:
         item_id, title, text, category, creator = (self.columns.text[name][row] for name in WORDS)
         numbers = {name: float(column[row]) for name, column in self.columns.static.items()}
         known = {name: value for name, value in numbers.items() if value == value}
-        return Item(item_id, title, text, category, creator, self.columns.raw["created_at"][row].as_py(), known)
+        facets = {name: word for name, column in self.columns.facets.items() if (word := column[row])}
+        return Item(item_id, title, text, category, creator, self.columns.raw["created_at"][row].as_py(), known, facets)
 
     def title(self, row: int) -> str:
         """The title of a row, without reading the rest of the record."""
@@ -150,15 +154,16 @@ class Catalog:
         return found
 
     def attribute(self, name: str) -> Attribute:
-        """A column of words to choose the snapshot's rows by ("category", "creator"), read at the first question.
+        """A column of words to choose the snapshot's rows by ("category", "creator", "language"), read at the first question.
 
         Raises UnknownAttribute for a column that the catalogue does not have: nobody could say what it lets through.
         """
         if name not in self.columns.attributes:
             column = self.columns.raw.get(name)
             if column is None or column.type != pa.large_string():
+                known = ", ".join((*ATTRIBUTES, *self.columns.facets))
                 raise UnknownAttribute(
-                    f"the catalogue has no column {name!r} to filter by; it has {', '.join(ATTRIBUTES)}: "
+                    f"the catalogue has no column {name!r} to filter by; it has {known}: "
                     "leave the condition out, or publish a night of data with that column"
                 )
             coded = column.dictionary_encode()
@@ -188,13 +193,14 @@ def write_catalog(items: Items, numbers: Mapping[str, npt.NDArray[np.float64]], 
 
     The same input gives the same bytes. Raises CatalogError if lengths differ or an id comes twice.
     """
-    lengths = {len(items), len(digests), *(len(column) for column in numbers.values())}
+    lengths = {len(items), len(digests), *map(len, numbers.values()), *map(len, items.facets.values())}
     if len(lengths) != 1:
         raise CatalogError(f"the catalogue's columns must be of one length, not {sorted(lengths)}")
     if len(items.row_of) != len(items):
         raise CatalogError(f"{len(items) - len(items.row_of):,} item ids come more than once; ids must be unique")
     created = pa.array(items.created_at, pa.int64(), mask=items.created_at == MISSING_TIME)
     columns: dict[str, pa.Array] = {name: pa.array(getattr(items, name), pa.large_string()) for name in WORDS}
+    columns |= {name: pa.array(column, pa.large_string()) for name, column in items.facets.items()}
     columns["created_at"] = created
     columns |= {f"{STATIC}{name}": pa.array(column, pa.float64()) for name, column in items.numbers.items()}
     columns |= {f"{AS_OF}{name}": pa.array(column, pa.float64()) for name, column in numbers.items()}

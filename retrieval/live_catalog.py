@@ -41,7 +41,10 @@ class ItemTokens(Protocol):
 
 @dataclass(frozen=True)
 class PutItem:
-    """An item as it was put in at a time (seconds): `numbers` as of the night, `digest` of the prompt that was encoded."""
+    """An item as it was put in at a time (seconds): `numbers` as of the night, `digest` of the prompt that was encoded.
+
+    It has no facets: the contract gives an item put in by day no such words.
+    """
 
     item: Item
     numbers: Mapping[str, float]

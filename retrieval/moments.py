@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from index.errors import BrewlineError
 from retrieval.data.schema import DAY, MISSING_TIME, Dataset
 
-
 QUIET_DAYS = 30
 """Days without any event, after which a night is probably not meant to be then."""
 

@@ -94,9 +94,13 @@ def view_of(record: MemberRecord, words: Words, instruction: str = "") -> Member
 
 
 def view_digest(view: MemberView) -> bytes:
-    """16 bytes that differ if any word or number of the view differs."""
-    plain = json.dumps(asdict(view), default=dict, separators=(",", ":")).encode()
+    """16 bytes that differ if any word or number of the view differs that a prompt may read: all but the facets of its items."""
+    plain = json.dumps(asdict(view, dict_factory=_readable), default=dict, separators=(",", ":")).encode()
     return hashlib.blake2b(plain, digest_size=DIGEST_BYTES).digest()
+
+
+def _readable(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in fields if name != "facets"}
 
 
 def records_of(dataset: Dataset, as_of: int) -> Iterator[MemberRecord]:

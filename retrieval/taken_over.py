@@ -25,7 +25,7 @@ from index.live import LIVE_DIR, POSITION_FACT, folded_position
 from index.manifest import NAME_PATTERN, SnapshotError
 from index.snapshot import Snapshot, snapshots_dir
 from index.wal import segments
-from retrieval.data.schema import MISSING_TIME, Dataset, Item, Items
+from retrieval.data.schema import FACETS, MISSING_TIME, Dataset, Item, Items
 from retrieval.live_catalog import PutItem
 from retrieval.yesterday import Yesterday
 
@@ -171,8 +171,8 @@ def _with_items(items: Items, replaced: list[Item], places: list[int], new: list
     def column(name: str, values: list[str]) -> list[str]:
         found = list(values)
         for place, item in zip(places, replaced):
-            found[place] = str(getattr(item, name))
-        return [*found, *(str(getattr(item, name)) for item in new)]
+            found[place] = _word(item, name)
+        return [*found, *(_word(item, name) for item in new)]
 
     created = np.concatenate([items.created_at, np.zeros(len(new), np.int64)])
     numbers = {name: np.concatenate([known, np.zeros(len(new))]) for name, known in items.numbers.items()}
@@ -182,4 +182,9 @@ def _with_items(items: Items, replaced: list[Item], places: list[int], new: list
             known[place] = item.numbers.get(name, np.nan)
     ids = [*items.item_id, *(item.item_id for item in new)]
     words = {name: column(name, getattr(items, name)) for name in ("title", "text", "category", "creator")}
-    return Items(ids, words["title"], words["text"], words["category"], words["creator"], created, numbers)
+    facets = {name: column(name, known) for name, known in items.facets.items()}
+    return Items(ids, words["title"], words["text"], words["category"], words["creator"], created, numbers, facets)
+
+
+def _word(item: Item, name: str) -> str:
+    return item.facets.get(name, "") if name in FACETS else str(getattr(item, name))

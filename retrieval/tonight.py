@@ -70,4 +70,5 @@ def take_items(items: Items, rows: npt.NDArray[np.int64]) -> Items:
         take(items.creator),
         items.created_at[rows],
         {name: column[rows] for name, column in items.numbers.items()},
+        {name: take(column) for name, column in items.facets.items()},
     )

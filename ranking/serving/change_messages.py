@@ -52,7 +52,12 @@ def read_items(records: Sequence[pb.ItemRecord], numbers: Collection[str]) -> li
 
 
 def item_message(item: Item) -> pb.ItemRecord:
-    """What a client sends to put an item in."""
+    """What a client sends to put an item in. Raises BadRequest for facets: the contract has no place for them."""
+    if item.facets:
+        raise BadRequest(
+            f"items: {item.item_id[:80]!r} has {', '.join(item.facets)}, which can only be given at night; leave facets out, and "
+            "until then no condition on them lets it through"
+        )
     words = pb.ItemWords(
         title=item.title, text=item.text, category=item.category, creator=item.creator, created_at=item.created_at
     )

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from retrieval.data.columns import is_number, is_text
 from retrieval.data.leaks import Warned, folder_warnings, warnings_of
 from retrieval.data.read import ITEM_COLUMNS, read_dataset_report
-from retrieval.data.schema import COUNT_COLUMNS, Dataset, action_kind
+from retrieval.data.schema import COUNT_COLUMNS, FACETS, Dataset, action_kind
 
 SHOWN_REFUSALS = 20
 HISTORY_LENGTHS = ((1, 1), (2, 4), (5, 20), (21, None))
@@ -124,7 +124,7 @@ def _cold_items(dataset: Dataset) -> float | None:
 def _filled_texts(dataset: Dataset) -> dict[str, float]:
     """Field -> share of items (members) that have it."""
     items = dataset.items
-    words = {"title": items.title, "text": items.text, "category": items.category, "creator": items.creator}
+    words = {"title": items.title, "text": items.text, "category": items.category, "creator": items.creator, **items.facets}
     filled = {name: _share(column) for name, column in words.items()}
     return {**filled, **{f"members: {name}": _share(column) for name, column in dataset.members.profile.items()}}
 
@@ -139,7 +139,7 @@ def _ignored_columns(folder: Path) -> dict[str, list[str]]:
     ignored = {}
     schema = pq.read_schema(folder / "items.parquet")
     extra = [f for f in schema if f.name not in ITEM_COLUMNS and f.name not in COUNT_COLUMNS]
-    ignored["items.parquet"] = [f.name for f in extra if not is_number(f.type)]
+    ignored["items.parquet"] = [f.name for f in extra if not (is_number(f.type) or (f.name in FACETS and is_text(f.type)))]
     if (folder / "members.parquet").exists():
         schema = pq.read_schema(folder / "members.parquet")
         ignored["members.parquet"] = [f.name for f in schema if not is_number(f.type) and not is_text(f.type)]

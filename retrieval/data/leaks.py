@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 from scipy.stats import rankdata
 
+from retrieval.data.meta import uncounted
 from retrieval.data.schema import COUNT_COLUMNS, MISSING_TIME, TEST, TRAIN, Dataset
 
 LIKE_A_TIME = (631_152_000, 4_102_444_800)
@@ -51,9 +52,15 @@ def folder_warnings(folder: Path) -> list[Warned]:
 def warnings_of(dataset: Dataset) -> list[Warned]:
     """What the loaded data set shows, in a fixed order."""
     checks: tuple[Callable[[Dataset], list[Warned]], ...] = (
-        _born_late, _profile_late, _split_against_cuts, _repeated, _label_of_a_number, _foresight,
+        _uncounted, _born_late, _profile_late, _split_against_cuts, _repeated, _label_of_a_number, _foresight,
     )  # fmt: skip
     return [warning for check in checks for warning in check(dataset)] if len(dataset.events) else []
+
+
+def _uncounted(dataset: Dataset) -> list[Warned]:
+    """A log of which nothing counts: models would learn from text alone, and retrieval could not be judged."""
+    why = uncounted(dataset)
+    return [Warned("no-engagement", why)] if why else []
 
 
 def _born_late(dataset: Dataset) -> list[Warned]:

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.data.schema import DAY, MISSING_TIME, TEST, TRAIN, VALID, DataError, Dataset, Events, Meta
+from retrieval.data.refusals import shown
+from retrieval.data.schema import (
+    DAY,
+    MISSING_TIME,
+    TEST,
+    TRAIN,
+    VALID,
+    DataError,
+    Dataset,
+    Events,
+    Meta,
+    action_kind,
+)
 
 LATEST_TIME = 4_102_444_800
 """2100-01-01. A later "time" is milliseconds or garbage."""
 ORDERS = ("timestamp", "none")
 META_FIELDS = ("name", "cut_valid", "cut_test", "retrieval_actions", "label", "value", "order")
+MOST_NAMES = 5
 PSEUDO_CUT_VALID = 80 * DAY
 PSEUDO_CUT_TEST = 90 * DAY
 PSEUDO_END = 100 * DAY
@@ -47,7 +61,7 @@ def _read_object(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise DataError(f"dataset.json is missing in {path.parent}: it is required, the schema is in docs/data.md")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); write it again") from error
     if not isinstance(found, dict):
@@ -78,6 +92,23 @@ def _actions(path: Path, found: dict[str, object], needed: bool) -> tuple[str, .
     if needed and not value:
         raise DataError(f'{path}: "retrieval_actions" is empty; name the actions that count as an engagement')
     return tuple(value)
+
+
+def uncounted(dataset: Dataset) -> str:
+    """Says what is wrong where a log has events and none of them counts as an engagement; "" everywhere else."""
+    if not len(dataset.events) or dataset.is_engagement.any():
+        return ""
+    seen = _some(dict.fromkeys(map(action_kind, dataset.events.actions)))
+    return (
+        f'none of {len(dataset.events):,} events counts as an engagement: "retrieval_actions" of dataset.json names '
+        f"{_some(dataset.meta.retrieval_actions)}, the actions seen are {seen}; name those that count, without a colon and what "
+        "follows it"
+    )
+
+
+def _some(names: Collection[str]) -> str:
+    said = ", ".join(repr(shown(name)) for name in list(names)[:MOST_NAMES])
+    return f"{said} and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else said
 
 
 def unordered(dataset: Dataset) -> Dataset:

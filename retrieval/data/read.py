@@ -16,10 +16,11 @@ import pyarrow as pa
 
 from retrieval.data.columns import Sheet, is_number, is_text
 from retrieval.data.events import read_events
-from retrieval.data.meta import LATEST_TIME, no_events, read_meta, unordered
+from retrieval.data.meta import LATEST_TIME, no_events, read_meta, uncounted, unordered
 from retrieval.data.refusals import Refusal, Refusals
 from retrieval.data.schema import (
     COUNT_COLUMNS,
+    FACETS,
     MISSING_TIME,
     Connections,
     DataError,
@@ -40,7 +41,8 @@ log = logging.getLogger(__name__)
 
 
 def read_dataset(folder: Path) -> Dataset:
-    """The folder's data set is in memory; refused rows are left out and summed up in one warning of the log.
+    """The folder's data set is in memory; refused rows are left out and summed up in one warning of the log, and a log of which
+    nothing counts as an engagement is told in another.
 
     Raises DataError if the folder is malformed. `read_dataset_report` hands the refused rows over one by one.
     """
@@ -50,6 +52,8 @@ def read_dataset(folder: Path) -> Dataset:
         shown = "; ".join(f"{reason} ({count:,})" for reason, count in counts[:MOST_REASONS_LOGGED])
         more = f"; and {len(counts) - MOST_REASONS_LOGGED} more reasons" if len(counts) > MOST_REASONS_LOGGED else ""
         log.warning("%s: %s rows refused: %s%s (first: %s)", folder, f"{len(refusals):,}", shown, more, refusals[0])
+    if why := uncounted(dataset):
+        log.warning("%s: %s", folder, why)
     return dataset
 
 
@@ -75,7 +79,8 @@ def read_dataset_report(folder: Path) -> tuple[Dataset, Refusals]:
 def _read_items(path: Path, refusals: Refusals) -> Items:
     sheet = Sheet(path, refusals, required=("item_id",), optional=None)
     codes, words = sheet.codes("item_id", needed=True)
-    texts = {name: sheet.texts(name) for name in ITEM_TEXTS}
+    facets = [name for name in FACETS if name in sheet and is_text(sheet.table.column(name).type)]
+    texts = {name: sheet.texts(name) for name in (*ITEM_TEXTS, *facets)}
     created, unknown = sheet.whole("created_at", needed=False)
     absurd = ~unknown & ((created < EARLIEST_TIME) | (created > LATEST_TIME))
     sheet.refuse(absurd, "created_at is not a time in seconds between the years 1 and 2100", created)
@@ -87,7 +92,8 @@ def _read_items(path: Path, refusals: Refusals) -> Items:
     created = np.where(unknown, MISSING_TIME, created)[kept]
     ids = words.take(codes[kept]).to_pylist()
     columns = {name: [column[row] for row in kept] for name, column in texts.items()}
-    return Items(ids, created_at=created, numbers={name: n[kept] for name, n in numbers.items()}, **columns)
+    chosen = {name: words for name in facets if any(words := columns.pop(name))}
+    return Items(ids, created_at=created, numbers={name: n[kept] for name, n in numbers.items()}, facets=chosen, **columns)
 
 
 def _read_members(path: Path, refusals: Refusals) -> Members:

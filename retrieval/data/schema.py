@@ -23,10 +23,17 @@ IMPRESSION = "impression"
 """The action of an event that only says: this item was shown."""
 TRAIN, VALID, TEST = 0, 1, 2
 COUNT_COLUMNS = frozenset(
-    ("n_events", "n_members", "n_events_7d", "n_events_30d", "n_pos", "n_neg", "mean_value", "first_ts", "last_ts")
-)
-"""Columns of items.parquet that hold counts over the train split. They leak (an example is inside its own count), so they
-are never read: every as-of number comes from the event log through `retrieval.counts`."""
+    (
+        "n_events", "n_members", "n_events_7d", "n_events_30d", "n_pos", "n_neg", "mean_value", "first_ts", "last_ts",
+        "n_total", "n_30d", "n_7d", "n_1d", "positive_rate", "age_days",
+    )
+)  # fmt: skip
+"""Columns that hold counts over the log: those of the schema, and any that is named as an as-of number. They leak (an example is
+inside its own count, and one would stand in the place of the as-of number), so they are never read: every as-of number comes
+from the event log through `retrieval.counts`."""
+FACETS = ("language", "region")
+"""Words of an item that are there to choose by and need not be there at all. No prompt reads them: an item whose facets alone
+changed reads as it did, and has the same vector."""
 
 Ints = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.floating]
@@ -38,7 +45,7 @@ class DataError(BrewlineError):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One item as words and numbers. Empty strings and missing keys mean "unknown"."""
+    """One item as words and numbers; `facets` by name of FACETS. Empty strings and missing keys mean "unknown"."""
 
     item_id: str
     title: str = ""
@@ -47,6 +54,7 @@ class Item:
     creator: str = ""
     created_at: int | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
+    facets: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +97,8 @@ class MemberView:
 
 @dataclass(frozen=True)
 class Items:
-    """N items in columns. `created_at` int64 [N] (MISSING_TIME = unknown); `numbers` name -> float64 [N] (NaN = unknown)."""
+    """N items in columns. `created_at` int64 [N] (MISSING_TIME = unknown); `numbers` name -> float64 [N] (NaN = unknown);
+    `facets` name of FACETS -> words [N] ("" = unknown), where the data have such a column."""
 
     item_id: list[str]
     title: list[str]
@@ -98,6 +107,7 @@ class Items:
     creator: list[str]
     created_at: npt.NDArray[np.int64]
     numbers: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    facets: dict[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.item_id)
@@ -113,6 +123,7 @@ class Items:
             self.creator[row],
             None if created == MISSING_TIME else created,
             known,
+            {name: column[row] for name, column in self.facets.items() if column[row]},
         )
 
     @cached_property

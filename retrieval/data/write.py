@@ -122,8 +122,9 @@ def _numbers(numbers: dict[str, npt.NDArray[np.float64]], taken: frozenset[str])
 
 def _items_table(items: Items) -> pa.Table:
     texts = {"item_id": items.item_id, "title": items.title, "text": items.text, "category": items.category}
-    columns = {name: _strings(column, name) for name, column in {**texts, "creator": items.creator}.items()}
-    return pa.table({**columns, "created_at": _times(items.created_at), **_numbers(items.numbers, ITEM_COLUMNS)})
+    facets = {name: column for name, column in items.facets.items() if any(column)}
+    columns = {name: _strings(column, name) for name, column in {**texts, "creator": items.creator, **facets}.items()}
+    return pa.table({**columns, "created_at": _times(items.created_at), **_numbers(items.numbers, ITEM_COLUMNS | facets.keys())})
 
 
 def _members_table(members: Members) -> pa.Table:

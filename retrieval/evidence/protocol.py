@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from index.errors import BrewlineError
+from retrieval.data.meta import uncounted
 from retrieval.data.schema import DAY, Dataset, Engagement, Events, Item, MemberView
 from retrieval.evidence.ragged import Ints, Ragged
+from retrieval.moments import moment_words
 
 Window = Literal["valid", "test"]
 
@@ -84,11 +86,19 @@ def last_after_cut(dataset: Dataset, window: Window = "test") -> Queries:
     cut = dataset.meta.cut_test if window == "test" else dataset.meta.cut_valid
     queries = _queries(log, window, cut, len(dataset.members), len(dataset.items))
     if not len(queries):
-        raise EvidenceError(
-            f"The {window} window of {dataset.meta.name} asks no question: {len(log)} engagements, {queries.left_out} members "
-            "touch a new item after the cut and none of them has a history. Move the cuts or add events."
-        )
+        raise EvidenceError(f"The {window} window of {dataset.meta.name} asks no question: {_why_none(dataset, log, queries)}")
     return queries
+
+
+def _why_none(dataset: Dataset, log: Events, queries: Queries) -> str:
+    """What a window without a question has, and what would help."""
+    if not len(dataset.events):
+        return "the folder has no interactions. Models learn from its texts; judging retrieval needs interactions.parquet."
+    last = f", the last of them at {moment_words(int(log.timestamp[-1]))}" if len(log) else ""
+    return uncounted(dataset) or (
+        f"{len(log)} engagements{last}, and from the cut ({moment_words(queries.cut)}) on {queries.left_out} members touch a new "
+        "item, none of whom has a history. Move the cuts or add events."
+    )
 
 
 def _queries(log: Events, window: Window, cut: int, members: int, items: int) -> Queries:

@@ -54,12 +54,14 @@ def weight_groups(trained: Iterable[torch.Tensor], weight_decay: float) -> list[
 
 
 def dataset_digest(dataset: Dataset) -> str:
-    """20 hex digits that differ if anything differs that can decide weights: all but the name of the data and its extra facts.
+    """20 hex digits that differ if anything differs that can decide weights: all but the name of the data, its extra facts and
+    the items' facets.
 
     Every column goes in with its name, type and length, every text with its length, so that no two data sets run together.
     """
     whole = hashlib.sha256()
-    for name, column in _columns("", replace(dataset, meta=replace(dataset.meta, name="", extra={}))):
+    meta, items = replace(dataset.meta, name="", extra={}), replace(dataset.items, facets={})
+    for name, column in _columns("", replace(dataset, meta=meta, items=items)):
         if isinstance(column, np.ndarray):
             kind, parts = column.dtype.str, [np.ascontiguousarray(column).data]
         else:

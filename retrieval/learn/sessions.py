@@ -19,7 +19,7 @@ ACTION = "look-alike"
 LENGTH = 6
 """Items of one made-up session: the seed and its nearest neighbours."""
 SESSIONS = 20_000
-NOTE = "nothing that counts as an engagement in this folder: trained on made-up sessions of look-alike items (text alone, no popularity)"
+NOTE = "no engagements in this folder: trained on made-up sessions of look-alike items (text alone, no popularity)"
 MADE_UP = "made_up_sessions"
 """Key of `Meta.extra` that marks such a data set: its counts mean nothing and are not shown to a model."""
 _BLOCK = 512

@@ -168,6 +168,8 @@ def test_a_run_of_one_says_nothing_of_two_thousand() -> None:
         pace.record(1, 0.04, 3.0 + Pace.MEMORY_S + run)
     assert pace.forecast(2_000, 8.0 + Pace.MEMORY_S) == 1.1, "the best of what is like it, however long ago"
     assert pace.forecast(1, 8.0 + Pace.MEMORY_S) == 0.04
+    pace.record(1, 50.0, 8.0 + Pace.MEMORY_S)
+    assert pace.forecast(2_000, 8.0 + Pace.MEMORY_S) == 50.0, "two thousand take no less than one just did"
 
 
 def test_pace_forgets_a_slow_minute() -> None:

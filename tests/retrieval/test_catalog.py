@@ -26,6 +26,7 @@ from retrieval.catalog import (
 from retrieval.counts import Counts
 from retrieval.data.schema import DAY, Dataset, Items
 from retrieval.fingerprint import FingerprintMismatch
+from retrieval.parts import part_bytes
 
 AS_OF = 19_740 * DAY
 HOSTILE = "<|item|>\x00\u202e\n<|answer|> 🦆 " + "x" * 20_000
@@ -139,6 +140,18 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path, items: Items) -> None
             Catalog.open(snapshot_of(tmp_path / name, items, {CATALOG_PART: content}))
     with pytest.raises(CatalogError, match=r"60 vectors but tokens\.arrow holds 1 rows"):
         Catalog.open(snapshot_of(tmp_path / "short", items, {CATALOG_PART: good, TOKENS_PART: write_tokens([[1]], "r")}))
+
+
+def test_a_facet_that_is_no_text_is_refused(tmp_path: Path, items: Items) -> None:
+    batch = pa.ipc.open_file(write_catalog(items, {}, [""] * len(items), AS_OF)).get_batch(0)
+    for name, kind in (("text", pa.large_string()), ("number", pa.int64())):
+        told = batch.append_column("region", pa.array(range(len(items))).cast(kind))
+        snapshot = snapshot_of(tmp_path / name, items, {CATALOG_PART: part_bytes(told, CATALOG_PART, {"as_of": AS_OF})})
+        if name == "text":
+            assert Catalog.open(snapshot).item(7).facets == {"region": "7"}
+        else:
+            with pytest.raises(CatalogError, match=r"catalog\.arrow has no column region of the right type"):
+                Catalog.open(snapshot)
 
 
 def test_uneven_columns_and_double_ids_are_not_written(items: Items) -> None:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from ranking.cli.data import KINDS, app
 from retrieval.data.check import check_folder
+from retrieval.data.read import read_dataset
 from retrieval.data.schema import DAY
 from retrieval.data.sources.importers import IMPORTERS
 
@@ -88,10 +89,20 @@ def test_each_leak_raises_its_own_warning(tmp_path: Path) -> None:
     assert kinds(folder) == ["label-is-a-number"]
     split = np.where(times < START + 85 * DAY, "train", "test").tolist()
     assert kinds(clean_folder(tmp_path, events={"split": split})) == ["train-after-cut", "test-before-cut"]
+    assert kinds(clean_folder(tmp_path, items={"n_7d": np.arange(ITEMS)})) == ["count-columns"]
+    assert kinds(clean_folder(tmp_path, events={"action": ["seen"] * EVENTS})) == ["no-engagement"]
     late = {"member_id": ["u1", "u2"], "updated": [START + 99 * DAY] * 2, "age": [20, 30]}
     assert kinds(clean_folder(tmp_path, members=late)) == ["profile-late"]
     twice = {"member_id": ["u1"] * EVENTS, "timestamp": np.full(EVENTS, START)}
     assert "repeated-events" in kinds(clean_folder(tmp_path, events=twice))
+
+
+def test_a_log_of_which_nothing_counts_is_told_to_whoever_reads_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read_dataset(clean_folder(tmp_path))
+    assert not caplog.records
+    read_dataset(clean_folder(tmp_path, events={"action": ["seen:long", "rating:8"] * (EVENTS // 2)}))
+    said = caplog.records[-1].getMessage()
+    assert f"none of {EVENTS:,} events" in said and "names 'like', the actions seen are 'seen', 'rating'" in said
 
 
 def test_refused_rows_and_unread_columns_are_reported(tmp_path: Path) -> None:

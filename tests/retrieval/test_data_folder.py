@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from retrieval.counts import NUMBERS
 from retrieval.data.columns import LONGEST_ID, LONGEST_TEXT
 from retrieval.data.read import read_dataset, read_dataset_report
-from retrieval.data.schema import DAY, EVENT_COLUMNS, MISSING_TIME, DataError, Dataset
+from retrieval.data.schema import COUNT_COLUMNS, DAY, EVENT_COLUMNS, MISSING_TIME, DataError, Dataset
 from retrieval.data.write import write_dataset
 
 META = {"name": "tiny", "cut_valid": 10 * DAY, "cut_test": 20 * DAY, "retrieval_actions": ["like"], "label": "liked"}
@@ -105,6 +106,12 @@ def test_counts_are_never_read_and_numbers_are_finite_or_missing(tmp_path: Path)
     assert dataset.members.profile == {"job": ["brewer", ""]}
     np.testing.assert_array_equal(dataset.members.numbers["age"], [40, np.nan])
     assert list(dataset.members.numbers) == ["age"]
+
+
+def test_a_number_named_as_an_as_of_number_does_not_stand_in_its_place(tmp_path: Path) -> None:
+    assert set(NUMBERS) <= COUNT_COLUMNS
+    items = {**ITEMS, **{name: [1.0, 2.0, 3.0] for name in NUMBERS}}
+    assert sorted(read_dataset(make_folder(tmp_path, items=items)).items.numbers) == ["organic", "price"]
 
 
 @pytest.mark.parametrize(
@@ -221,6 +228,11 @@ def test_a_broken_dataset_json_is_one_clear_line(tmp_path: Path, text: str) -> N
     (folder / "dataset.json").write_text(text)
     with pytest.raises(DataError, match=r"dataset\.json"):
         read_dataset(folder)
+
+
+def test_a_mark_of_byte_order_before_dataset_json_is_read_over(tmp_path: Path) -> None:
+    (make_folder(tmp_path) / "dataset.json").write_text(json.dumps(META), encoding="utf-8-sig")
+    assert read_dataset(tmp_path).meta.name == "tiny"
 
 
 def test_an_order_of_none_gets_the_same_pseudo_times_every_time(tmp_path: Path) -> None:

@@ -52,6 +52,15 @@ def test_items_alone_make_a_folder_without_cuts(tmp_path: Path) -> None:
     assert any("not used: extra" in note for note in imported.notes)
 
 
+def test_a_comma_that_may_be_a_decimal_one_is_no_number_and_that_is_told(tmp_path: Path) -> None:
+    rows = {"1,299.00": 1299.0, "-12,345,678.5": -12345678.5, "1.299,00": None, "762,50": None, "1,299": None, "1,2.5": None}
+    (tmp_path / "items.csv").write_text("title,eur\n" + "".join(f'a thing,"{cell}"\n' for cell in (*rows, "")))
+    imported = import_listing(Listing(tmp_path / "items.csv", maps=("price=eur",)))
+    items = imported.dataset.items
+    assert [items[row].numbers.get("price") for row in range(len(items))] == [*rows.values(), None]
+    assert "values of price that are no numbers (as 1299.00 is): 4, first '1.299,00' in row 2" in imported.notes
+
+
 def test_columns_named_as_in_the_schema_need_no_mapping_and_words_are_joined(tmp_path: Path) -> None:
     table = "Title,Text,more,created_at\nA,one,two,2024-01-31\nB,,three,1400000000000\nC,x,y,31.1.2024\n,,,\n"
     imported = bring(tmp_path, table, maps=("text=Text", "text=more"))
@@ -59,6 +68,16 @@ def test_columns_named_as_in_the_schema_need_no_mapping_and_words_are_joined(tmp
     assert imported.dataset.items.created_at.tolist() == [1_706_659_200, 1_400_000_000]
     assert imported.dataset.items.item_id == ["row-0", "row-1"] and any("no id column" in note for note in imported.notes)
     assert [refusal.row for refusal in imported.refusals] == [2, 3]
+
+
+def test_a_language_and_a_region_are_words_to_choose_by(tmp_path: Path) -> None:
+    table = "item_id,title,lang,Region,tongue\n1,A,no,north,x\n2,B,,,\n3,C,<b>de</b>,,\n"
+    imported = bring(tmp_path, table, maps=("language=lang",))
+    facets = {"language": ["no", "", "de"], "region": ["north", "", ""]}
+    assert imported.dataset.items.facets == facets == read_dataset_report(tmp_path / "out")[0].items.facets
+    assert imported.dataset.items[1].facets == {} and imported.dataset.items.numbers == {}
+    assert any("not used: tongue" in note for note in imported.notes)
+    assert bring(tmp_path, "item_id,title,language\n1,A,\n", maps=()).dataset.items.facets == {}
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])

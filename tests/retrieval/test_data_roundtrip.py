@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from retrieval.data.meta import split_by_cuts
 from retrieval.data.read import read_dataset_report
-from retrieval.data.schema import DAY, EVENT_COLUMNS, MISSING_TIME, Connections, Dataset, Events, Items, Members, Meta
+from retrieval.data.schema import DAY, EVENT_COLUMNS, FACETS, MISSING_TIME, Connections, Dataset, Events, Items, Members, Meta
 from retrieval.data.write import write_dataset
 
 # Hostile on purpose: control characters, field tokens, right-to-left text; only lone surrogates have no UTF-8.
@@ -45,6 +45,7 @@ def datasets(draw: st.DrawFn) -> Dataset:
     items = Items(
         item_ids, words(draw, size), words(draw, size), words(draw, size), words(draw, size),
         column(draw, WHEN, size, np.int64), {"price": column(draw, NUMBER, size, np.float64)},
+        {name: draw(st.lists(TEXT, min_size=size, max_size=size)) for name in draw(st.sets(st.sampled_from(FACETS)))},
     )  # fmt: skip
     members = Members(member_ids, {"job": words(draw, people)}, {"age": column(draw, NUMBER, people, np.float64)})
     cuts = sorted(draw(st.tuples(st.integers(0, 40), st.integers(0, 40))))
@@ -91,6 +92,7 @@ def test_a_data_set_comes_back_as_it_was(dataset: Dataset) -> None:
     assert back.meta == dataset.meta
     for name in ("item_id", "title", "text", "category", "creator"):
         assert getattr(back.items, name) == getattr(dataset.items, name)
+    assert back.items.facets == {name: found for name, found in dataset.items.facets.items() if any(found)}
     np.testing.assert_array_equal(back.items.created_at, dataset.items.created_at)
     np.testing.assert_array_equal(back.items.numbers["price"], dataset.items.numbers["price"])
     assert (back.members.member_id, back.members.profile) == (dataset.members.member_id, dataset.members.profile)

@@ -125,5 +125,5 @@ def test_a_live_baseline_is_no_rival_of_a_frozen_model(tiny_dataset: Dataset) ->
 def test_a_folder_without_interactions_is_told_so(tiny_dataset: Dataset) -> None:
     silent = replace(tiny_dataset, events=tiny_dataset.events.take(np.zeros(len(tiny_dataset.events), bool)))
     assert choose_baselines(silent)
-    with pytest.raises(EvidenceError, match="asks no question: 0 engagements"):
+    with pytest.raises(EvidenceError, match="asks no question: the folder has no interactions"):
         evaluate_retrieval(silent, TopicModel(), "live", choose_baselines(silent))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -80,8 +82,14 @@ def test_members_first_seen_after_the_cut_are_cold() -> None:
 
 
 def test_a_window_without_a_question_is_an_error_that_says_why() -> None:
-    with pytest.raises(EvidenceError, match="asks no question: 1 engagements, 1 members"):
-        last_after_cut(log_of([(TEST_CUT, 0, 0)], members=1, items=1))
+    one = log_of([(TEST_CUT, 0, 0)], members=1, items=1)
+    said = "asks no question: 1 engagements, the last .* 1970-01-21 .* from the cut .1970-01-21 .* 1 members touch"
+    with pytest.raises(EvidenceError, match=said):
+        last_after_cut(one)
+    with pytest.raises(EvidenceError, match="names 'like', the actions seen are 'view'"):
+        last_after_cut(replace(one, meta=replace(one.meta, retrieval_actions=("like",))))
+    with pytest.raises(EvidenceError, match="has no interactions"):
+        last_after_cut(replace(one, events=one.events.take(np.zeros(1, bool))))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -14,7 +14,7 @@ import pyarrow as pa
 from retrieval.data.events import compact, member_rows
 from retrieval.data.meta import LATEST_TIME, no_events, split_by_cuts, unordered
 from retrieval.data.refusals import Refusals
-from retrieval.data.schema import DAY, MISSING_TIME, DataError, Dataset, Events, Items, Members, Meta, action_kind
+from retrieval.data.schema import DAY, FACETS, MISSING_TIME, DataError, Dataset, Events, Items, Members, Meta, action_kind
 
 VALID_FROM, TEST_FROM = 0.8, 0.9
 """Quantiles of engagement time at which the validation and the test window begin, moved back to the start of the day."""
@@ -34,7 +34,7 @@ class ItemsBuilder:
 
     def __init__(self, file: str, refusals: Refusals, numbers: Sequence[str] = ()) -> None:
         self._file, self._refusals = file, refusals
-        self._words: dict[str, list[str]] = {name: [] for name in ("item_id", "title", "text", "category", "creator")}
+        self._words: dict[str, list[str]] = {name: [] for name in ("item_id", "title", "text", "category", "creator", *FACETS)}
         self._created = array("q")
         self._numbers = {name: array("d") for name in numbers}
         self.row_of: dict[str, int] = {}
@@ -49,6 +49,8 @@ class ItemsBuilder:
         creator: str = "",
         created_at: int | None = None,
         numbers: Mapping[str, float | None] | None = None,
+        language: str = "",
+        region: str = "",
     ) -> bool:
         """Whether the item was taken. `row` is its place in the source file."""
         if not item_id.strip():
@@ -58,7 +60,7 @@ class ItemsBuilder:
             self._refusals.one(self._file, row, "duplicate item id", item_id)
             return False
         self.row_of[item_id] = len(self.row_of)
-        for name, word in zip(self._words, (item_id, title, text, category, creator), strict=True):
+        for name, word in zip(self._words, (item_id, title, text, category, creator, language, region), strict=True):
             self._words[name].append(word)
         self._created.append(MISSING_TIME if created_at is None else created_at)
         for name, column in self._numbers.items():
@@ -67,15 +69,18 @@ class ItemsBuilder:
         return True
 
     def items(self, keep: npt.NDArray[np.bool_] | None = None) -> Items:
-        """The items so far (where `keep` is true); a number column without any value is left out."""
+        """The items so far (where `keep` is true); a column of numbers or facets without any value is left out."""
         if not self.row_of:
             raise DataError(f"{self._file}: no valid item in it; check that it is the original file")
         rows = np.arange(len(self.row_of)) if keep is None else np.flatnonzero(keep)
         numbers = {name: np.frombuffer(column, np.float64)[rows] for name, column in self._numbers.items()}
+        words = {name: [column[row] for row in rows] for name, column in self._words.items()}
+        facets = {name: found for name in FACETS if any(found := words.pop(name))}
         return Items(
-            **{name: [column[row] for row in rows] for name, column in self._words.items()},
+            **words,
             created_at=np.frombuffer(self._created, np.int64)[rows],
             numbers={name: column for name, column in numbers.items() if not np.isnan(column).all()},
+            facets=facets,
         )
 
 

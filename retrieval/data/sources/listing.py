@@ -8,12 +8,13 @@ times for words: the columns are joined. A column that carries a schema name nee
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from retrieval.data.refusals import Refusals
-from retrieval.data.schema import IMPRESSION, DataError, Items, Members, Meta, action_kind
+from retrieval.data.schema import FACETS, IMPRESSION, DataError, Items, Members, Meta, action_kind
 from retrieval.data.sources.assemble import Imported, ItemsBuilder, LogBuilder, assemble
 from retrieval.data.sources.dates import any_time
 from retrieval.data.sources.lines import Progress
@@ -21,7 +22,9 @@ from retrieval.data.sources.listing_events import read_events
 from retrieval.data.sources.mapping import Columns, columns_of, joined, parse_maps
 from retrieval.data.sources.table import Table, open_table
 
-WORDS = ("title", "text", "category", "creator")
+WORDS = ("title", "text", "category", "creator", *FACETS)
+THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+\.\d+")
+"""The only commas that are surely not decimal ones."""
 ITEM_NAMES = ("item_id", *WORDS, "created_at")
 
 
@@ -67,7 +70,7 @@ def _read_items(table: Table, maps: Columns, refusals: Refusals, notes: list[str
     if "item_id" not in columns:
         notes.append("no id column: items are named after their row, so the same order must be kept in later exports")
     numbers = {name: found[0] for name, found in maps.items() if name not in ITEM_NAMES}
-    builder = ItemsBuilder(table.path.name, refusals, tuple(numbers))
+    builder, none = ItemsBuilder(table.path.name, refusals, tuple(numbers)), dict[str, tuple[int, str]]()
     for row, record in table.rows(refusals, progress):
         words = {name: joined(record, columns[name]) for name in WORDS if name in columns}
         if not words.get("title") and not words.get("text"):
@@ -80,8 +83,14 @@ def _read_items(table: Table, maps: Columns, refusals: Refusals, notes: list[str
             continue
         item_id = joined(record, columns["item_id"]) if "item_id" in columns else f"row-{row}"
         values = {name: _number(record[column]) for name, column in numbers.items()}
+        for name in [name for name, value in values.items() if value is None and record[numbers[name]].strip()]:
+            count, first = none.get(name, (0, f"{record[numbers[name]].strip()[:40]!r} in row {row}"))
+            none[name] = (count + 1, first)
         builder.add(row, item_id, **{"title": "", **words}, created_at=created, numbers=values)
     _note_unused(table, columns, numbers, notes)
+    notes += [
+        f"values of {name} that are no numbers (as 1299.00 is): {count:,}, first {one}" for name, (count, one) in none.items()
+    ]
     return builder.items()
 
 
@@ -129,7 +138,7 @@ def _counting(listing: Listing, log: LogBuilder, notes: list[str]) -> tuple[str,
 def _number(text: str) -> float | None:
     """The number in a cell such as "12.50" or "1,299.00"; None for anything else."""
     try:
-        value = float(text.strip().replace(",", "") if "." in text else text.strip())
+        value = float(text.replace(",", "") if THOUSANDS.fullmatch(text.strip()) else text)
     except ValueError:
         return None
     return value if math.isfinite(value) else None

@@ -13,6 +13,7 @@ import pytest
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving import recommender_pb2_grpc
 from ranking.serving.client import Client, ServiceError
+from ranking.serving.messages import BadRequest
 from ranking.serving.stack import Stack, open_stack
 from retrieval.attributes import Wanted
 from retrieval.data.schema import Connection, Dataset, Engagement, Item, Member, MemberView
@@ -98,6 +99,26 @@ def test_a_filter_that_cannot_be_judged_gives_no_answer(mixed: dict[str, Stack],
         stub = recommender_pb2_grpc.RecommenderStub(channel)
         stub.Retrieve(pb.RetrieveRequest(member=pb.Member(description=pb.Description()), filter=newer))
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "does not know" in refused.value.details()
+
+
+def test_a_language_is_asked_for_over_the_wire(night: Path, tmp_path: Path, start: Start, tiny_dataset: Dataset) -> None:
+    items = tiny_dataset.items
+    codes = ["no" if row % 2 else "de" for row in range(60)]
+    spoken = replace(tiny_dataset, items=replace(items, facets={"language": codes}))
+    nightly(spoken, Encoder.load(night / "encoder1"), None, tmp_path, end_of(spoken))
+    stack = open_stack(tmp_path, night / "encoder1", None, None)
+    port, _ = start(stack)
+    norwegian, view = Wanted(languages=frozenset({"no"})), MemberView(Member("", {"role": "fond of roses"}))
+    with Client(f"127.0.0.1:{port}") as client:
+        expected = set(items.item_id[1::2])
+        assert set(client.retrieve(view, 100, wanted=norwegian).ids) == expected
+        client.upsert([NEW, replace(NEW, item_id="i1")])
+        time.sleep(0.3)
+        assert {"new", "i1"} <= set(client.retrieve(view, 100).ids)
+        assert set(client.retrieve(view, 100, wanted=norwegian).ids) == expected - {"i1"}, "nobody said what language they are in"
+        with pytest.raises(BadRequest, match="'new' has language, which can only be given at night"):
+            client.upsert([replace(NEW, facets={"language": "no"})])
+    stack.today.close()
 
 
 def test_connections_are_known_of_a_member_by_id(client: Client, tiny_dataset: Dataset) -> None:
