@@ -14,7 +14,7 @@ class Pace:
     run (`MEMORY_S`) the best pace ever seen counts, so that one slow minute cannot switch ranking off for good.
 
     Proportion is a bound, and a poor one from far below: most of what one candidate takes is the member's part. So a run says
-    nothing of one more than `REACH` times as large, but that it takes no less.
+    nothing of one more than `REACH` times as large, and where nothing else is known, `REACH` times its seconds are the guess.
     """
 
     MEMORY_S = 30.0
@@ -33,12 +33,12 @@ class Pace:
             self._best = (candidates, seconds)
 
     def forecast(self, candidates: int, now: float) -> float:
-        """Seconds that ranking so many candidates will take at most, or, where nothing of the kind was ever measured, at least; 0
-        if nothing was measured at all."""
+        """Seconds that ranking so many candidates will take at most; a guess where nothing like it was ever measured, 0 where
+        nothing was."""
         recent = [(size, seconds) for when, size, seconds in reversed(self._runs) if now - when <= self.MEMORY_S]
         best = [self._best] if self._best is not None else []
         recent.sort(key=lambda run: abs(math.log(run[0] / max(candidates, 1))))
         of_now, of_ever = ([run for run in runs if run[0] * self.REACH >= candidates] for runs in (recent, best))
-        less = [seconds for size, seconds in recent or best if size * self.REACH < candidates]
-        bounds = [seconds * max(1.0, candidates / size) for size, seconds in (of_now or of_ever)[:4]]
-        return max([*bounds, *less[:4]], default=0.0)
+        if near := of_now or of_ever:
+            return max(seconds * max(1.0, candidates / size) for size, seconds in near[:4])
+        return max((seconds * self.REACH for _, seconds in (recent or best)[:4]), default=0.0)

@@ -81,8 +81,9 @@ class Ranker:
     ) -> Ranker:
         """The ranker of a complete folder; `max_tokens` bounds one forward pass.
 
-        Raises RankerError, LabelWordError, MissingPart, TokenizerError, QuantizerError, CheckpointError, BackendMissing (a named
-        attention backend that cannot run), Int8Missing, Float8Missing, each saying what was seen and what was expected.
+        Raises RankerError, LabelWordError, MissingPart, TokenizerError, QuantizerError, CheckpointError, UnsupportedModel,
+        BackendMissing (a named attention backend that cannot run), DeviceMissing, Int8Missing, Float8Missing, each saying what
+        was seen and what was expected.
         """
         facts = read_facts(folder)
         fingerprint = folder_fingerprint(folder, _parts(folder))

@@ -51,7 +51,8 @@ def score_rows(
     if LABEL not in ranker.tasks:
         raise RankingEvidenceError(
             f"This ranker was not taught labels, its tasks are {', '.join(ranker.tasks)}: the folder that it was trained on had "
-            "no labelled event before its test cut. Train one where there are some, or judge a task that it knows with --task."
+            "no labelled event before its test cut, or its tasks file no 'label'. Train one where there are some, or judge a "
+            "task that it knows with --task."
         )
     pool, back = moments(dataset, rows, counts)
     until = known_until(dataset, counts)

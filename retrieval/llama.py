@@ -24,6 +24,10 @@ from retrieval.tokens import Tokens
 MAX_POSITIONS = 20_480
 
 
+CODES = (torch.int8, torch.float8_e4m3fn)
+"""What weights that only serve are held in (`ranking.prefill`)."""
+
+
 class CheckpointError(BrewlineError):
     """A base checkpoint cannot be used."""
 
@@ -86,7 +90,11 @@ def load_llama(path: str | Path, *, causal_lm: bool, dtype: torch.dtype = torch.
 
 
 def save_llama(model: PreTrainedModel, folder: Path) -> None:
-    """Writes config.json and model.safetensors, without a progress bar of the library's own."""
+    """Writes config.json and model.safetensors, without a progress bar of the library's own.
+
+    Raises CheckpointError for a model that only serves: codes without their scales would be read as weights."""
+    if coded := next((name for name, weight in model.named_parameters() if weight.dtype in CODES), ""):
+        raise CheckpointError(f"{coded} is held in codes, for serving; save the model that it was loaded from")
     hf_logging.disable_progress_bar()
     model.save_pretrained(folder)
 

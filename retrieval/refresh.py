@@ -44,12 +44,12 @@ from retrieval.lexical import LEXICAL_PART, write_lexical
 from retrieval.live_catalog import ItemTokens
 from retrieval.load_members import load_members, member_queries
 from retrieval.members import MemberStore
-from retrieval.moments import NightError
+from retrieval.moments import NightError, checked_words
 from retrieval.night_clock import NightClock
 from retrieval.popular import POPULAR_PART, write_popular
 from retrieval.records import ItemWords
 from retrieval.taken_over import CHANGES_PART, TakenOver, cut_of, ended, facts_of, take_over
-from retrieval.tonight import Rows, Tonight, checked_words
+from retrieval.tonight import Rows, Tonight
 from retrieval.yesterday import Yesterday, alone, clear_pointers
 
 if TYPE_CHECKING:

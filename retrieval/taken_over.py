@@ -171,8 +171,8 @@ def _with_items(items: Items, replaced: list[Item], places: list[int], new: list
     def column(name: str, values: list[str]) -> list[str]:
         found = list(values)
         for place, item in zip(places, replaced):
-            found[place] = _word(item, name)
-        return [*found, *(_word(item, name) for item in new)]
+            found[place] = _word(item, name, found[place])
+        return [*found, *(_word(item, name, "") for item in new)]
 
     created = np.concatenate([items.created_at, np.zeros(len(new), np.int64)])
     numbers = {name: np.concatenate([known, np.zeros(len(new))]) for name, known in items.numbers.items()}
@@ -186,5 +186,6 @@ def _with_items(items: Items, replaced: list[Item], places: list[int], new: list
     return Items(ids, words["title"], words["text"], words["category"], words["creator"], created, numbers, facets)
 
 
-def _word(item: Item, name: str) -> str:
-    return item.facets.get(name, "") if name in FACETS else str(getattr(item, name))
+def _word(item: Item, name: str, before: str) -> str:
+    """A word of an item put in by day; what nobody can say by day stays as the folder said it."""
+    return item.facets.get(name, before) if name in FACETS else str(getattr(item, name))

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from retrieval.counts import Counts
 from retrieval.data.schema import MISSING_TIME, Dataset, Item, Items
-from retrieval.moments import NightError, moment_words
+from retrieval.moments import NightError, checked_words
 
 Numbers = dict[str, npt.NDArray[np.float64]]
 Rows = npt.NDArray[np.int64]
@@ -46,14 +46,6 @@ class Tonight:
     def records(self) -> list[Item]:
         """The items as records, in row order."""
         return [self.items[row] for row in range(len(self.items))]
-
-
-def checked_words(as_of: int) -> str:
-    """The time as a person reads it. Raises NightError if it is none."""
-    try:
-        return moment_words(as_of)
-    except (OverflowError, ValueError, OSError) as error:
-        raise NightError(f"--as-of {as_of} is no time in seconds since 1970 (milliseconds, perhaps?): {error}") from error
 
 
 def take_items(items: Items, rows: npt.NDArray[np.int64]) -> Items:

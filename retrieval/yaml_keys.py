@@ -6,7 +6,7 @@ import yaml
 
 
 def repeated_key(root: yaml.Node | None) -> str:
-    """The first key that a mapping has twice, with its line; "" if none has. `root` is what `yaml.compose` returned."""
+    """The first key that a mapping has twice, spelt alike, with its line; "" if none has. `root` of `yaml.compose`."""
     waiting, seen = [root], set[int]()
     while waiting:
         node = waiting.pop()

@@ -90,7 +90,7 @@ def nightly(
     from retrieval.data.read import read_dataset
     from retrieval.hysteresis import Hysteresis
     from retrieval.members import MemberStore
-    from retrieval.moments import read_as_of
+    from retrieval.moments import read_as_of, warn_if_quiet
     from retrieval.refresh import BY_SIZE, SnapshotForm
     from retrieval.refresh import nightly as run
 
@@ -100,6 +100,7 @@ def nightly(
         check_metrics(metrics)
     dataset = read_dataset(data)
     moment = read_as_of(as_of, dataset, time.time())
+    warn_if_quiet(as_of, moment, dataset)
     reader, judge = load_models(encoder, ranker)
     if dims is not None and dims != reader.dims:
         reader = reader.truncated(dims)

@@ -128,9 +128,10 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The product for rows of any leading shape."""
-        out = x.new_empty(x.numel() // x.shape[-1], len(self.weight))
-        self.product(Workspace()).into(x.reshape(len(out), -1), out)
-        return out.view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1])
+        out = x.new_empty(len(rows), len(self.weight))
+        self.product(Workspace()).into(rows, out)
+        return out.view(*x.shape[:-1], len(self.weight))
 
 
 def check_layer(layer: nn.Linear) -> None:

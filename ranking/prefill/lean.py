@@ -65,8 +65,9 @@ class Lean:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the buffers."""
-        return self._space.bytes
+        """Bytes of the buffers, those of int8 layers among them."""
+        value = self.weights.blocks[0].v
+        return self._space.bytes + (value.space.bytes if isinstance(value, int8.Int8) else 0)
 
     def capacity(self, rows: int) -> int:
         """The rows that must be allocated for a prefix of `rows` tokens."""

@@ -41,7 +41,7 @@ def load_engine(
 ) -> Engine:
     """A ready engine over the checkpoint of a folder, in the precision that is fastest here (`fastest`), weights fused.
 
-    `graph_bytes` as in Engine. Raises CheckpointError, UnsupportedModel, LabelError, BackendMissing, Float8Missing, Int8Missing.
+    `graph_bytes` as in Engine. Raises LabelError, BackendMissing, and what `load_model` does.
     """
     wanted = "float32" if arithmetic == "auto" and deterministic else arithmetic
     model = load_model(folder, wanted, device)

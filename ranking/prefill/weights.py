@@ -17,7 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from index.errors import BrewlineError
 from ranking.prefill.float8 import Float8, Float8Linear, Scaled
-from ranking.prefill.int8 import Int8, Int8Linear
+from ranking.prefill.int8 import Int8, Int8Linear, Int8Missing
 from ranking.prefill.workspace import Workspace
 
 FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -228,6 +228,10 @@ def _linear(layer: Any, space: Workspace) -> Product:
     if isinstance(layer, Float8Linear):
         return layer.product
     if isinstance(layer, Int8Linear):
+        if layer.scale.dtype != torch.float32 or layer.scale.device.type != "cpu":
+            raise Int8Missing(
+                f"an int8 model stays float32 on a CPU, got {layer.scale.dtype} on {layer.scale.device}; load it anew"
+            )
         return layer.product(space)
     return Linear(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
 

@@ -21,8 +21,9 @@ PUSHBACK = "grpc-retry-pushback-ms"
 FIRST_S, MOST_S = 0.05, 2.0
 LEAST_S = 0.001
 HINTS = {
-    "Hostname Verification": "its certificate names other hosts; ask by a name that it holds",
-    "Socket closed": "it hung up; does it want TLS (BREWLINE_CA), or a certificate of ours (BREWLINE_CERT, BREWLINE_KEY)?",
+    "Hostname Verification Check failed": "its certificate names other hosts; ask by a name that it holds",
+    "Socket closed": "it hung up; is it going down, or does it want TLS (BREWLINE_CA), or a certificate of ours (BREWLINE_CERT, "
+    "BREWLINE_KEY)?",
     "OK": "it is not believed; is BREWLINE_CA the authority of its certificate?",
 }
 """What the last words of gRPC about a connection that failed stand for."""
@@ -71,9 +72,9 @@ def never_reached(error: grpc.RpcError) -> bool:
 
 def why_not_reached(last: str) -> str:
     """What gRPC's last word about a connection means to whoever wanted it, and what to do."""
-    for word, meaning in HINTS.items():
-        if word in last:
-            return f"no connection ({last.strip('. ')}): {meaning}"
+    word = last.strip(". ")
+    if word in HINTS:
+        return f"no connection ({word}): {HINTS[word]}"
     return f"nobody answers ({last}); is `brewline serve` running there?"
 
 

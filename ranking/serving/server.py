@@ -238,7 +238,9 @@ def serve_until_signal(current: Current, settings: ServeSettings, ready: Callabl
 def _beat() -> None:
     """From now on the parent hears every `BEAT_S` seconds that the event loop turns."""
     with contextlib.suppress(BrokenPipeError):  # it is gone, as the end of the standard input tells
-        os.write(sys.stdout.fileno(), b"\n")
+        with contextlib.suppress(BlockingIOError):  # it does not read: what it will find there is enough
+            os.set_blocking(sys.stdout.fileno(), False)
+            os.write(sys.stdout.fileno(), b"\n")
         asyncio.get_running_loop().call_later(BEAT_S, _beat)
 
 

@@ -148,7 +148,7 @@ def _warm(fresh: Stack, *, ranker: bool) -> None:
     _touch(fresh.snapshot)
     recommender = fresh.now().recommender
     vector = np.array(fresh.snapshot.vectors_at(np.zeros(1, np.int64))[0], np.float32)
-    for name in ATTRIBUTES:
+    for name in (*ATTRIBUTES, *recommender.retriever.catalog.columns.facets):
         recommender.retriever.catalog.attribute(name).rows([""])
     nobody = Wanted(blocked_creators=frozenset({"nobody"}))
     recommender.retrieve(PROBE, WARM_CANDIDATES, vector=vector, wanted=nobody)

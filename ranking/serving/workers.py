@@ -171,13 +171,19 @@ class Workers:
 
 
 async def _heard_to_the_end(outlet: asyncio.StreamReader) -> bool:
-    """Whether a worker went on saying that it lives until it ended. Raises ValueError for a line without end."""
-    try:
-        while await asyncio.wait_for(outlet.readline(), SILENT_S):
-            pass
-    except TimeoutError:
-        return False
-    return True
+    """Whether a worker went on saying that it lives until it ended. Raises ValueError for a line without end.
+
+    Silence is counted in waits of a beat each: one that this process slept through itself (stopped, frozen) is one wait.
+    """
+    silent = 0
+    while silent < SILENT_S / BEAT_S:
+        try:
+            if not await asyncio.wait_for(outlet.readline(), BEAT_S):
+                return True
+            silent = 0
+        except TimeoutError:
+            silent += 1
+    return False
 
 
 def share_of_cores(workers: int, environment: Mapping[str, str]) -> dict[str, str]:

@@ -94,9 +94,11 @@ def _why_none(dataset: Dataset, log: Events, queries: Queries) -> str:
     """What a window without a question has, and what would help."""
     if not len(dataset.events):
         return "the folder has no interactions. Models learn from its texts; judging retrieval needs interactions.parquet."
-    last = f", the last of them at {moment_words(int(log.timestamp[-1]))}" if len(log) else ""
+    timed = dataset.meta.order == "timestamp"
+    last = f", the last of them at {moment_words(int(log.timestamp[-1]))}" if timed and len(log) else ""
+    cut = f" ({moment_words(queries.cut)})" if timed else ""
     return uncounted(dataset) or (
-        f"{len(log)} engagements{last}, and from the cut ({moment_words(queries.cut)}) on {queries.left_out} members touch a new "
+        f"{len(log)} engagements{last}, and from the cut{cut} on {queries.left_out} members touch a new "
         "item, none of whom has a history. Move the cuts or add events."
     )
 

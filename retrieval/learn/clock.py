@@ -18,5 +18,7 @@ def clock_of(kind: Clock) -> Callable[[], float]:
 
 
 def processor_seconds() -> float:
-    """Seconds that this process has spent computing, divided by torch's threads, which are all busy or all wait."""
+    """Seconds that this process has spent computing, divided by torch's threads.
+
+    The threads of a pass are all busy or all wait; what one thread prepares alone counts for a part of what it took."""
     return time.process_time() / torch.get_num_threads()

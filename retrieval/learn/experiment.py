@@ -118,8 +118,8 @@ def predicted_seconds(job: Job, experiment: Experiment, rows: Mapping[str, Row])
     items = batch.targets * (1 + batch.hard) + batch.random_items
     tokens = batch.targets / 2 * budgets.member + items * budgets.item
     passes = 8 if plan.loop.cached or plan.loop.recompute else 6
-    step = passes * plan.size.multiplied * tokens / experiment.speed
-    return foretold(seconds_of_alike(job.run.data, shape_of(plan), rows), plan.minutes, plan.steps, step / (1 - VALIDATION_SHARE))
+    step, share = passes * plan.size.multiplied * tokens / experiment.speed, VALIDATION_SHARE if plan.validation else 0.0
+    return foretold(seconds_of_alike(job.run.data, shape_of(plan), rows), plan.minutes, plan.steps, step / (1 - share))
 
 
 def foretold(alike: float | None, minutes: float | None, steps: int | None, step: float) -> tuple[float, str]:
@@ -143,9 +143,8 @@ def seconds_of_alike(data: str, shape: str, rows: Mapping[str, Row]) -> float | 
 
 def shape_of(plan: EncoderPlan) -> str:
     """What decides how long a training takes."""
-    return digest_of(
-        [asdict(plan.size), asdict(plan.budgets), asdict(plan.batch), plan.steps, plan.minutes, plan.base, plan.device]
-    )
+    parts = [asdict(part) for part in (plan.size, plan.budgets, plan.batch)]
+    return digest_of([*parts, plan.steps, plan.minutes, plan.clock, plan.validation, plan.base, plan.device])
 
 
 def _row(experiment: Experiment, job: Job, dataset: Dataset, progress: Progress) -> Row:

@@ -107,7 +107,7 @@ def _save(folder: Path, trainer: Trainer, plan: EncoderPlan, dataset: Dataset, c
     if plan.lora_rank:
         merge_lora(model)
     # How the length was asked for is no fact about the model: --minutes and --steps that end at one length are one model.
-    asked = ("steps", "minutes", "clock", "base", "learning_rate")
+    asked = ("steps", "minutes", "clock", "validation", "base", "learning_rate")
     settings = {name: value for name, value in asdict(plan).items() if name not in asked}
     facts = {
         "settings": {**settings, "loop": asdict(trainer.settings)},

@@ -101,8 +101,8 @@ def joined(device: str) -> Iterator[Ranks]:
     """Opens the process group that torchrun describes in the environment (none without torchrun), and closes it afterwards.
 
     Raises DeviceMissing."""
+    checked_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        checked_device(device)
         yield Ranks()
         return
     if device.startswith("cuda"):

@@ -68,6 +68,9 @@ def _check(plan: EncoderPlan) -> None:
     wrong = {
         "matryoshka": any(dims < 1 for dims in loop.matryoshka)
         or (plan.base is None and max(loop.matryoshka, default=0) >= plan.size.hidden),
+        "steps": plan.steps is not None and plan.steps < 1,
+        "clock": plan.clock == "processor" and plan.device != "cpu",
+        "validation": not plan.validation and (plan.steps is None or plan.learning_rate is None),
         "near": loop.near is not None and not 0 < loop.near <= 1,
         "hard": batch.hard < 0 or batch.hard_weight <= 0 or batch.mine_every < 1 or batch.mine_skip < 0 or batch.mine_window < 1,
         "share": not 0 < batch.share <= 1,
@@ -80,6 +83,9 @@ def _check(plan: EncoderPlan) -> None:
     }
     expected = {
         "matryoshka": "lengths below the model's width",
+        "steps": "at least one",
+        "clock": "processor time only where the processor does the work, on the device cpu",
+        "validation": "a run that chooses steps and learning_rate, unless both are given",
         "near": "a cosine above 0 and at most 1",
         "hard": "0 or more of a weight above 0, mined every step or less often, from at least one place",
         "share": "above 0 and at most 1",

@@ -65,8 +65,7 @@ def decide(
     if plan.steps is None and plan.minutes is None:
         raise TrainingError("neither steps nor minutes were given; say how long to train")
     if not plan.validation:
-        if plan.steps is None or plan.learning_rate is None:
-            raise TrainingError("without a validation run steps and learning_rate are given, for nothing else could choose them")
+        assert plan.steps is not None
         return Decision(plan.steps, plan.rate), None
     queries = validation_queries(dataset)
     if queries is None:

@@ -20,6 +20,7 @@ from ranking.prefill.request import Limits, Request
 from ranking.prefill.weights import Block, Weights, arithmetic_of
 from ranking.prefill.workspace import Workspace
 from retrieval.device import DeviceMissing
+from retrieval.llama import CheckpointError, save_llama
 
 LABELS = (5, 9)
 KINDS = ["llama", "mistral", "qwen2", "qwen3"]
@@ -222,3 +223,18 @@ def test_a_buffer_follows_its_shape_and_stays_in_place() -> None:
     assert larger.shape == (9, 9) and space.take("a", (4, 6), *place).data_ptr() == larger.data_ptr()
     assert space.take("a", (4, 6), torch.int8, place[1]).dtype == torch.int8
     assert isinstance(small_rows(drawn(2, 4), space), Scaled)
+
+
+def test_codes_are_not_saved_as_weights_and_do_not_follow_to_another_dtype(toy: Any, tmp_path: Path) -> None:
+    small = ready(toy.model(), int8=True)
+    with pytest.raises(CheckpointError, match="held in codes"):
+        save_llama(small, tmp_path)
+    engine = Engine(small, LABELS)
+    small.to(torch.bfloat16)
+    with pytest.raises(Int8Missing, match="stays float32"):
+        engine.score([toy.request(20, [4, 2])])
+    layer = small.model.layers[0].mlp.down_proj
+    assert ready(toy.model(), int8=True).model.layers[0].mlp.down_proj(torch.zeros(0, layer.weight.shape[1])).shape == (
+        0,
+        len(layer.weight),
+    )

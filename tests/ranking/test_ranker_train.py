@@ -162,7 +162,7 @@ def test_engagements_alone_are_compared_with_random_items(tiny_dataset: Dataset,
 def test_a_folder_without_interactions_says_so(tiny_dataset: Dataset, tmp_path: Path) -> None:
     nothing = replace(tiny_dataset, events=tiny_dataset.events.take(np.zeros(0, np.int64)), connections=None)
     report = train_ranker(nothing, tmp_path / "ranker", SMALL)
-    assert "no interactions" in report.note
+    assert "no engagements" in report.note
     assert list(Ranker.load(tmp_path / "ranker").tasks) == ["engage"]
 
 

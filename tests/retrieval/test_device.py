@@ -14,7 +14,10 @@ from retrieval.learn.ranks import joined
 from retrieval.learn.settings import plan_of
 
 
-@pytest.mark.parametrize(("name", "said"), [("gpu", "unknown"), ("meta", "cpu and cuda"), ("cuda:99", "sees"), ("", "unknown")])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("gpu", "unknown"), ("meta", "cpu and cuda"), ("cuda:99", "sees"), ("cpu:0", "one device"), ("", "unknown")],
+)
 def test_what_is_not_there_is_refused_with_what_there_is(name: str, said: str) -> None:
     with pytest.raises(DeviceMissing, match=said):
         checked_device(name)

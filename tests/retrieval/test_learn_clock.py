@@ -49,6 +49,10 @@ def test_a_training_that_others_slow_down_is_as_long_in_processor_time(
 def test_an_unknown_clock_is_refused() -> None:
     with pytest.raises(TrainingError, match="clock"):
         plan_of({"minutes": 1.0, "clock": "sundial"})
+    with pytest.raises(TrainingError, match="on the device cpu"):
+        plan_of({"minutes": 1.0, "clock": "processor", "device": "cuda"})
+    with pytest.raises(TrainingError, match="steps"):
+        plan_of({"steps": 0})
 
 
 def test_a_length_and_a_rate_that_are_given_need_no_validation_run(tiny_dataset: Dataset, tmp_path: Path) -> None:
@@ -59,5 +63,6 @@ def test_a_length_and_a_rate_that_are_given_need_no_validation_run(tiny_dataset:
     assert with_run.validation and not without.validation and not (tmp_path / "False" / "validation").exists()
     one, other = ((tmp_path / str(run) / "model.safetensors").read_bytes() for run in (True, False))
     assert one == other, "the run that only looks decides nothing"
-    with pytest.raises(TrainingError, match="steps and learning_rate are given"):
-        train_encoder(tiny_dataset, tmp_path / "neither", plan_of({"minutes": 1.0, "learning_rate": 1e-3, "validation": False}))
+    with pytest.raises(TrainingError, match="chooses steps and learning_rate"):
+        plan_of({"minutes": 1.0, "learning_rate": 1e-3, "validation": False})
+    assert with_run.fingerprint == without.fingerprint

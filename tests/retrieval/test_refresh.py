@@ -18,7 +18,7 @@ from retrieval.counts import Counts
 from retrieval.data.schema import DAY, Dataset, Item
 from retrieval.encoder import Encoder
 from retrieval.members import VECTOR, MemberStore
-from retrieval.moments import NightError, end_of, read_as_of
+from retrieval.moments import NightError, end_of, read_as_of, warn_if_quiet
 from retrieval.records import view_of
 from retrieval.refresh import nightly
 from retrieval.writer import Writer
@@ -221,11 +221,15 @@ def test_moments_as_people_write_them(tiny_dataset: Dataset) -> None:
 def test_a_night_far_from_the_last_event_is_told(tiny_dataset: Dataset, caplog: pytest.LogCaptureFixture) -> None:
     last = int(tiny_dataset.events.timestamp[-1])
     for text, now in (("now", last + 3 * DAY), ("end", 0), (str(last - 90 * DAY), 0)):
-        read_as_of(text, tiny_dataset, now)
+        warn_if_quiet(text, read_as_of(text, tiny_dataset, now), tiny_dataset)
     assert not caplog.records
-    read_as_of("now", tiny_dataset, last + 419 * DAY)
+    warn_if_quiet("now", last + 419 * DAY, tiny_dataset)
     created = tiny_dataset.items.created_at.copy()
     created[3] = last + 20_000 * DAY
-    read_as_of("end", replace(tiny_dataset, items=replace(tiny_dataset.items, created_at=created)), 0)
-    far, late = (record.getMessage() for record in caplog.records)
-    assert "419 days before" in far and "--as-of end" in far and "20,000 days" in late and "made later" in late
+    late = replace(tiny_dataset, items=replace(tiny_dataset.items, created_at=created))
+    warn_if_quiet("end", read_as_of("end", late, 0), late)
+    far, made = (record.getMessage() for record in caplog.records)
+    assert "419 days before" in far and "--as-of end" in far and "20,000 days" in made and "made later" in made
+    for absurd in (1_700_000_000_000, 10**20):
+        with pytest.raises(NightError, match="milliseconds"):
+            warn_if_quiet(str(absurd), absurd, tiny_dataset)

@@ -157,7 +157,7 @@ def test_tls_and_mutual_tls(stack: Stack, start: Start, pki: Path, tmp_path: Pat
     whole = Credentials(pki / "ca.pem", pki / "shop.pem", pki / "shop.key", token)
     refused = (
         (Credentials(pki / "ca.pem"), "UNAUTHENTICATED", "BREWLINE_TOKEN_FILE"),
-        (Credentials(token=token), "UNAVAILABLE", "does it want TLS"),
+        (Credentials(token=token), "UNAVAILABLE", "or does it want TLS"),
         (Credentials(pki / "stranger.pem", token=token), "UNAVAILABLE", "is BREWLINE_CA the authority"),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from itertools import pairwise
@@ -98,6 +99,21 @@ def test_a_worker_that_hangs_is_killed_and_started_again(tmp_path: Path, monkeyp
         return workers
 
     assert [one.restarts for one in asyncio.run(run()).all] == [1, 0]
+
+
+def test_a_parent_that_stood_still_does_not_take_its_workers_for_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped for longer than a worker may be silent: what was said meanwhile lies in the pipe."""
+    monkeypatch.setattr("ranking.serving.workers.SILENT_S", 5.0)
+
+    async def run() -> Workers:
+        workers = shells(SERVES % 0)
+        async with kept(workers) as until:
+            await until(lambda: bool(workers.all[0].facts))
+            time.sleep(7.0)
+            await asyncio.sleep(3.0)
+        return workers
+
+    assert asyncio.run(run()).all[0].restarts == 0
 
 
 def test_to_look_is_told_to_a_worker_once_it_can_hear_it(tmp_path: Path) -> None:
