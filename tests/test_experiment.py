@@ -114,6 +114,14 @@ def test_rows_are_kept_gone_on_with_and_failures_are_rows(tiny_folder: Path, tmp
     assert [job.digest for job in pending(jobs, rows, retry=True)] == [failed["digest"]]
     table = (experiment.out / "results.md").read_text()
     assert table.count(f"| {done['recall@10']:.4f}") >= 2 and "TokenizerError" in table
+    lines = {
+        line.split("|")[1].strip() + line.split("|")[2].strip(): line.split("|")[10].strip(" *")
+        for line in table.splitlines()
+        if line[:2] == "| "
+    }
+    changed = rows[jobs[2].digest]["recall@100"] - done["recall@100"]
+    assert lines["factorvalue"] == "recall@100 minus default" and lines["base"] == lines["baseno/such/checkpoint"] == ""
+    assert lines["numberslog"] == "+0.0000 ± 0.0000" and lines["numbersnone"].startswith(f"{changed:+.4f} ± ")
 
 
 def test_a_stopped_experiment_goes_on_and_shows_empty_cells(tiny_folder: Path, tmp_path: Path) -> None:

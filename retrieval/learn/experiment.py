@@ -21,7 +21,8 @@ from retrieval.evidence.saved import write_report
 from retrieval.learn.checkpoint import dataset_digest
 from retrieval.learn.fit import train_encoder
 from retrieval.learn.grid import JUDGED_BY, Experiment, ExperimentError, Run
-from retrieval.learn.results import Row, read_rows, write_rows
+from retrieval.learn.paired import JUDGED
+from retrieval.learn.results import DONE, FAILED, Row, read_rows, write_rows
 from retrieval.learn.settings import plan_of
 from retrieval.learn.start import EncoderPlan
 from retrieval.learn.validate import VALIDATION_SHARE, Progress
@@ -29,7 +30,6 @@ from retrieval.learn.whole import WholeModel
 from retrieval.provenance import check_provenance
 
 DIGEST_LENGTH = 16
-FAILED, DONE = "failed", "done"
 
 C = TypeVar("C", bound="Cell")
 
@@ -194,7 +194,7 @@ def _judged(experiment: Experiment, job: Job, dataset: Dataset, progress: Progre
     )
     tell = lambda done, total: progress("evaluate", done, total)  # noqa: E731 - a name for one argument
     report = evaluate_retrieval(dataset, model, settings["counts"], [], progress=tell)
-    write_report(report, dataset, experiment.out / "judged" / job.digest)
+    write_report(report, dataset, experiment.out / JUDGED / job.digest)
     return {**_numbers(report), "evaluate_seconds": round(time.monotonic() - began, 1)}
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval.learn.grid import Experiment, ExperimentError, Run
+from retrieval.learn.grid import BASE, Experiment, ExperimentError, Run
+from retrieval.learn.paired import NORMAL_95, Difference, minus_default
 
 Row = dict[str, Any]
 ROWS, TABLE = "results.parquet", "results.md"
@@ -19,7 +20,10 @@ SHOWN = {
     "ranker": ("auc", "text auc", "gauc", "normalized_entropy", "calibration_error_debiased"),
 }
 """What the table for people shows of each kind; the rows hold more."""
-NORMAL_95 = 1.96
+PAIRED = ("recall@10", "recall@100")
+"""Of an encoder's cell, what is compared with the default's."""
+FAILED, DONE = "failed", "done"
+"""The states of a row."""
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
@@ -53,24 +57,41 @@ def markdown(experiment: Experiment, cells: Sequence[tuple[Run, str]], rows: Map
         "failed for the reason given.\n",
     ]
     shown = SHOWN[experiment.kind]
+    paired = PAIRED if experiment.kind == "encoder" and experiment.design == "one_factor" else ()
+    if paired:
+        lines.append("Minus default: paired over members and seeds, bold where the 95 % interval leaves 0 out.\n")
     for data in experiment.data:
-        lines += [f"\n## {data}\n", "| factor | value | seeds | " + " | ".join(shown) + " | minutes | |"]
-        lines += ["|---" * (5 + len(shown)) + "|"]
+        columns = [*shown, *(f"{name} minus default" for name in paired)]
+        lines += [f"\n## {data}\n", "| factor | value | seeds | " + " | ".join(columns) + " | minutes | |"]
+        lines += ["|---" * (5 + len(columns)) + "|"]
+        done = {(*run_key(run), run.seed): digest for run, digest in cells if rows.get(digest, {}).get("status") == DONE}
         for factor, value, _ in experiment.cells():
-            held = [
-                rows[digest]
-                for run, digest in cells
-                if (run.data, run.factor, run.value) == (data, factor, value) and digest in rows
-            ]
-            lines.append(_line(factor, value, held, shown))
+            held = [rows[digest] for run, digest in cells if run_key(run) == (data, factor, value) and digest in rows]
+            both = [((data, factor, value, seed), (data, BASE, "", seed)) for seed in experiment.seeds]
+            pairs = [(done[ours], done[theirs]) for ours, theirs in both if ours in done and theirs in done]
+            changed = [] if factor == BASE else [_changed(minus_default(experiment.out, pairs, name)) for name in paired]
+            lines.append(_line(factor, value, held, shown, changed or [""] * len(paired)))
     return "\n".join(lines) + "\n"
 
 
-def _line(factor: str, value: str, held: Sequence[Row], shown: Sequence[str]) -> str:
-    done = [row for row in held if row["status"] == "done"]
-    reasons = "; ".join(sorted({_plain(str(row["reason"])) for row in held if row["status"] != "done"}))
+def run_key(run: Run) -> tuple[str, str, str]:
+    """What the seeds of a cell share."""
+    return run.data, run.factor, run.value
+
+
+def _changed(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    mean, half = found
+    said = f"{mean:+.4f} ± {half:.4f}"
+    return f"**{said}**" if abs(mean) > half else said
+
+
+def _line(factor: str, value: str, held: Sequence[Row], shown: Sequence[str], changed: Sequence[str]) -> str:
+    done = [row for row in held if row["status"] == DONE]
+    reasons = "; ".join(sorted({_plain(str(row["reason"])) for row in held if row["status"] != DONE}))
     minutes = f"{np.mean([row['train_seconds'] for row in done]) / 60:.1f}" if done else ""
-    numbers = [_number(done, name) for name in shown]
+    numbers = [*(_number(done, name) for name in shown), *changed]
     return f"| {_plain(factor)} | {_plain(value)} | {len(done)} | {' | '.join(numbers)} | {minutes} | {reasons} |"
 
 
