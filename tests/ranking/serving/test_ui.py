@@ -241,7 +241,7 @@ def test_the_page_has_the_rights_of_its_token(
 
 def test_what_an_answer_lacks_is_told(stack: Stack, start: Start) -> None:
     slow, web = Pace(), Web("127.0.0.1", 0)
-    slow.record(10, 50.0, time.monotonic())
+    slow.record(2_000, 50.0, time.monotonic())
     slowed = replace(stack, recommender=replace(stack.recommender, pace=slow))
     start(slowed, page=web)
     told = asked(web, "/api/recommend?deadline_ms=2000", {"member": {"id": "m5"}})[1]

@@ -265,7 +265,7 @@ def test_a_member_is_edited_and_a_cold_one_described(tab: Tab, stack: Stack, sta
 
 def test_lacks_and_refusals_are_shown(tab: Tab, stack: Stack, start: Start, tmp_path: Path) -> None:
     slow, web, file = Pace(), Web("127.0.0.1", 0), tmp_path / "tokens.txt"
-    slow.record(10, 50.0, time.monotonic())
+    slow.record(2_000, 50.0, time.monotonic())
     reader = make_token(file, "shop", "read")
     start(replace(stack, recommender=replace(stack.recommender, pace=slow)), page=web, tokens=file)
     tab.open(web)

@@ -71,7 +71,7 @@ def test_an_explanation_knows_the_weights(stack: Stack) -> None:
 
 def test_a_late_weighted_answer_still_tells_its_formula(stack: Stack) -> None:
     slow = Pace()
-    slow.record(10, 5.0, time.monotonic())
+    slow.record(2_000, 5.0, time.monotonic())
     slowed = replace(stack, recommender=replace(stack.recommender, pace=slow))
     late = Call("request", time.monotonic(), deadline=time.monotonic() + 0.5, started=time.monotonic())
     response = recommend(slowed, pb.RecommendRequest(member=pb.Member(id="m3"), k=5, fanout=10, weights=WEIGHTS), late)
