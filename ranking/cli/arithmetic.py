@@ -21,7 +21,7 @@ How = Annotated[
     RankerArithmetic,
     typer.Option(
         help="How the ranker multiplies. float32: as it learned. int8: its layers take a quarter of the memory and, from a "
-        "width of 256 on, about three quarters of the time or less, but probabilities move by up to a few hundredths. auto: "
+        "width of 256 on, half to nine tenths of the time, but probabilities move by up to a few hundredths. auto: "
         "bfloat16 on CPUs with matrix units for it, else float32, never int8.",
     ),
 ]

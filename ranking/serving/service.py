@@ -37,8 +37,9 @@ from ranking.serving.workers_peers import Change, Peers
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Upper bounds for how many were taken together."""
-REPLY_S = 0.005
-"""Seconds before the deadline at which an answer without ranking is sent if ranking still runs."""
+REPLY_SHARE, REPLY_S = 0.02, (0.005, 0.05)
+"""What is left of a call's time, as a share and within these seconds, when an answer without ranking is sent because ranking
+still runs: it has a way to go, and on a busy machine to wait for its turn."""
 
 FIRST_STAGES = ("member", "encode", "search")
 RETRY_KEY = "grpc-retry-pushback-ms"
@@ -195,7 +196,8 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
     async def _in_time(self, job: Job, call: Call) -> object:
         """The answer, or one without ranking if that is all there is at the deadline. Raises Late, and what the work raises."""
         future = self._worker.put(job)
-        timeout = None if math.isinf(call.deadline) else max(call.deadline - time.monotonic() - REPLY_S, 0)
+        way = min(max(REPLY_SHARE * (call.deadline - call.arrived), REPLY_S[0]), REPLY_S[1])
+        timeout = None if math.isinf(call.deadline) else max(call.deadline - time.monotonic() - way, 0)
         try:
             return await asyncio.wait_for(future, timeout)
         except TimeoutError:
