@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from index.errors import BrewlineError
+from ranking.cli.arithmetic import RankerArithmetic
 from ranking.cli.bench_capacity import capacity
 from ranking.cli.bench_embed import embed
 from ranking.cli.bench_night import night
@@ -57,15 +58,6 @@ class Precision(StrEnum):
     bfloat16 = "bfloat16"
 
 
-class OurPrecision(StrEnum):
-    """Of the engine's weights; "auto" is the fastest on this machine that rounds no weight to int8."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    int8 = "int8"
-
-
 class ItemLengths(StrEnum):
     """Of the items of one request."""
 
@@ -97,12 +89,12 @@ def prefill(
     ] = None,
     dtype: Annotated[Precision, typer.Option(help="Weights of the model and arithmetic of the plain ways.")] = Precision.float32,
     arithmetic: Annotated[
-        OurPrecision,
+        RankerArithmetic,
         typer.Option(
             help="Arithmetic of the engine; other than the dtype, it converts a copy of the weights. int8 is never chosen by "
             "itself: max_abs_diff says how far its logits are from float32."
         ),
-    ] = OurPrecision.auto,
+    ] = RankerArithmetic.auto,
     repeats: Annotated[int, typer.Option(help="Rounds; the engine runs once before each contender of a round.", min=1)] = 5,
     seed: Annotated[int, typer.Option(help="Decides random weights and tokens.")] = 0,
     seconds: Annotated[float | None, typer.Option(help="Budget; contenders that do not fit say so.", min=1)] = None,

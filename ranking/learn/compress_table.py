@@ -12,10 +12,9 @@ import numpy.typing as npt
 from ranking.learn.chain import ONNX, SCORES, WORK, Done
 from ranking.learn.gates import METRICS, resamples_of
 from ranking.metrics import auc
-from retrieval.evidence.intervals import interval
+from retrieval.evidence.intervals import NORMAL_95, interval
 
 RESAMPLES = 500
-NORMAL_95 = 1.96
 
 Labels = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.float64]

@@ -113,15 +113,6 @@ def check_layer(layer: nn.Linear) -> None:
         raise Float8Missing(f"FP8 products need widths that are multiples of {WIDTH}, got a weight of {seen}; take bfloat16")
 
 
-def side_by_side(layers: list[nn.Linear]) -> list[Float8Linear]:
-    """Layers that read the same rows, in FP8 over one joint weight."""
-    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-    small = scaled(torch.cat([layer.weight.detach() for layer in layers]))
-    sizes = [len(layer.weight) for layer in layers]
-    joint = torch.cat(biases).split(sizes) if biases else [None] * len(sizes)
-    return [Float8Linear(Float8(*part)) for part in zip(small.values.split(sizes), small.scales.split(sizes), joint)]
-
-
 def check_device(device: torch.device) -> None:
     """Raises Float8Missing unless FP8 products run on the device: a CPU, or a CUDA device of capability 8.9 or more."""
     if device.type == "cuda":

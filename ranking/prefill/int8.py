@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,6 @@ from torch import Tensor, nn
 from index.errors import BrewlineError
 from ranking.prefill.float8 import Scaled
 from ranking.prefill.workspace import Workspace
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 LARGEST = 127.0
 """Codes span -127..127."""
@@ -140,15 +136,6 @@ def check_layer(layer: nn.Linear) -> None:
         raise Int8Missing(f"int8 layers are made from a float32 model, got {layer.weight.dtype}; load it in float32")
     if layer.weight.shape[1] < LEAST_WIDTH:
         raise Int8Missing("int8 products need weights of two columns or more, got one; take float32")
-
-
-def side_by_side(layers: Sequence[nn.Linear]) -> list[Int8Linear]:
-    """Layers that read the same rows, in int8 over one joint weight."""
-    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-    small = on_grid(torch.cat([layer.weight.detach() for layer in layers]))
-    sizes = [len(layer.weight) for layer in layers]
-    joint = torch.cat(biases).split(sizes) if biases else [None] * len(sizes)
-    return [Int8Linear(*part) for part in zip(small.values.split(sizes), small.scales.split(sizes), joint)]
 
 
 def check_device(device: torch.device) -> None:

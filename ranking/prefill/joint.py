@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ranking.prefill import float8, int8
@@ -46,7 +46,7 @@ def in_float8(model: PreTrainedModel) -> None:
     """
     _check_plain(model)
     float8.check_device(model.device)
-    _replace(model, float8.check_layer, float8.side_by_side)
+    _replace(model, float8.check_layer, float8.scaled, lambda *part: float8.Float8Linear(float8.Float8(*part)))
 
 
 def in_int8(model: PreTrainedModel) -> None:
@@ -57,7 +57,7 @@ def in_int8(model: PreTrainedModel) -> None:
     """
     _check_plain(model)
     int8.check_device(model.device)
-    _replace(model, int8.check_layer, int8.side_by_side)
+    _replace(model, int8.check_layer, int8.on_grid, int8.Int8Linear)
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -66,16 +66,23 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 
 def _replace(
-    model: PreTrainedModel, check: Callable[[nn.Linear], None], small: Callable[[list[nn.Linear]], Sequence[nn.Module]]
+    model: PreTrainedModel,
+    check: Callable[[nn.Linear], None],
+    coded: Callable[[Tensor], float8.Scaled],
+    made: Callable[[Tensor, Tensor, Tensor | None], nn.Module],
 ) -> None:
-    """Every projection gives way to what `small` makes of those that read the same rows, after `check` has seen all of them."""
+    """Every projection gives way to what is `made` of its part of one joint weight, after `check` has seen all of them."""
     groups = [(layer, names) for layer in model.model.layers for names in TOGETHER]
     for layer, names in groups:
         for name in names:
             check(layer.get_submodule(name))
     for layer, names in groups:
-        for name, made in zip(names, small([layer.get_submodule(name) for name in names])):
-            layer.set_submodule(name, made)
+        held = [layer.get_submodule(name) for name in names]
+        biases = [part.bias.detach() for part in held if part.bias is not None]
+        small, sizes = coded(torch.cat([part.weight.detach() for part in held])), [len(part.weight) for part in held]
+        joint = torch.cat(biases).split(sizes) if biases else [None] * len(sizes)
+        for name, *part in zip(names, small.values.split(sizes), small.scales.split(sizes), joint):
+            layer.set_submodule(name, made(*part))
 
 
 def _move(parameters: Sequence[nn.Parameter]) -> None:

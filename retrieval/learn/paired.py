@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from retrieval.evidence.compare import read_run
-from retrieval.evidence.intervals import Values, standard_error
+from retrieval.evidence.intervals import NORMAL_95, Values, standard_error
 
 JUDGED = "judged"
-NORMAL_95 = 1.96
 Difference = tuple[float, float]
 """The mean, and half of its 95 % interval."""
 

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from retrieval.evidence.intervals import NORMAL_95
 from retrieval.learn.grid import BASE, Experiment, ExperimentError, Run
-from retrieval.learn.paired import NORMAL_95, Difference, minus_default
+from retrieval.learn.paired import Difference, minus_default
 
 Row = dict[str, Any]
 ROWS, TABLE = "results.parquet", "results.md"
