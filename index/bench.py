@@ -18,6 +18,7 @@ CENTRES, NOISE = 2_000, 0.7
 CENTRE_SEED, ITEM_SEED, QUERY_SEED, SHIFT_SEED = 0, 1, 2, 3
 _ROWS = 65_536
 _APART = 11
+_YARD = 1 << 18
 Progress = Callable[[str, int, int], None]
 Find = Callable[[Vectors, int], Rows]
 """The rows [Q, k] of the best, -1 where there are none, for queries [Q, D]."""
@@ -67,8 +68,8 @@ Method = Callable[[Vectors], Iterable[Ready | Missing]]
 class Row:
     """What was measured of one setting: milliseconds per call, queries per second, recall, memory of index and vectors.
 
-    `yardstick_ms` is the median time of one fixed float32 product between its calls: where it differs from other rows', the
-    machine was busy with something else. A method that could not run has a `note` and nothing else.
+    `yardstick_ms` is the median time of 262,144 square roots in one thread between its calls: where it differs from other
+    rows', the machine was busy with something else. A method that could not run has a `note` and nothing else.
     """
 
     method: str
@@ -148,14 +149,15 @@ def _take_turns(ready: Ready, queries: Vectors, wishes: Wishes, progress: Progre
     clocks = [_Clock() for _ in ready.settings]
     spent = [0.0] * len(clocks)
     batches = [np.take(queries, range(at, at + wishes.batch), axis=0, mode="wrap") for at in range(0, len(queries), wishes.batch)]
-    yard = np.ones((256, queries.shape[1]), np.float32), np.ones((queries.shape[1], 4096), np.float32)
+    yard = np.ones(_YARD, np.float32)
     for turn in itertools.count():
         waiting = [place for place, seconds in enumerate(spent) if seconds < wishes.seconds or turn < 4]
         progress(ready.settings[0].name, len(clocks) - len(waiting), len(clocks))
         if not waiting:
             return clocks
         for place in waiting:
-            clocks[place].yardsticks.append(_seconds(lambda: yard[0] @ yard[1]))
+            # Of one thread: the workers of a matrix product go on spinning and would take a core from what is measured next.
+            clocks[place].yardsticks.append(_seconds(lambda: np.sqrt(yard, out=yard)))
             # Another batch for each setting: what one has read must not lie in the cache for the next.
             batch = batches[(turn + _APART * place) % len(batches)]
             taken = _seconds(partial(ready.settings[place].find, batch, wishes.k))

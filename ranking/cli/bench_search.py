@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from index.bench import Method, Progress, Row, Wishes
     from index.hits import Vectors
 
+INTERRUPTED = 130
+"""The exit status that shells give to what Ctrl-C ended."""
 DEFAULT = "ours,faiss,faiss-hnsw,torch,hnswlib,usearch,scann"
 
 
@@ -44,7 +46,8 @@ def search(
 
     Each row of `rows` is one method with one setting: milliseconds of a call (`p50_ms`, `p99_ms`), queries per second (`qps`),
     recall against an exact float32 search (`recall_mean`, `recall_p5`: the worst twentieth), `bytes` of index and vectors. A
-    library that is not installed has a row that says so. Run it alone; rows whose `yardstick_ms` differ were disturbed.
+    library that is not installed has a row that says so. Run it alone; rows whose `yardstick_ms` differ were disturbed. A million
+    vectors take half an hour of two cores, most of it FAISS's training of lists; Ctrl-C keeps what was measured until then.
 
         brewline bench search --items 1000000 --dims 128 --k 2000 --batch 256 --json
         brewline bench search --items 200000 --shift 1 --methods ours,faiss --out frontier/
@@ -61,19 +64,30 @@ def search(
     vectors, queries = _of_store(store, asked, shift) if store else (made_items(items, dims), made_queries(asked, dims, shift))
     facts = {**asdict(wishes), "items": len(vectors), "dims": vectors.shape[1], "shift": shift, "store": store, **machine()}
     with progress_bar("search") as bar:
-        rows = _measured(vectors, queries, chosen, wishes, lambda _, done, total: bar(done, total))
-    found = {**facts, "rows": [row.plain() for row in rows]}
+        rows, complete = _measured(vectors, queries, chosen, wishes, lambda _, done, total: bar(done, total))
+    found = {**facts, "complete": complete, "rows": [row.plain() for row in rows]}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "search.json").write_text(json.dumps(plain(found), indent=1) + "\n", encoding="utf-8")
         draw_frontier(rows, out / "search.png")
     emit(found, as_json=as_json, table=lambda: search_table(rows))
+    if not complete:
+        raise typer.Exit(INTERRUPTED)
 
 
-def _measured(vectors: Vectors, queries: Vectors, chosen: list[Method], wishes: Wishes, progress: Progress) -> list[Row]:
+def _measured(
+    vectors: Vectors, queries: Vectors, chosen: list[Method], wishes: Wishes, progress: Progress
+) -> tuple[list[Row], bool]:
+    """The rows, and whether these are all: Ctrl-C ends the measuring and keeps what was measured."""
     from index.bench import measure
 
-    return list(measure(vectors, queries, chosen, wishes, progress))
+    rows: list[Row] = []
+    try:
+        for row in measure(vectors, queries, chosen, wishes, progress):
+            rows.append(row)
+    except KeyboardInterrupt:
+        return rows, False
+    return rows, True
 
 
 def _of_store(store: Path, asked: int, shift: float) -> tuple[Vectors, Vectors]:

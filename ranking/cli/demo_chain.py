@@ -26,8 +26,9 @@ LEAST_STEPS, CANDIDATES, JUDGED = 10, 80, 8_000
 LABEL = 0.1
 """Weight of the labels in what students learn: a short training hears more from a teacher, which is no noise, than from them."""
 INT8, ONNX = "int8", "onnx"
-GATES = {"auc": 0.02, "gauc": 0.03, "ndcg": 0.05, "ne": 0.03, "ece": 0.02, "judged_by": "value"}
-"""Wider than the defaults and without bounds: on a few hundred held-back answers those of a chain that lost nothing break."""
+GATES = {"auc": 0.02, "gauc": 0.03, "ndcg": 0.05, "ne": 0.03, "ece": 0.02, "judged_by": "better_bound"}
+"""Wider than the defaults, and a step is stopped where it surely broke one: on a few hundred held-back answers the measured loss
+of a chain that lost nothing is at times above any useful limit (a run of .021 +- .013 was .009 better after the test cut)."""
 
 
 @dataclass(frozen=True)

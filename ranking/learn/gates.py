@@ -37,7 +37,8 @@ class Gates:
 
     `auc`, `gauc`, `ndcg`: the most that may be lost, as a share of the parent's; `ne`: the most that may be added, as a share;
     `ece`: the most that may be added; `overlap` of the first ten of a member and `kendall`: the least. With `judged_by` "bound"
-    the worse end of the 95 % interval must hold, with "value" the measured value.
+    the worse end of the 95 % interval must hold, with "value" the measured value, with "better_bound" the better end: such a
+    gate stops only what surely broke, for answers too few to tell a loss from noise.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -49,7 +50,7 @@ class Gates:
     ece: float | None = 0.01
     overlap: float | None = None
     kendall: float | None = None
-    judged_by: Literal["bound", "value"] = "bound"
+    judged_by: Literal["bound", "value", "better_bound"] = "bound"
 
 
 @dataclass(frozen=True)
@@ -214,12 +215,14 @@ def _agreement(parent: Floats, child: Floats, code: Ints) -> dict[str, Measure]:
 def judge(measured: Mapping[str, Measure], gates: Gates) -> list[Check]:
     """One check for each metric; a metric that could not be measured fails if anything is demanded of it."""
     limits = asdict(gates)
-    return [_check(name, one, limits[name], gates.judged_by == "bound") for name, one in measured.items()]
+    return [_check(name, one, limits[name], gates.judged_by) for name, one in measured.items()]
 
 
-def _check(name: str, one: Measure, limit: float | None, by_bound: bool) -> Check:
+def _check(name: str, one: Measure, limit: float | None, judged_by: str) -> Check:
     if limit is None:
         return Check(name, one, None, True)
     if name in KEPT:
-        return Check(name, one, limit, (one.low if by_bound else one.lost) >= limit)
-    return Check(name, one, limit, (one.high if by_bound else one.lost) <= limit)
+        least = {"bound": one.low, "value": one.lost, "better_bound": one.high}[judged_by]
+        return Check(name, one, limit, least >= limit)
+    most = {"bound": one.high, "value": one.lost, "better_bound": one.low}[judged_by]
+    return Check(name, one, limit, most <= limit)

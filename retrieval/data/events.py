@@ -120,8 +120,7 @@ def _order(sheet: Sheet, timestamp: npt.NDArray[np.int64], event_id: npt.NDArray
     """The good rows in time order, ties in event_id order."""
     good = np.flatnonzero(sheet.ok)
     if not len(good):
-        reason = next(iter(sheet.refusals.counts()))
-        raise DataError(f"{sheet.file}: none of {len(sheet):,} rows is valid; most were refused because: {reason}")
+        raise DataError(f"{sheet.file}: none of {len(sheet):,} rows is valid; {sheet.refusals.mostly(sheet.file)}")
     step, ids = np.diff(timestamp[good]), event_id[good]
     if np.all((step > 0) | ((step == 0) & (ids[1:] > ids[:-1]))):
         return good

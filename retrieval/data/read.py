@@ -88,7 +88,7 @@ def _read_items(path: Path, refusals: Refusals) -> Items:
     refuse_repeated(sheet, codes, "duplicate item_id", words)
     kept = np.flatnonzero(sheet.ok)
     if not len(kept):
-        raise DataError(f"{path}: no valid item is left of {len(sheet):,} rows; {_why(refusals)}")
+        raise DataError(f"{path}: no valid item is left of {len(sheet):,} rows; {refusals.mostly(path.name)}")
     created = np.where(unknown, MISSING_TIME, created)[kept]
     ids = words.take(codes[kept]).to_pylist()
     columns = {name: [column[row] for row in kept] for name, column in texts.items()}
@@ -146,8 +146,3 @@ def refuse_repeated(sheet: Sheet, codes: npt.NDArray[np.int32], reason: str, wor
 def _number_columns(sheet: Sheet, taken: frozenset[str]) -> list[str]:
     names = [name for name in sheet.table.column_names if name not in taken and name not in COUNT_COLUMNS]
     return [name for name in names if is_number(sheet.type_of(name))]
-
-
-def _why(refusals: Refusals) -> str:
-    counts = list(refusals.counts())
-    return f"most were refused because: {counts[0]}" if counts else "the file is empty"

@@ -75,6 +75,11 @@ class Refusals(Sequence[Refusal]):
             total[key] = total.get(key, 0) + len(block.rows)
         return dict(sorted(total.items(), key=lambda pair: -pair[1]))
 
+    def mostly(self, file: str) -> str:
+        """Why most refused rows of `file` were, for the message that none is left: "most were refused because: ..."."""
+        reason = next((one for one in self.counts() if one.startswith(f"{file}: ")), "")
+        return f"most were refused because: {reason}" if reason else "the file is empty"
+
     def __len__(self) -> int:
         return sum(len(block.rows) for block in self._blocks)
 

@@ -104,6 +104,13 @@ def test_ragged_repeated_and_huge_rows_are_refused_with_their_number(tmp_path: P
     }  # fmt: skip
 
 
+def test_a_table_of_which_nothing_is_left_says_why(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no valid item in it: most were refused because: items\.csv: item id is missing"):
+        bring(tmp_path, "item_id,title\n,lamp\n,chair\n", maps=())
+    with pytest.raises(DataError, match=r"events\.csv: no valid event in it: most were refused because: events\.csv: "):
+        bring(tmp_path, ITEMS, "member_id,item_id\n,s1\n,s2\n")
+
+
 def test_events_and_members(tmp_path: Path) -> None:
     events = (
         "who,what,when,action,label,position,request_id\n"

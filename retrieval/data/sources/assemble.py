@@ -71,7 +71,9 @@ class ItemsBuilder:
     def items(self, keep: npt.NDArray[np.bool_] | None = None) -> Items:
         """The items so far (where `keep` is true); a column of numbers or facets without any value is left out."""
         if not self.row_of:
-            raise DataError(f"{self._file}: no valid item in it; check that it is the original file")
+            raise DataError(
+                f"{self._file}: no valid item in it: {self._refusals.mostly(self._file)}; check that it is the original file"
+            )
         rows = np.arange(len(self.row_of)) if keep is None else np.flatnonzero(keep)
         numbers = {name: np.frombuffer(column, np.float64)[rows] for name, column in self._numbers.items()}
         words = {name: [column[row] for row in rows] for name, column in self._words.items()}
@@ -175,7 +177,7 @@ def assemble(meta: Meta, items: Items, members: Members, log: Log | None, refusa
     """
     if log is None or not len(log.row):
         if log is not None:
-            raise DataError(f"{log.file}: no valid event in it; check that it is the original file")
+            raise DataError(f"{log.file}: no valid event in it: {refusals.mostly(log.file)}; check that it is the original file")
         note = "no interactions: models can learn from the items' text alone, and there is nothing to evaluate on"
         return Imported(Dataset(meta, items, members, no_events()), refusals, [note])
     item = np.array([items.row_of.get(name, -1) for name in log.item_names], np.int32)[log.item]

@@ -94,7 +94,9 @@ def _add_histories(
 ) -> None:
     """Each member's earliest known history becomes clicks before the first day of the log, oldest first."""
     if not histories:
-        raise DataError("behaviors.tsv: no valid line in it; check that it is the original file")
+        raise DataError(
+            f"behaviors.tsv: no valid line in it: {refusals.mostly('behaviors.tsv')}; check that it is the original file"
+        )
     start = min(time for time, _, _ in histories.values()) // DAY * DAY - HISTORY_DAYS * DAY
     for member, (_, row, history) in histories.items():
         items = history.split()

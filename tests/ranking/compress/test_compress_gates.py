@@ -58,6 +58,15 @@ def test_the_bound_is_stricter_than_the_value() -> None:
     assert passed(kept, Gates(kendall=0.85, judged_by="value"))["kendall"] and not passed(kept, Gates(kendall=0.85))["kendall"]
 
 
+def test_the_better_bound_stops_only_what_surely_broke() -> None:
+    unsure, broken = Measure(0.8, 0.78, 0.021, 0.009, 0.034), Measure(0.8, 0.75, 0.06, 0.03, 0.09)
+    gates = Gates(auc=0.02, kendall=0.9, judged_by="better_bound")
+    assert passed({"auc": unsure}, gates)["auc"] and not passed({"auc": unsure}, Gates(auc=0.02, judged_by="value"))["auc"]
+    assert not passed({"auc": broken}, gates)["auc"]
+    assert passed({"kendall": Measure(1.0, 0.88, 0.88, 0.84, 0.91)}, gates)["kendall"]
+    assert not passed({"kendall": Measure(1.0, 0.8, 0.8, 0.76, 0.85)}, gates)["kendall"]
+
+
 def test_what_could_not_be_measured_fails_if_it_is_demanded() -> None:
     unknown = {"gauc": Measure(np.nan, np.nan, np.nan, np.nan, np.nan)}
     assert not passed(unknown, Gates())["gauc"] and passed(unknown, Gates(gauc=None))["gauc"]

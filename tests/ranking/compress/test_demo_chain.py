@@ -55,7 +55,7 @@ def test_the_plan_can_be_run_and_its_length_follows_from_the_minutes(
     assert student.learn.steps > 10 * short.routes["small"][0].learn.steps  # type: ignore[union-attr]
     assert long.taught == student.learn.steps * student.learn.candidates and long.seeds == [3]
     assert (
-        long.gates.judged_by == "value"
+        long.gates.judged_by == "better_bound"
         and None not in (long.gates.auc, long.gates.ne, long.gates.ece)
         and len(planned(long)) == 3
     )
