@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,15 +35,18 @@ class MethodError(BrewlineError):
     """A method of the benchmark is unknown, or needs a GPU that is not there."""
 
 
-def methods_named(names: list[str]) -> list[Method]:
-    """The methods are returned in the order of their names. Raises MethodError, which lists those that exist."""
+def methods_named(names: list[str], lists: Sequence[int] = LISTS) -> list[Method]:
+    """The methods are returned in the order of their names, FAISS's grid over these numbers of lists.
+
+    Raises MethodError, which lists the methods that exist.
+    """
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
         raise MethodError(f"methods {', '.join(unknown) or '(none)'} are unknown: expected some of {', '.join(METHODS)}")
     asked = [name for name in names if name in GPU_METHODS]
     if asked and (reason := gpu_reason()):
         raise MethodError(f"{', '.join(asked)} cannot run here: {reason}; leave {'them' if asked[1:] else 'it'} out of --methods")
-    return [METHODS[name] for name in names]
+    return [partial(_faiss, grid=lists) if name == "faiss" else METHODS[name] for name in names]
 
 
 def _ours(vectors: Vectors) -> Iterator[Ready]:
@@ -92,9 +95,9 @@ def _flat(vectors: Vectors) -> Iterator[Ready]:
     yield Ready("faiss", time.perf_counter() - started, [Setting("Flat", lambda q, k: index.search(q, k)[1], vectors.nbytes)])
 
 
-def _faiss(vectors: Vectors) -> Iterator[Ready | Missing]:
+def _faiss(vectors: Vectors, grid: Sequence[int] = LISTS) -> Iterator[Ready | Missing]:
     yield from _flat(vectors)
-    for lists in LISTS:
+    for lists in grid:
         if 39 * lists > len(vectors):
             yield Missing("faiss", f"IVF{lists}: {len(vectors)} vectors are too few to train it")
             continue

@@ -179,7 +179,7 @@ class ShortLists:
         threads = self._crew.threads
         if threads == 1:
             return read(visited)
-        read_all = self._crew.each(read, [visited[first::threads] for first in range(min(threads, len(visited)))])
+        read_all = self._crew.beside(read, [visited[first::threads] for first in range(min(threads, len(visited)))])
         return np.concatenate([rows for rows, _ in read_all]), np.concatenate([scores for _, scores in read_all])
 
     def _scan(self, query: Vectors, visited: Rows, bar: float) -> tuple[Vectors, Rows]:

@@ -33,6 +33,10 @@ def search(
         float, typer.Option(help="How far queries lie apart from items: the length of a constant offset.", min=0)
     ] = 0,
     methods: Annotated[str, typer.Option(help="Which to measure, by commas; also faiss-flat, gpu-exact, gpu-torch.")] = DEFAULT,
+    lists: Annotated[
+        list[int] | None,
+        typer.Option(help="A number of lists in FAISS's grid; may be repeated.", min=1, show_default="1024 4096 16384"),
+    ] = None,
     store: Annotated[
         Path | None,
         typer.Option(help="Vectors of the served snapshot; queries are some of them.", exists=True, file_okay=False),
@@ -47,18 +51,18 @@ def search(
     Each row of `rows` is one method with one setting: milliseconds of a call (`p50_ms`, `p99_ms`), queries per second (`qps`),
     recall against an exact float32 search (`recall_mean`, `recall_p5`: the worst twentieth), `bytes` of index and vectors. A
     library that is not installed has a row that says so. Run it alone; rows whose `yardstick_ms` differ were disturbed. A million
-    vectors take half an hour of two cores, most of it FAISS's training of lists; Ctrl-C keeps what was measured until then.
+    vectors take half an hour of two cores, half of it FAISS's training of 16,384 lists; Ctrl-C keeps what was measured.
 
         brewline bench search --items 1000000 --dims 128 --k 2000 --batch 256 --json
-        brewline bench search --items 200000 --shift 1 --methods ours,faiss --out frontier/
+        brewline bench search --items 200000 --shift 1 --methods ours,faiss --lists 1024 --lists 4096 --out frontier/
         brewline bench search --store store/ --k 500
     """
     from index.bench import Wishes, machine, made_items, made_queries
-    from index.bench_peers import methods_named
+    from index.bench_peers import LISTS, methods_named
 
     if out is not None:
         check_drawing()
-    chosen = methods_named([name.strip() for name in methods.split(",") if name.strip()])
+    chosen = methods_named([name.strip() for name in methods.split(",") if name.strip()], lists or LISTS)
     wishes = Wishes(k, batch, judged, seconds)
     asked = max(judged, batch)
     vectors, queries = _of_store(store, asked, shift) if store else (made_items(items, dims), made_queries(asked, dims, shift))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,11 +84,12 @@ def ranking(
     if reader is not None and scores.cosine is not None:
         simple.append(retrieval_alone(dataset, scores.cosine, reader, counts.value))
     report = evaluate_ranking(dataset, rows, simple, counts.value, scores, other_tasks(dataset, loaded, counts.value))
-    if out is not None:
-        write_ranking_report(report, rows, scores, out, shlex.join(["brewline", *sys.argv[1:]]))
     missing = loaded.head is not None and loaded.head.reads_cosine and reader is None
     facts = {"ranker": loaded.fingerprint, "arithmetic": loaded.engine.arithmetic, "notes": [WITHOUT_ENCODER] if missing else []}
-    emit({**report.as_dict(), **facts}, as_json=as_json, table=lambda: ranking_table(report))
+    report = replace(report, facts={**report.facts, **facts})
+    if out is not None:
+        write_ranking_report(report, rows, scores, out, shlex.join(["brewline", *sys.argv[1:]]))
+    emit(report.as_dict(), as_json=as_json, table=lambda: ranking_table(report))
     if missing and not as_json:
         sys.stderr.write(f"{WITHOUT_ENCODER}\n")
 

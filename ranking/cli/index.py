@@ -122,12 +122,12 @@ def gc(
     store: Store,
     keep: Annotated[
         int, typer.Option(help="How many of the newest snapshots stay, beside the served one and its way back.", min=0)
-    ] = 3,
+    ] = 7,
     as_json: AsJson = False,
 ) -> None:
     """Remove old snapshots and what crashed nights left behind. The served one and the one before it always stay.
 
-    brewline index gc --store store/ --keep 7
+    brewline index gc --store store/ --keep 2
     """
     from index.publish import collect_garbage
 

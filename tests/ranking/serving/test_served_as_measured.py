@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -179,6 +180,7 @@ def test_ranked_answers_are_the_measured_ones(
 ) -> None:
     data, models = judged / "data", ["--encoder", judged / "encoder", "--ranker", judged / ranker]
     brewline("evaluate", "ranking", data, *models, "--counts", "frozen", "--out", tmp_path / "out", "--json")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["arithmetic"] == "float32"
     cut = tiny_dataset.meta.cut_test
     brewline("nightly", data, *models, "--store", tmp_path / "store", "--as-of", cut, "--codes", codes, "--json")
     scores = pq.read_table(tmp_path / "out" / "scores.parquet").to_pydict()
