@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from index.durable import exclusive, try_lock, write_durably
@@ -30,7 +30,11 @@ class PublishError(BrewlineError):
 
 @dataclass(frozen=True, slots=True)
 class SnapshotInfo:
-    """One folder of the store. `problem` is empty, or says why the snapshot cannot be used (the facts are then 0)."""
+    """One folder of the store. `problem` is empty, or says why the snapshot cannot be used (the facts are then 0).
+
+    `published`: it is served, or stands in the line of those that were served before it. One that does not was refused by a
+    gate or rolled back, or belongs to a night that has not published yet.
+    """
 
     name: str
     current: bool
@@ -42,6 +46,7 @@ class SnapshotInfo:
     fingerprint: str = ""
     written_at: float = 0.0
     problem: str = ""
+    published: bool = False
 
 
 def publish(store_dir: Path, name: str) -> Path:
@@ -95,7 +100,13 @@ def list_snapshots(store_dir: Path) -> list[SnapshotInfo]:
     """Every finished snapshot of the store is returned, oldest first by the time it was written; damaged ones say so."""
     served = _read_current(store_dir)
     past = _history(store_dir, served)
-    infos = [_info(path, current=path.name == served, rollback=path.name in past[-1:]) for path in _finished(store_dir)]
+    infos = [
+        replace(
+            _info(path, current=path.name == served, rollback=path.name in past[-1:]),
+            published=path.name == served or path.name in past,
+        )
+        for path in _finished(store_dir)
+    ]
     return sorted(infos, key=lambda info: (info.written_at, info.name))
 
 

@@ -41,6 +41,8 @@ class NoSuchStore(BrewlineError):
 def list_(store: Store, as_json: AsJson = False) -> None:
     """List every snapshot, oldest first, with the served one and the one that a rollback goes to.
 
+    One that a gate refused, or that was rolled back, is in no line of served ones (`published` is false in the JSON).
+
     brewline index list --store store/
     """
     from index.publish import list_snapshots
@@ -186,7 +188,8 @@ def _list_table(found: Sequence[SnapshotInfo]) -> Table:
 
     table = Table("snapshot", "state", "items", "as of", "encoder", "MiB")
     for info in found:
-        state = "served" if info.current else "rollback goes here" if info.rollback else ""
+        past = "" if info.published else "not served (refused by a gate, or rolled back)"
+        state = "served" if info.current else "rollback goes here" if info.rollback else past
         facts = (f"{info.count:,}", moment_words(info.as_of), info.fingerprint, f"{info.bytes / 2**20:,.1f}")
         table.add_row(info.name, *((f"damaged: {info.problem}", "", "", "", "") if info.problem else (state, *facts)))
     return table
