@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ranking.cli.bench_report import check_drawing
+from ranking.cli.connection import Ca, Cert, Key, credentials
 from ranking.cli.member_store import MEMBERS_VARIABLE
 from ranking.cli.output import emit, plain
 from ranking.cli.train_report import facts_table, stages
@@ -50,7 +51,8 @@ Members = Annotated[
     str | None, typer.Option(help="The member store, as `brewline serve` takes it.", metavar="URL", envvar=MEMBERS_VARIABLE)
 ]
 Address = Annotated[
-    str | None, typer.Option(help="Measure a running server of this store (plain text, no token).", metavar="HOST:PORT")
+    str | None,
+    typer.Option(help="Measure a running server of this store; a token is read from BREWLINE_TOKEN_FILE.", metavar="HOST:PORT"),
 ]
 ServeOptions = Annotated[str, typer.Option(help="More options for `brewline serve`, as one text.", metavar='"--NAME VALUE ..."')]
 Rate = Annotated[float, typer.Option(help="Requests per second; 0: 30 % of capacity, which is found first.", min=0)]
@@ -68,6 +70,9 @@ def bench_serve(
     ranker: RankerFolder = None,
     members: Members = None,
     address: Address = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
     serve_options: ServeOptions = "",
     method: Annotated[AskedMethod, typer.Option(help="What is asked.")] = AskedMethod.recommend,
     k: Annotated[int, typer.Option("--k", "-k", help="Items of an answer.", min=1)] = 10,
@@ -95,9 +100,13 @@ def bench_serve(
     snapshots; `p99_ms_during_swap` is within a second of a swap. Capacity is the highest rate at which p99 stays within twice
     that of one caller after another. Run it alone; docs/serving-bench.md says more.
 
+    A server with TLS or tokens, started here or not, is shown what `brewline ask` shows: --ca, --cert, --key, or BREWLINE_CA,
+    _CERT, _KEY; a token comes from BREWLINE_TOKEN_FILE or BREWLINE_TOKEN and from nowhere else.
+
         brewline bench serve --store store/ --encoder encoder/ --ranker ranker/ --rate 20 --seconds 60 --swap-every 6 --json
         brewline bench serve --store store/ --encoder encoder/ --ranker ranker/ --overload 5 --out load/
         brewline bench serve --store store/ --encoder encoder/ --method retrieve-cold --batching
+        BREWLINE_TOKEN_FILE=token brewline bench serve --store store/ --address HOST:50051 --ca ca.pem --rate 20
     """
     from ranking.serving.load_bench import BenchWish
     from ranking.serving.load_requests import RequestWish
@@ -107,6 +116,7 @@ def bench_serve(
         raise typer.BadParameter("give --encoder, to start a server, or --address of one that runs")
     if batching and (method is AskedMethod.recommend or capacity or overload or swap_every):
         raise typer.BadParameter("--batching goes with --method retrieve or retrieve-cold and neither a search nor swaps")
+    credentials(ca, cert, key)
     server = ServerWish(store, encoder or Path(), ranker, members, shlex.split(serve_options))
     asked = RequestWish(method.value, k, fanout, filtered, distinct, seed)
     even, budget = arriving is Arrivals.even, budget_ms if batching else 0.0

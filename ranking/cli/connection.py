@@ -39,12 +39,13 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_DEADLINE_MS = 30_000.0
 
 
-def credentials(
-    ca: Annotated[Path | None, typer.Option(help="Whose servers to trust (PEM); turns TLS on.", metavar="FILE")] = None,
-    cert: Annotated[Path | None, typer.Option(help="Our own certificate, for mTLS.", metavar="FILE")] = None,
-    key: Annotated[Path | None, typer.Option(help="Its private key.", metavar="FILE")] = None,
-) -> None:
-    """What the commands of a group show a server: over BREWLINE_CA, _CERT and _KEY. A token comes from the environment alone."""
+Ca = Annotated[Path | None, typer.Option(help="Whose servers to trust (PEM); turns TLS on.", metavar="FILE")]
+Cert = Annotated[Path | None, typer.Option(help="Our own certificate, for mTLS.", metavar="FILE")]
+Key = Annotated[Path | None, typer.Option(help="Its private key.", metavar="FILE")]
+
+
+def credentials(ca: Ca = None, cert: Cert = None, key: Key = None) -> None:
+    """What this process shows a server: over BREWLINE_CA, _CERT and _KEY. A token comes from the environment alone."""
     for name, given in (("CA", ca), ("CERT", cert), ("KEY", key)):
         if given is not None:
             os.environ[f"BREWLINE_{name}"] = str(given)

@@ -9,15 +9,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ranking.serving.client import Client
 from ranking.serving.load import LoadError, Measured, Progress, Target, arrivals, closed_load, figures, open_load
 from ranking.serving.load_capacity import Capacity, batching, find_capacity, overload_figures, prober, unloaded
 from ranking.serving.load_requests import METHODS, RequestWish, requests_of
 from ranking.serving.load_server import ServerWish, served
 from ranking.serving.load_swap import Move, Swap, pair_of, seen_swaps, swap_figures, swapping
+from ranking.serving.security_client import Credentials, tls_of
 
 USUAL_SHARE = 0.3
 """Of capacity: what a service is run at that has room for a machine that fails."""
 WARM_S, WARM_CALLERS = 2.0, 4
+ENTRY_MS = 10_000
+OWN = "localhost:0"
+"""Where a server of our own will be; the port is not known yet."""
 NO_SWAPS = {"pointer_moves": 0, "swaps": 0, "p99_ms_during_swap": None}
 
 StageProgress = Callable[[str, int, int], None]
@@ -25,7 +30,8 @@ StageProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class BenchWish:
-    """What to measure. `address` names a running server of the same store, else `server` is started.
+    """What to measure. `address` names a running server of the same store, else `server` is started. What is shown to either is
+    what the environment names (`Credentials.from_environment`).
 
     `rate` 0 is `USUAL_SHARE` of capacity. `overload`: so many times capacity instead. `capacity_only`: nothing after the search.
     `batching_budget_ms`: only the comparison of batches within this percentile. `swap_every` 0 leaves the pointer alone.
@@ -60,11 +66,18 @@ class BenchResult:
 
 
 def bench_serve(wish: BenchWish, told: StageProgress) -> BenchResult:
-    """A server was measured, and the store is as it was. Raises LoadError, NoSecondSnapshot, PointerMoved."""
+    """A server was measured, and the store is as it was.
+
+    Raises LoadError, NoSecondSnapshot, PointerMoved; CertificateError or TokenError for what cannot be shown to a server, and
+    ServiceError if it lets nobody in who shows that.
+    """
+    shown = Credentials.from_environment()
+    tls_of(wish.address or OWN, shown)  # a file that cannot be used is said at once, not after the models are loaded
     if wish.swap_every:
         pair_of(wish.server.store)  # said at once, not after the search for the capacity
     requests = requests_of(wish.server.store, wish.server.members, wish.requests)
     with _address(wish) as address:
+        _enter(address)
         target = Target(address, METHODS[wish.requests.method], requests, wish.deadline_s)
         _warm(target, partial(told, "warm"))
         facts, run, moves = _measure(target, wish, told)
@@ -79,6 +92,8 @@ def bench_serve(wish: BenchWish, told: StageProgress) -> BenchResult:
         "distinct_requests": len(requests),
         "cores": len(os.sched_getaffinity(0)),
         "server_options": list(wish.server.options),
+        "tls": shown.ca is not None,
+        "token": bool(shown.token),
     }
     return BenchResult({**figures(run), **swaps, **about, **facts}, run, seen_swaps(run, moves))
 
@@ -91,6 +106,12 @@ def _address(wish: BenchWish) -> Iterator[str]:
     with served(wish.server) as server:
         yield server.address
         server.check()
+
+
+def _enter(address: str) -> None:
+    """The server lets us in: a load that is turned away would only fill its audit log. Raises ServiceError."""
+    with Client(address, ENTRY_MS, attempts=1) as client:
+        client.info()
 
 
 def _warm(target: Target, progress: Progress) -> None:

@@ -6,6 +6,9 @@ its latency counts from there, so a generator that falls behind makes the figure
 
     python -m ranking.serving.load_run < plan.json > outcome.json
 
+What it shows the server it reads where every client does, in the environment (`Credentials.from_environment`): no plan, no
+command line and no outcome holds a token.
+
 No torch and no models here: on a machine with few cores they would take from the server what is to be measured.
 """
 
@@ -22,7 +25,9 @@ from dataclasses import asdict, dataclass, field
 
 import grpc
 
+from index.errors import BrewlineError
 from ranking.serving import recommender_pb2 as pb
+from ranking.serving.security_client import Credentials, tls_of
 
 CONNECTIONS = 4
 """So that no request waits for another one's bytes on the way."""
@@ -144,12 +149,13 @@ async def closed_loop(sender: Sender, concurrency: int, seconds: float) -> None:
     await asyncio.gather(*(caller() for _ in range(concurrency)))
 
 
-async def run(plan: Plan) -> Outcome:
-    """The plan was carried out. Raises TimeoutError if nobody listens at the address."""
-    channels = [grpc.aio.insecure_channel(plan.address, options=OPTIONS) for _ in range(CONNECTIONS)]
+async def run(plan: Plan, credentials: Credentials) -> Outcome:
+    """The plan was carried out. Raises TimeoutError if nobody listens at the address, CertificateError, TokenError."""
+    tls = tls_of(plan.address, credentials)
+    channels = [_channel(plan.address, tls) for _ in range(CONNECTIONS)]
     try:
         await asyncio.wait_for(asyncio.gather(*(channel.channel_ready() for channel in channels)), CONNECT_S)
-        sender = Sender(plan, [_ask(channel, plan.method) for channel in channels])
+        sender = Sender(plan, [_ask(channel, plan.method, credentials.metadata) for channel in channels])
         sender.outcome.started = time.monotonic() + HEAD_START_S
         cpu = time.process_time()
         if plan.at:
@@ -163,11 +169,17 @@ async def run(plan: Plan) -> Outcome:
         await asyncio.gather(*(channel.close() for channel in channels))
 
 
-def _ask(channel: grpc.aio.Channel, method: str) -> Ask:
+def _channel(address: str, tls: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=OPTIONS)
+    return grpc.aio.secure_channel(address, tls, options=OPTIONS)
+
+
+def _ask(channel: grpc.aio.Channel, method: str, metadata: tuple[tuple[str, str], ...]) -> Ask:
     call = channel.unary_unary(f"/{pb.DESCRIPTOR.services_by_name['Recommender'].full_name}/{method}")
 
     async def ask(request: bytes, deadline_s: float) -> bytes:
-        return bytes(await call(request, timeout=deadline_s if math.isfinite(deadline_s) else None))
+        return bytes(await call(request, timeout=deadline_s if math.isfinite(deadline_s) else None, metadata=metadata))
 
     return ask
 
@@ -176,9 +188,11 @@ def main() -> None:
     """Reads a plan on stdin, carries it out, and writes the outcome on stdout."""
     plan = Plan(**json.load(sys.stdin))
     try:
-        outcome = asyncio.run(run(plan))
+        outcome = asyncio.run(run(plan, Credentials.from_environment()))
     except TimeoutError:
         sys.exit(f"nobody answers at {plan.address}")
+    except BrewlineError as error:
+        sys.exit(str(error))
     json.dump(asdict(outcome), sys.stdout)
 
 

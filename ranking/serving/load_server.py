@@ -24,6 +24,8 @@ STOP_S = 60.0
 POLL_S = 0.5
 MEMBERS = "BREWLINE_MEMBERS"
 """The variable that `ranking.cli.member_store` reads: a URL with a password among the words of a command shows in `ps`."""
+CALLERS = ("BREWLINE_TOKEN", "BREWLINE_TOKEN_FILE")
+"""What a caller shows (`security_client`) is none of the server's business: it knows hashes."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class ServerWish:
         return [sys.executable, "-m", "ranking.cli.main", "serve", *words, *self.options]
 
     def environment(self) -> dict[str, str]:
-        """What the server reads beside its command line: this process's own, and the address of the members."""
-        own = {name: value for name, value in os.environ.items() if name != MEMBERS}
+        """What the server reads beside its command line: this process's own, no token, and the address of the members."""
+        own = {name: value for name, value in os.environ.items() if name not in (MEMBERS, *CALLERS)}
         return own if self.members is None else {**own, MEMBERS: self.members}
 
 

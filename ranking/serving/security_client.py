@@ -32,6 +32,11 @@ class Credentials:
         token = read_token(Path(file)) if file else os.environ.get("BREWLINE_TOKEN", "").strip()
         return cls(Path(ca) if ca else None, Path(cert) if cert else None, Path(key) if key else None, token)
 
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What every call shows beside its request."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
 
 def read_token(path: Path) -> str:
     """The one line of a file. Raises TokenError."""
@@ -45,7 +50,17 @@ def read_token(path: Path) -> str:
 
 
 def open_channel(address: str, credentials: Credentials) -> grpc.Channel:
-    """A channel that shows what `credentials` hold.
+    """A channel that shows what `credentials` hold. Raises as `tls_of`."""
+    tls = tls_of(address, credentials)
+    if tls is None:
+        channel = grpc.insecure_channel(address, options=OPTIONS)
+    else:
+        channel = grpc.secure_channel(address, tls, options=OPTIONS)
+    return grpc.intercept_channel(channel, Bearer(credentials.token)) if credentials.token else channel
+
+
+def tls_of(address: str, credentials: Credentials) -> grpc.ChannelCredentials | None:
+    """What a channel to the address is secured with, None for plain text.
 
     Raises CertificateError, and TokenError for a token that would leave this machine without TLS.
     """
@@ -54,14 +69,8 @@ def open_channel(address: str, credentials: Credentials) -> grpc.Channel:
     if credentials.ca is None:
         if credentials.token and not is_loopback(address.rpartition(":")[0].strip("[]")):
             raise TokenError(f"a token for {address} would cross the network readable to all: set BREWLINE_CA to the server's CA")
-        channel = grpc.insecure_channel(address, options=OPTIONS)
-    else:
-        channel = grpc.secure_channel(address, _tls(credentials, credentials.ca), options=OPTIONS)
-    return grpc.intercept_channel(channel, Bearer(credentials.token)) if credentials.token else channel
-
-
-def _tls(credentials: Credentials, ca: Path) -> grpc.ChannelCredentials:
-    roots, key, cert = read_pem(ca, "CERTIFICATE"), None, None
+        return None
+    roots, key, cert = read_pem(credentials.ca, "CERTIFICATE"), None, None
     if credentials.key is not None and credentials.cert is not None:
         check_private(credentials.key)
         key, cert = read_pem(credentials.key, "PRIVATE KEY"), read_pem(credentials.cert, "CERTIFICATE")
@@ -85,13 +94,13 @@ class Bearer(grpc.UnaryUnaryClientInterceptor):
     """Sends the token with every call."""
 
     def __init__(self, token: str) -> None:
-        self._header = ("authorization", f"Bearer {token}")
+        self._shown = Credentials(token=token).metadata
 
     def intercept_unary_unary(
         self, continuation: Callable[..., Any], client_call_details: grpc.ClientCallDetails, request: object
     ) -> Any:
         """The call's outcome."""
         seen = client_call_details
-        metadata = [*(seen.metadata or ()), self._header]
+        metadata = [*(seen.metadata or ()), *self._shown]
         more = _DetailsOfCall(seen.method, seen.timeout, metadata, seen.credentials, seen.wait_for_ready, seen.compression)
         return continuation(more, request)

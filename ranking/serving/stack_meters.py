@@ -35,6 +35,9 @@ def add_stack(readings: Readings, current: Current, version: str) -> None:
     readings.add("brewline_swaps_total", told, lambda: _swaps(current), ("result",), counter=True)
     told = "1 while what is published is refused and what was there before is served on, else 0."
     readings.add("brewline_swap_stuck", told, lambda: {(): float(bool(current.swap.reason))})
+    told = "How far the calendar's clock was set on (or back: negative) since the start, seconds."
+    apart = _clocks_apart()
+    readings.add("brewline_clock_jump_seconds", told, lambda: {(): _clocks_apart() - apart})
 
 
 @dataclass
@@ -60,6 +63,10 @@ def _info(stack: Stack, version: str) -> Numbers:
     ranker, attention = ("", "") if stack.ranker is None else (stack.ranker.fingerprint, stack.ranker.engine.backend)
     first_stage = stack.recommender.retriever.first_stage
     return {(stack.snapshot.name, stack.encoder.fingerprint, ranker, first_stage, attention, version): 1}
+
+
+def _clocks_apart() -> float:
+    return time.time() - time.monotonic()
 
 
 def _items(stack: Stack) -> Numbers:

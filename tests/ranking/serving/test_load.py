@@ -22,6 +22,7 @@ from index.errors import BrewlineError
 from ranking.cli.main import app
 from ranking.cli.member_store import MEMBERS_VARIABLE
 from ranking.serving import recommender_pb2 as pb
+from ranking.serving.client import ServiceError
 from ranking.serving.load import Floats, LoadError, Measured, Target, arrivals, closed_load, figures, open_load, quantile
 from ranking.serving.load_capacity import NoCapacity, Unloaded, find_capacity, overload_figures, prober, unloaded
 from ranking.serving.load_requests import RequestWish, requests_of
@@ -227,7 +228,7 @@ def test_what_cannot_be_measured_is_one_line(night: Path, port: int) -> None:
     assert "give --encoder" in bench("--store", night / "store").output
     assert "--batching goes with" in bench(*at, f"127.0.0.1:{port}", "--batching").output
     nobody = bench(*at, "127.0.0.1:1", "--rate", 5, "--seconds", 1).exception
-    assert isinstance(nobody, LoadError) and "nobody answers at 127.0.0.1:1" in str(nobody)
+    assert isinstance(nobody, ServiceError) and "127.0.0.1:1 says UNAVAILABLE: nobody answers" in str(nobody)
 
 
 def test_a_server_that_does_not_start_says_why(night: Path, port: int) -> None:
