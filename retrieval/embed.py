@@ -22,6 +22,7 @@ from retrieval.data.schema import Item
 from retrieval.features import Quantizer
 from retrieval.hysteresis import EXACT, Hysteresis, Mask, Numbers
 from retrieval.tonight import Rows, Tonight
+from retrieval.units import Here, UnitReader
 from retrieval.yesterday import Opened
 
 if TYPE_CHECKING:
@@ -40,13 +41,14 @@ PROMPT_TEXTS = ("title", "category", "creator", "text")
 class Embedded:
     """Vectors float32 [N,D], prompt digests [N] and the as-of numbers float64 [N] by name that the prompts were written with.
 
-    `count` items were encoded anew.
+    `count` items were encoded anew, `where` the reader of units says.
     """
 
     vectors: Vectors
     digests: Sequence[str]
     numbers: Numbers
     count: int
+    where: str
 
 
 def embed_changed(
@@ -57,12 +59,14 @@ def embed_changed(
     codes: Codes = "float32",
     made: Mapping[str, tuple[str, Vectors]] = NOTHING,
     hysteresis: Hysteresis = EXACT,
+    reader: UnitReader | None = None,
 ) -> Embedded:
     """Tonight's items as vectors, before they are coded: yesterday's where the same encoder read the same prompt, else new.
 
     The same but for numbers that `hysteresis` lets pass, that is; whatever is written anew is written with tonight's numbers.
     Yesterday's will do if they are whole or in tonight's codes: coding them once more gives what coding new ones would. So will
-    those that this encoder `made` by day, item id -> (prompt digest, vector).
+    those that this encoder `made` by day, item id -> (prompt digest, vector). New ones are read in units by `reader`, which holds
+    this encoder too; None: in this process.
     """
     from retrieval.encoder import row_digest
 
@@ -89,9 +93,10 @@ def embed_changed(
             fresh.append(place)
         else:
             vectors[row] = vector
+    reader = reader or Here(encoder)
     if fresh:
-        vectors[new[fresh]] = encoder.embed([tokens[place] for place in fresh], lambda done, of: told("items", done, of))
-    return Embedded(vectors, digests.tolist(), numbers, len(fresh))
+        vectors[new[fresh]] = reader.embed([tokens[place] for place in fresh], lambda done, of: told("items", done, of))
+    return Embedded(vectors, digests.tolist(), numbers, len(fresh), reader.where)
 
 
 def _usable(before: Manifest, fingerprint: str, codes: Codes) -> bool:

@@ -50,6 +50,7 @@ from retrieval.popular import POPULAR_PART, write_popular
 from retrieval.records import ItemWords
 from retrieval.taken_over import CHANGES_PART, TakenOver, cut_of, ended, facts_of, take_over
 from retrieval.tonight import Rows, Tonight
+from retrieval.units import UnitReader
 from retrieval.yesterday import Yesterday, alone, clear_pointers
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ PLAIN = SnapshotForm()
 
 @dataclass(frozen=True)
 class NightReport:
-    """What a night did. `embedded` items were encoded, the other `items` kept yesterday's vector; durations in seconds.
+    """What a night did. `embedded` items were encoded, and by whom; the other `items` kept yesterday's vector; durations in s.
 
     Up to `live_position` of the log, `put` items and `withdrawn` ids won over the folder; `removed` old snapshots are gone.
 
@@ -104,6 +105,7 @@ class NightReport:
     as_of: int
     items: int
     embedded: int
+    embedded_by: str
     put: int
     withdrawn: int
     live_position: int
@@ -142,6 +144,7 @@ def nightly(
     *,
     keep: int = KEPT,
     least_overlap: float = 0.0,
+    reader: UnitReader | None = None,
     clock: Callable[[], float] = time.time,
 ) -> NightReport:
     """The items as of a time (seconds) are searchable and served, and the members' records and vectors are in the store.
@@ -149,6 +152,7 @@ def nightly(
     Only items whose prompt changed since the published snapshot of the same encoder are encoded, and of changed numbers only by
     those that `form.hysteresis` does not let pass; a damaged snapshot is replaced; the `keep` newest snapshots stay. `clock`
     tells when the changes of the log were taken over. An overlap with the predecessor below `least_overlap` is a failed gate.
+    Changed items are read by `reader`, which holds this encoder too (None: in this process); members are always read here.
     Raises BuildError for a plan that does not fit, NightError, StoreBusy while another night works on the store, GateFailed
     (nothing is published then), LogDamaged, and what the parts raise.
     """
@@ -165,7 +169,7 @@ def nightly(
         form.plan.require(len(tonight.items) // form.shards, encoder.dims)
         with spent("embed"):
             made = taken.made(encoder.fingerprint)
-            embedded = embed_changed(tonight, encoder, yesterday.opened, told, form.codes, made, form.hysteresis)
+            embedded = embed_changed(tonight, encoder, yesterday.opened, told, form.codes, made, form.hysteresis, reader)
         words = ItemWords(tonight.items)
         queries = member_queries(dataset, words, encoder, as_of)
         with spent("index"):
@@ -183,13 +187,13 @@ def nightly(
         trim_folded(store_dir)
         ended(store_dir)
     judge = "" if ranker is None else ranker.fingerprint
-    return _report(snapshot, yesterday, embedded.count, taken, removed, loaded, judge, form.hysteresis, moved, spent)
+    return _report(snapshot, yesterday, embedded, taken, removed, loaded, judge, form.hysteresis, moved, spent)
 
 
 def _report(
     snapshot: Snapshot,
     yesterday: Yesterday,
-    embedded: int,
+    embedded: Embedded,
     taken: TakenOver,
     removed: int,
     loaded: tuple[int, int],
@@ -206,7 +210,8 @@ def _report(
         items_before=None if yesterday.snapshot is None else yesterday.snapshot.manifest.count,
         as_of=facts.as_of,
         items=facts.count,
-        embedded=embedded,
+        embedded=embedded.count,
+        embedded_by=embedded.where,
         put=len(taken.folded.upserts),
         withdrawn=len(taken.folded.withdrawn),
         live_position=taken.folded.position,

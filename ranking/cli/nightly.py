@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +17,11 @@ from ranking.cli.night_metrics import check_metrics, write_metrics
 from ranking.cli.output import Report, emit, progress_bar, words
 
 if TYPE_CHECKING:
-    from retrieval.refresh import NightReport, Progress
+    from retrieval.data.schema import Dataset
+    from retrieval.encoder import Encoder
+    from retrieval.hybrid import HybridSettings
+    from retrieval.refresh import NightReport, Progress, SnapshotForm
+    from retrieval.units import UnitReader
 
 DEFAULT_HYSTERESIS = 0
 """A snapshot that follows from data, encoder and time alone, and equals a rebuild, is worth more than half the embedding: who
@@ -50,6 +54,25 @@ LeastOverlap = Annotated[
     float,
     typer.Option(help="Of yesterday's best 2,000 this share must be found again, or nothing is published; 0: any.", min=0, max=1),
 ]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="Encode what changed on the machines of a Ray cluster (extra `cluster`), to the same vectors. local: a Ray on this "
+        "machine for this night; auto: the cluster that this machine is part of; or HOST:PORT. Default: without Ray.",
+        metavar="ADDRESS",
+        show_default=False,
+    ),
+]
+RayWorkers = Annotated[
+    int | None,
+    typer.Option(
+        help="With --ray: processes that encode, each with the model in its memory, on as many threads as this one would. "
+        "Default: as many as the cluster has room for.",
+        min=1,
+        show_default=False,
+    ),
+]
 
 
 def nightly(
@@ -69,6 +92,8 @@ def nightly(
     least_overlap: LeastOverlap = 0,
     keep: Keep = 7,
     as_of: AsOf = "now",
+    ray: RayAddress = None,
+    ray_workers: RayWorkers = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Encode what changed, build and check the index, load the members, and publish. No snapshot is served before the end.
@@ -83,35 +108,65 @@ def nightly(
         brewline nightly data/ --encoder encoder/ --store store/ --hybrid --dims 64 --codes int8
         brewline nightly data/ --encoder encoder/ --store store/ --recipe recipe.json --least-overlap 0.5
         brewline nightly data/ --encoder encoder/ --store store/ --shards 8
+        brewline nightly data/ --encoder encoder/ --store store/ --ray auto --ray-workers 16
     """
     from index.store import open_store
-    from index.tune import read_choice
     from ranking.serving.stack import default_members, load_models
-    from retrieval.data.read import read_dataset
-    from retrieval.hysteresis import Hysteresis
     from retrieval.members import MemberStore
-    from retrieval.moments import read_as_of, warn_if_quiet
-    from retrieval.refresh import BY_SIZE, SnapshotForm
     from retrieval.refresh import nightly as run
 
-    plan = BY_SIZE if recipe is None else read_choice(recipe)
-    form = SnapshotForm(codes.value, hybrid_settings(hybrid, hybrid_weights), Hysteresis(hysteresis), plan, shards)
+    form = _form(codes, hybrid_settings(hybrid, hybrid_weights), hysteresis, recipe, shards)
     if metrics is not None:
         check_metrics(metrics)
-    dataset = read_dataset(data)
-    moment = read_as_of(as_of, dataset, time.time())
-    warn_if_quiet(as_of, moment, dataset)
-    reader, judge = load_models(encoder, ranker)
-    if dims is not None and dims != reader.dims:
-        reader = reader.truncated(dims)
-    _make(store)
-    with closing(open_store(members or default_members(store))) as opened, stage_bars() as told:
-        opened.ping()  # a Redis store connects at first use, which would otherwise come after hours of encoding
-        kept = MemberStore(opened, reader.fingerprint)
-        report = run(dataset, reader, judge, store, moment, kept, told, form, keep=keep, least_overlap=least_overlap)
+    with _cluster(ray, ray_workers) as cluster:
+        dataset, moment = _known(data, as_of)
+        reader, judge = load_models(encoder, ranker)
+        if dims is not None and dims != reader.dims:
+            reader = reader.truncated(dims)
+        far = cluster(reader, encoder)
+        _make(store)
+        with closing(open_store(members or default_members(store))) as opened, stage_bars() as told:
+            opened.ping()  # a Redis store connects at first use, which would otherwise come after hours of encoding
+            kept = MemberStore(opened, reader.fingerprint)
+            report = run(
+                dataset, reader, judge, store, moment, kept, told, form, keep=keep, least_overlap=least_overlap, reader=far
+            )
     if metrics is not None:
         write_metrics(metrics, report, time.time())
     emit(vars(report), as_json=as_json, table=lambda: _table(report))
+
+
+def _form(codes: CodesChoice, hybrid: HybridSettings | None, buckets: int, recipe: Path | None, shards: int) -> SnapshotForm:
+    from index.tune import read_choice
+    from retrieval.hysteresis import Hysteresis
+    from retrieval.refresh import BY_SIZE, SnapshotForm
+
+    return SnapshotForm(codes.value, hybrid, Hysteresis(buckets), BY_SIZE if recipe is None else read_choice(recipe), shards)
+
+
+def _known(data: Path, as_of: str) -> tuple[Dataset, int]:
+    """The data folder, and the time that a person wrote in seconds. Raises NightError and what reading raises."""
+    from retrieval.data.read import read_dataset
+    from retrieval.moments import read_as_of, warn_if_quiet
+
+    dataset = read_dataset(data)
+    moment = read_as_of(as_of, dataset, time.time())
+    warn_if_quiet(as_of, moment, dataset)
+    return dataset, moment
+
+
+@contextmanager
+def _cluster(address: str | None, workers: int | None) -> Iterator[Callable[[Encoder, Path], UnitReader | None]]:
+    """Yields what makes a reader of units of the encoder of a folder; None, and no Ray is asked for, without an address."""
+    if address is None:
+        if workers is not None:
+            raise typer.BadParameter("they are workers of a Ray cluster: say --ray too", param_hint="--ray-workers")
+        yield lambda *_: None
+        return
+    from retrieval.cluster import ClusterReader, connected
+
+    with connected(address) as ray:
+        yield lambda encoder, folder: ClusterReader(ray, encoder, folder, workers=workers)
 
 
 def _make(store: Path) -> None:
@@ -149,7 +204,10 @@ def _table(report: NightReport) -> Table:
     if report.items_before is not None:
         compared = f"{report.items_before:,} items, tonight's count was compared with that"
     table.add_row("before", words(f"{report.predecessor or 'nothing was published'}; {compared}"))
-    table.add_row("items", f"{report.items:,}, of which {report.embedded:,} were encoded in {report.seconds_embed:.1f} s")
+    table.add_row(
+        "items",
+        f"{report.items:,}, of which {report.embedded:,} were encoded in {report.seconds_embed:.1f} s, by {report.embedded_by}",
+    )
     stray = f"up to {report.hysteresis} buckets from the encoded one change nothing"
     table.add_row("numbers", stray if report.hysteresis else "every change of a bucket counts")
     if report.live_position:

@@ -105,7 +105,7 @@ READ: Mapping[str, Callable[[str], Any]] = {
 
 
 class Ingress:
-    """Answers the contract's calls: reads requests, asks the other deployments, puts answers together. Holds no model."""
+    """Answers the contract's calls: reads requests, asks the other deployments, puts answers together. No model, no torch."""
 
     def __init__(
         self, settings: ClusterSettings, published: str, encoder: Any, shards: Sequence[Any], ranker: Any = None
@@ -164,8 +164,6 @@ class Ingress:
                 loop, (encoder, shards, ranker) = asyncio.get_running_loop(), self._handles
                 asks = [_asking(one, loop, self._settings.timeout_s) for one in (encoder, *shards)]
                 judge = None if ranker is None else _asking(ranker, loop, self._settings.timeout_s)
-                if judge is not None:  # what its answers are made of: read for the first time by the loop, it would stop the loop
-                    await loop.run_in_executor(self._threads, import_module, "ranking.ranker")
                 self._stack = await loop.run_in_executor(
                     self._threads, far_stack, self._settings.source, self._published, asks[0], asks[1:], judge
                 )

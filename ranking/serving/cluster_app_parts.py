@@ -23,21 +23,21 @@ from index.search import Searcher
 from index.serving import Serving
 from index.shards import ShardError, Shards
 from index.snapshot import Shard, Snapshot
+from ranking.fusion import Head
 from ranking.pipeline import Recommender
 from ranking.serving.stack import Origin, Stack, load_encoder, load_ranker, open_members, require_pair
 from ranking.serving.swap_look import Source, look
 from ranking.serving.today import Today
-from ranking.tasks import Task
+from ranking.tasks import Task, task_named
 from retrieval.catalog import Catalog
 from retrieval.data.schema import Item, MemberView
 from retrieval.members import MemberStore
 from retrieval.retrieve import Retriever
 
 if TYPE_CHECKING:
-    from ranking.fusion import Head
     from ranking.fusion_features import Asked
     from ranking.pipeline import Floats
-    from ranking.ranker import Ranker, RankerFacts
+    from ranking.ranker import Ranker
     from retrieval.encoder import Encoder
 
 Ask = Callable[..., Any]
@@ -53,6 +53,18 @@ class EncoderAbout:
     fingerprint: str
     dims: int
     actions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RankerAbout:
+    """What a ranker's replicas are: of `RankerFacts` what the line reads, without that class's module, which loads torch. The
+    tasks come by name, the main one first; `fused` names those whose words numbers join, by the `head`."""
+
+    fingerprint: str
+    encoder: str | None
+    tasks: Mapping[str, Task]
+    fused: frozenset[str]
+    head: Head | None
 
 
 class EncoderReplica:
@@ -101,9 +113,11 @@ class RankerReplica:
     def __init__(self, folder: str) -> None:
         self._ranker = load_ranker(Path(folder))
 
-    def about(self) -> tuple[str, RankerFacts, Head | None]:
-        """Its fingerprint, its facts, and the head that joins numbers to its words."""
-        return self._ranker.fingerprint, self._ranker.facts, self._ranker.head
+    def about(self) -> RankerAbout:
+        """What it is."""
+        ranker = self._ranker
+        fused = frozenset(name for name in ranker.tasks if ranker.fuses(name))
+        return RankerAbout(ranker.fingerprint, ranker.facts.encoder, ranker.tasks, fused, ranker.head)
 
     def score(
         self, view: MemberView, tokens: list[list[int]], task: str, relations: list[str] | None, numbers: Asked | None
@@ -156,10 +170,8 @@ class FarRanker:
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
-        self.fingerprint: str
-        self.facts: RankerFacts
-        self.head: Head | None
-        self.fingerprint, self.facts, self.head = ask("about")
+        self.facts: RankerAbout = ask("about")
+        self.fingerprint, self.head = self.facts.fingerprint, self.facts.head
 
     @property
     def tasks(self) -> Mapping[str, Task]:
@@ -168,9 +180,7 @@ class FarRanker:
 
     def fuses(self, task: str = "") -> bool:
         """See `Ranker.fuses`."""
-        from ranking.ranker import Ranker
-
-        return Ranker.fuses(cast("Ranker", self), task)
+        return task_named(self.tasks, task).name in self.facts.fused
 
     def score(
         self,

@@ -74,14 +74,14 @@ with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             told.append(json_format.MessageToDict(found))
         except grpc.RpcError as error:
             told.append([error.code().name, error.details()])
-opened = {}  # kind of replica -> files of the snapshot that it has mapped
+opened = {}  # kind of replica -> files of the snapshot, and of torch, that it has mapped
 for process in Path("/proc").glob("[0-9]*"):
     try:
         title, maps = ((process / name).read_text(errors="replace") for name in ("cmdline", "maps"))
     except OSError:
         continue
     if kind := re.search(r"ServeReplica:brewline:([a-z0-9-]+)", title):
-        opened.setdefault(kind[1], []).extend(re.findall(r"/snapshots/[^/]+/(\\S+)", maps))
+        opened.setdefault(kind[1], []).extend(re.findall(r"/(?:snapshots/[^/]+|torch/lib)/(\\S+)", maps))
 serve.shutdown()
 ray.shutdown()
 print("told:" + json.dumps([*told, opened]))
@@ -294,3 +294,5 @@ def test_a_local_ray_answers_as_one_process(night: Path, divided: Path, whole: S
     files = {kind: {name for name in names if name.endswith((".vectors.npy", ".faiss"))} for kind, names in opened.items()}
     shards = {f"shard-{place}": {f"shard-{place}.vectors.npy"} for place in range(SHARDS)}
     assert files == {"encoder": set(), "ranker": set(), "ingress": set(), **shards} and "catalog.arrow" in opened["ingress"]
+    torch = "libtorch_cpu.so"
+    assert torch in opened["encoder"] and torch not in opened["ingress"], "an ingress is small, and up before the models are"
