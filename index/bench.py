@@ -69,7 +69,8 @@ class Row:
     """What was measured of one setting: milliseconds per call, queries per second, recall, memory of index and vectors.
 
     `yardstick_ms` is the median time of 262,144 square roots in one thread between its calls: where it differs from other
-    rows', the machine was busy with something else. A method that could not run has a `note` and nothing else.
+    rows', the machine was busy with something else; where it does not, something may still have sat on another core. A method
+    that could not run has a `note` and nothing else.
     """
 
     method: str

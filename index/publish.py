@@ -32,8 +32,8 @@ class PublishError(BrewlineError):
 class SnapshotInfo:
     """One folder of the store. `problem` is empty, or says why the snapshot cannot be used (the facts are then 0).
 
-    `published`: it is served, or stands in the line of those that were served before it. One that does not was refused by a
-    gate or rolled back, or belongs to a night that has not published yet.
+    `in_line`: it is served, or stands in the line of those that were served before it. One that does not was refused by a
+    gate or rolled back, belongs to a night that has not published yet, or the line was lost.
     """
 
     name: str
@@ -46,7 +46,7 @@ class SnapshotInfo:
     fingerprint: str = ""
     written_at: float = 0.0
     problem: str = ""
-    published: bool = False
+    in_line: bool = False
 
 
 def publish(store_dir: Path, name: str) -> Path:
@@ -103,7 +103,7 @@ def list_snapshots(store_dir: Path) -> list[SnapshotInfo]:
     infos = [
         replace(
             _info(path, current=path.name == served, rollback=path.name in past[-1:]),
-            published=path.name == served or path.name in past,
+            in_line=path.name == served or path.name in past,
         )
         for path in _finished(store_dir)
     ]

@@ -51,7 +51,8 @@ def search(
     Each row of `rows` is one method with one setting: milliseconds of a call (`p50_ms`, `p99_ms`), queries per second (`qps`),
     recall against an exact float32 search (`recall_mean`, `recall_p5`: the worst twentieth), `bytes` of index and vectors. A
     library that is not installed has a row that says so. Run it alone; rows whose `yardstick_ms` differ were disturbed. A million
-    vectors take half an hour of two cores, half of it FAISS's training of 16,384 lists; Ctrl-C keeps what was measured.
+    vectors take more than half an hour of two cores, 13 minutes of it FAISS's training of 16,384 lists; Ctrl-C keeps what was
+    measured.
 
         brewline bench search --items 1000000 --dims 128 --k 2000 --batch 256 --json
         brewline bench search --items 200000 --shift 1 --methods ours,faiss --lists 1024 --lists 4096 --out frontier/
@@ -60,9 +61,12 @@ def search(
     from index.bench import Wishes, machine, made_items, made_queries
     from index.bench_peers import LISTS, methods_named
 
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    if lists and "faiss" not in names:
+        raise typer.BadParameter("they are FAISS's: name faiss among the --methods too", param_hint="--lists")
     if out is not None:
         check_drawing()
-    chosen = methods_named([name.strip() for name in methods.split(",") if name.strip()], lists or LISTS)
+    chosen = methods_named(names, lists or LISTS)
     wishes = Wishes(k, batch, judged, seconds)
     asked = max(judged, batch)
     vectors, queries = _of_store(store, asked, shift) if store else (made_items(items, dims), made_queries(asked, dims, shift))
@@ -90,6 +94,8 @@ def _measured(
         for row in measure(vectors, queries, chosen, wishes, progress):
             rows.append(row)
     except KeyboardInterrupt:
+        if not rows:
+            raise
         return rows, False
     return rows, True
 

@@ -41,7 +41,7 @@ class NoSuchStore(BrewlineError):
 def list_(store: Store, as_json: AsJson = False) -> None:
     """List every snapshot, oldest first, with the served one and the one that a rollback goes to.
 
-    One that a gate refused, or that was rolled back, is in no line of served ones (`published` is false in the JSON).
+    One that a gate refused, or that was rolled back, is not in the line of served ones (`in_line` is false in the JSON).
 
     brewline index list --store store/
     """
@@ -188,7 +188,7 @@ def _list_table(found: Sequence[SnapshotInfo]) -> Table:
 
     table = Table("snapshot", "state", "items", "as of", "encoder", "MiB")
     for info in found:
-        past = "" if info.published else "not served (refused by a gate, or rolled back)"
+        past = "" if info.in_line else "not in the line of served ones"
         state = "served" if info.current else "rollback goes here" if info.rollback else past
         facts = (f"{info.count:,}", moment_words(info.as_of), info.fingerprint, f"{info.bytes / 2**20:,.1f}")
         table.add_row(info.name, *((f"damaged: {info.problem}", "", "", "", "") if info.problem else (state, *facts)))

@@ -73,6 +73,11 @@ def bench_serve(wish: BenchWish, told: StageProgress) -> BenchResult:
     """
     shown = Credentials.from_environment()
     tls_of(wish.address or OWN, shown)  # a file that cannot be used is said at once, not after the models are loaded
+    if shown.ca is not None and not wish.address and not any(word.startswith("--tls-cert") for word in wish.server.options):
+        raise LoadError(
+            f"BREWLINE_CA or --ca ({shown.ca}) asks for TLS, and the server that is started here speaks plain text: unset it, or "
+            'give the server its side by --serve-options "--tls-cert FILE --tls-key FILE"'
+        )
     if wish.swap_every:
         pair_of(wish.server.store)  # said at once, not after the search for the capacity
     requests = requests_of(wish.server.store, wish.server.members, wish.requests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -66,7 +67,9 @@ def _info(stack: Stack, version: str) -> Numbers:
 
 
 def _clocks_apart() -> float:
-    return time.time() - time.monotonic()
+    # On Linux the steady clock stands still while a machine sleeps; that of the time since its start does not.
+    steady = time.clock_gettime(time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.monotonic()
+    return time.time() - steady
 
 
 def _items(stack: Stack) -> Numbers:

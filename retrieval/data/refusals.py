@@ -78,7 +78,7 @@ class Refusals(Sequence[Refusal]):
     def mostly(self, file: str) -> str:
         """Why most refused rows of `file` were, for the message that none is left: "most were refused because: ..."."""
         reason = next((one for one in self.counts() if one.startswith(f"{file}: ")), "")
-        return f"most were refused because: {reason}" if reason else "the file is empty"
+        return f"most were refused because: {reason}" if reason else "no row was refused, it holds none"
 
     def __len__(self) -> int:
         return sum(len(block.rows) for block in self._blocks)

@@ -45,7 +45,7 @@ def test_every_command_prints_one_json_object(two: tuple[str, str], store: Path)
     assert verified["passed"] and verified["name"] == before
     assert set(verified["gates"][0]) == {"name", "passed", "seen", "expected"}
     assert run("rollback", store=store) == {"served": before}
-    assert [(one["name"], one["published"]) for one in run("list", store=store)["snapshots"]] == [(before, True), (after, False)]
+    assert [(one["name"], one["in_line"]) for one in run("list", store=store)["snapshots"]] == [(before, True), (after, False)]
     assert run("gc", "--keep", "0", store=store) == {"removed": [after]}
 
 

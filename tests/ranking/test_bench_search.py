@@ -10,7 +10,9 @@ from ranking.cli.bench_search import INTERRUPTED
 
 def test_ctrl_c_keeps_what_was_measured() -> None:
     options = "--items 3000 --dims 16 --k 50 --judged 8 --seconds 2 --methods torch,ours --json"
-    command = [sys.executable, "-m", "ranking.cli.main", "bench", "search", *options.split()]
+    # A test that somebody started in the background is deaf to SIGINT, and its children with it.
+    begin = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from ranking.cli.main import main; main()"
+    command = [sys.executable, "-c", begin, "bench", "search", *options.split()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None
         finished = 0  # the truth, torch, our exact search; then eight settings of our lists

@@ -193,6 +193,9 @@ def test_a_server_is_told_its_member_store_where_ps_does_not_look(night: Path, m
     assert "secret" not in " ".join(wish.command()) and wish.environment()[MEMBERS_VARIABLE] == url
     monkeypatch.setenv(MEMBERS_VARIABLE, url)
     assert MEMBERS_VARIABLE not in replace(wish, members=None).environment(), "the store's own members answer then"
+    monkeypatch.setenv("BREWLINE_TOKEN", "secret")
+    monkeypatch.setenv("BREWLINE_TOKEN_FILE", "token")
+    assert not {"BREWLINE_TOKEN", "BREWLINE_TOKEN_FILE"} & set(wish.environment()), "a server knows hashes"
     there = replace(wish, members=f"sqlite:{night}/nowhere/members")
     with pytest.raises(LoadError, match=r"did not start.*nowhere/members cannot be opened"), served(there):
         pass

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from index.errors import BrewlineError
 from ranking.cli.main import app
 from ranking.serving.client import ServiceError
+from ranking.serving.load import LoadError
 from ranking.serving.security_client import Credentials
 from ranking.serving.security_tls import CertificateError, TlsFiles
 from ranking.serving.stack import Stack
@@ -122,6 +123,8 @@ def test_what_does_not_fit_the_server_is_said_in_a_line(
     assert isinstance(plain, ServiceError) and plain.code == "UNAVAILABLE" and "BREWLINE_CA" in str(plain)
     none = bench(night / "store", *at, "--ca", tmp_path / "none.pem").exception
     assert isinstance(none, CertificateError) and "none.pem cannot be read" in str(none)
+    own = bench(night / "store", "--encoder", night / "encoder1", "--ca", pki.cert).exception
+    assert isinstance(own, LoadError) and "--tls-cert" in str(own), "said before models are loaded"
     half = bench(night / "store", *at, "--ca", pki.cert, "--cert", pki.cert).exception
     assert isinstance(half, CertificateError) and "all three" in str(half)
 

