@@ -41,7 +41,7 @@ PROMPT_TEXTS = ("title", "category", "creator", "text")
 class Embedded:
     """Vectors float32 [N,D], prompt digests [N] and the as-of numbers float64 [N] by name that the prompts were written with.
 
-    `count` items were encoded anew, `where` the reader of units says.
+    `count` items were encoded anew, by the reader of units that `where` names.
     """
 
     vectors: Vectors

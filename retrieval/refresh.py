@@ -88,7 +88,8 @@ PLAIN = SnapshotForm()
 
 @dataclass(frozen=True)
 class NightReport:
-    """What a night did. `embedded` items were encoded, and by whom; the other `items` kept yesterday's vector; durations in s.
+    """What a night did. `embedded` items were encoded, the other `items` kept yesterday's vector; durations in s.
+    `embedded_by` is "ray" or "this process": who encodes what changed, if anything did.
 
     Up to `live_position` of the log, `put` items and `withdrawn` ids won over the folder; `removed` old snapshots are gone.
 

@@ -28,7 +28,7 @@ class UnitReader(Protocol):
 
     @property
     def where(self) -> str:
-        """Where they are read, in words."""
+        """Where they are read: "ray" or "this process"."""
 
     def embed(self, rows: Sequence[Sequence[int]], progress: Progress | None = None) -> Vectors:
         """Unit vectors [n, D] of id rows in input order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -68,7 +68,7 @@ RayWorkers = Annotated[
     int | None,
     typer.Option(
         help="With --ray: processes that encode, each with the model in its memory, on as many threads as this one would. "
-        "Default: as many as the cluster has room for.",
+        "Default, and never more: as many as the cluster has room for.",
         min=1,
         show_default=False,
     ),
@@ -118,19 +118,17 @@ def nightly(
     form = _form(codes, hybrid_settings(hybrid, hybrid_weights), hysteresis, recipe, shards)
     if metrics is not None:
         check_metrics(metrics)
-    with _cluster(ray, ray_workers) as cluster:
-        dataset, moment = _known(data, as_of)
-        reader, judge = load_models(encoder, ranker)
-        if dims is not None and dims != reader.dims:
-            reader = reader.truncated(dims)
-        far = cluster(reader, encoder)
-        _make(store)
-        with closing(open_store(members or default_members(store))) as opened, stage_bars() as told:
-            opened.ping()  # a Redis store connects at first use, which would otherwise come after hours of encoding
-            kept = MemberStore(opened, reader.fingerprint)
-            report = run(
-                dataset, reader, judge, store, moment, kept, told, form, keep=keep, least_overlap=least_overlap, reader=far
-            )
+    _check_cluster(ray, ray_workers)
+    dataset, moment = _known(data, as_of)
+    reader, judge = load_models(encoder, ranker)
+    if dims is not None and dims != reader.dims:
+        reader = reader.truncated(dims)
+    far = _far(ray, reader, encoder, ray_workers)
+    _make(store)
+    with closing(open_store(members or default_members(store))) as opened, stage_bars() as told:
+        opened.ping()  # a Redis store connects at first use, which would otherwise come after hours of encoding
+        kept = MemberStore(opened, reader.fingerprint)
+        report = run(dataset, reader, judge, store, moment, kept, told, form, keep=keep, least_overlap=least_overlap, reader=far)
     if metrics is not None:
         write_metrics(metrics, report, time.time())
     emit(vars(report), as_json=as_json, table=lambda: _table(report))
@@ -155,18 +153,24 @@ def _known(data: Path, as_of: str) -> tuple[Dataset, int]:
     return dataset, moment
 
 
-@contextmanager
-def _cluster(address: str | None, workers: int | None) -> Iterator[Callable[[Encoder, Path], UnitReader | None]]:
-    """Yields what makes a reader of units of the encoder of a folder; None, and no Ray is asked for, without an address."""
+def _check_cluster(address: str | None, workers: int | None) -> None:
+    """Raises, before anything is read, BadParameter for workers of no cluster, and ClusterError for one that is not there."""
     if address is None:
         if workers is not None:
             raise typer.BadParameter("they are workers of a Ray cluster: say --ray too", param_hint="--ray-workers")
-        yield lambda *_: None
         return
-    from retrieval.cluster import ClusterReader, connected
+    from retrieval.cluster import check_cluster
 
-    with connected(address) as ray:
-        yield lambda encoder, folder: ClusterReader(ray, encoder, folder, workers=workers)
+    check_cluster(address)
+
+
+def _far(address: str | None, encoder: Encoder, folder: Path, workers: int | None) -> UnitReader | None:
+    """What reads units on the cluster, None without an address. No Ray is asked for yet."""
+    if address is None:
+        return None
+    from retrieval.cluster import ClusterReader
+
+    return ClusterReader(address, encoder, folder, workers=workers)
 
 
 def _make(store: Path) -> None:

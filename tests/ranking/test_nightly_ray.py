@@ -64,7 +64,21 @@ def test_the_next_night_on_a_local_ray_publishes_the_snapshot_of_the_night_witho
     assert done.returncode == 0, done.stderr[-3_000:]
     (line,) = done.stdout.splitlines()
     far, near = json.loads(line), json.loads(plain.stdout)
-    assert (near["embedded_by"], far["embedded_by"]) == ("this process", "ray, at most 2 workers of 1 thread each")
+    assert (near["embedded_by"], far["embedded_by"]) == ("this process", "ray")
     same = ("snapshot", "items", "embedded", "published", "members", "members_encoded", "index")
     assert {name: far[name] for name in same} == {name: near[name] for name in same} and 0 < far["embedded"] < 60
     assert "items: " in done.stderr, "progress is told there"
+
+
+@pytest.mark.skipif(not RAY, reason="needs Ray (extra cluster)")
+def test_a_night_in_which_nothing_changed_starts_no_ray(encoder: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """In a process of its own, which would end at `ray.init`."""
+    asked = words(tiny_folder, encoder, tmp_path / "store", "2024-01-19")
+    first = json.loads(CliRunner().invoke(app, asked).stdout)
+    program = "import sys, ray; ray.init = None; from ranking.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *asked, "--ray", "local"], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3_000:]
+    again = json.loads(done.stdout)
+    assert (again["snapshot"], again["embedded"], again["embedded_by"]) == (first["snapshot"], 0, "ray")

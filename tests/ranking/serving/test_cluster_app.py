@@ -29,14 +29,7 @@ from ranking.serving import answers
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving.answers import Call
 from ranking.serving.batch import retrieve_batch
-from ranking.serving.cluster_app_parts import (
-    Ask,
-    EncoderReplica,
-    FarStack,
-    RankerReplica,
-    ShardReplica,
-    far_stack,
-)
+from ranking.serving.cluster_app_parts import Ask, EncoderReplica, FarStack, RankerReplica, ShardReplica, far_stack
 from ranking.serving.stack import PROBE, Stack, default_members, open_stack
 from ranking.serving.swap_look import Source
 from retrieval.data.schema import Dataset
@@ -262,6 +255,11 @@ def test_parts_of_different_nights_are_refused(night: Path, divided: Path) -> No
         apart(night, divided, searches=searches[:2])
     with pytest.raises(ShardError, match="3 shards are deployed"):
         apart(night, night / "store", searches=searches)
+
+
+def test_who_imports_the_application_loads_no_torch() -> None:
+    program = "import sys, ranking.serving.cluster_app; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
 
 
 @pytest.mark.skipif(not RAY, reason="needs Ray Serve (extra cluster)")
