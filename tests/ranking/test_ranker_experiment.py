@@ -106,5 +106,5 @@ def test_every_cell_of_the_example_is_a_plan() -> None:
     experiment = Experiment.read(Path(__file__).parents[2] / "benchmarks" / "ranker_scaling.yaml")
     runs = list(experiment.runs())
     plans = {str(plan_of({name: held for name, held in run.settings.items() if name not in JUDGED_BY})) for run in runs}
-    assert len(runs) == len(plans) == 3 * 13, "its comment counts them"
-    assert {run.factor for run in runs} == {"base", "share", "size", "budgets.prefix", "positions"}
+    assert len(runs) == len(plans) == 3 * 15, "its comment counts them"
+    assert {run.factor for run in runs} == {"base", "share", "size", "budgets.prefix", "steps", "positions"}
