@@ -100,13 +100,7 @@ def list_snapshots(store_dir: Path) -> list[SnapshotInfo]:
     """Every finished snapshot of the store is returned, oldest first by the time it was written; damaged ones say so."""
     served = _read_current(store_dir)
     past = _history(store_dir, served)
-    infos = [
-        replace(
-            _info(path, current=path.name == served, rollback=path.name in past[-1:]),
-            in_line=path.name == served or path.name in past,
-        )
-        for path in _finished(store_dir)
-    ]
+    infos = [_info(path, served, past) for path in _finished(store_dir)]
     return sorted(infos, key=lambda info: (info.written_at, info.name))
 
 
@@ -163,24 +157,22 @@ def _finished(store_dir: Path) -> list[Path]:
     return [path for path in folder.glob("*") if NAME_PATTERN.fullmatch(path.name) and path.is_dir()]
 
 
-def _info(path: Path, *, current: bool, rollback: bool) -> SnapshotInfo:
-    stamp = path / RUN_FILE
+def _info(path: Path, served: str | None, past: list[str]) -> SnapshotInfo:
+    stamp, name = path / RUN_FILE, path.name
     written_at = stamp.stat().st_mtime if stamp.exists() else path.stat().st_mtime
+    info = SnapshotInfo(name, name == served, name in past[-1:], written_at=written_at, in_line=name == served or name in past)
     try:
         facts = read_manifest(path)
         Snapshot(path, facts).verify(hashes=False)
     except SnapshotError as error:
-        return SnapshotInfo(path.name, current, rollback, written_at=written_at, problem=str(error))
-    return SnapshotInfo(
-        name=path.name,
-        current=current,
-        rollback=rollback,
+        return replace(info, problem=str(error))
+    return replace(
+        info,
         count=facts.count,
         dims=facts.dims,
         as_of=facts.as_of,
         bytes=sum(fact.bytes for fact in facts.files.values()),
         fingerprint=facts.fingerprint,
-        written_at=written_at,
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from ranking.ranker import Ranker, RankerFacts, labels_of, save_ranker
 from ranking.serving import recommender_pb2_grpc
 from ranking.serving.client import Client
 from ranking.serving.current import Current
+from ranking.serving.load import Measured, Target, closed_load
 from ranking.serving.server import ServeSettings, run_server
 from ranking.serving.stack import Stack, open_stack
 from ranking.tasks import tasks_of
@@ -37,6 +40,7 @@ SIZE = Size(hidden=32, layers=1, heads=2, kv_heads=1, mlp=48)
 
 
 Start = Callable[..., tuple[int, Callable[[], None]]]
+Loaded = Callable[..., AbstractContextManager[Callable[[], Measured]]]
 
 
 @pytest.fixture(scope="session")
@@ -151,3 +155,30 @@ def stub(port: int) -> Iterator[recommender_pb2_grpc.RecommenderStub]:
     """The bare generated stub of the running server."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield recommender_pb2_grpc.RecommenderStub(channel)
+
+
+@contextmanager
+def _loaded(target: Target, seconds: float, callers: int, begun: int) -> Iterator[Callable[[], Measured]]:
+    found: list[Measured] = []
+    thread = threading.Thread(target=lambda: found.append(closed_load(target, callers, seconds)))
+    with Client(target.address) as client:
+        before = client.info().requests
+        thread.start()
+        while client.info().requests < before + begun and thread.is_alive():
+            time.sleep(0.02)
+
+    def result() -> Measured:
+        thread.join(120)
+        return found[0]
+
+    try:
+        yield result
+    finally:
+        thread.join(120)
+
+
+@pytest.fixture
+def loaded() -> Loaded:
+    """`with loaded(target, seconds, callers, begun)`: so many ask for so long, and so many were answered; the result says what
+    they were told."""
+    return _loaded

@@ -8,10 +8,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import grpc
@@ -22,7 +21,7 @@ from index.store import open_store
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving import recommender_pb2_grpc
 from ranking.serving.client import Client, ServiceError
-from ranking.serving.load import Measured, Target, closed_load
+from ranking.serving.load import Measured, Target
 from ranking.serving.stack import MEMBERS_FILE, Stack, open_stack
 from retrieval.data.schema import DAY, Dataset, Item, MemberView
 from retrieval.members import RECORD, VECTOR
@@ -30,6 +29,7 @@ from retrieval.recent import Told
 from retrieval.records import Entry
 
 Start = Callable[..., tuple[int, Callable[[], None]]]
+Loaded = Callable[..., AbstractContextManager[Callable[[], Measured]]]
 OK, UNAVAILABLE = 0, 14
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -91,27 +91,6 @@ def retrieves(port: int, deadline_s: float = 20.0) -> Target:
     return Target(f"127.0.0.1:{port}", "Retrieve", requests, deadline_s)
 
 
-@contextmanager
-def loaded(target: Target, seconds: float) -> Iterator[Callable[[], Measured]]:
-    """Four callers ask all the time, and have begun to; the result says what they were told."""
-    found: list[Measured] = []
-    thread = threading.Thread(target=lambda: found.append(closed_load(target, 4, seconds)))
-    with Client(target.address) as client:
-        before = client.info().requests
-        thread.start()
-        while client.info().requests < before + 20:
-            time.sleep(0.05)
-
-    def result() -> Measured:
-        thread.join(60)
-        return found[0]
-
-    try:
-        yield result
-    finally:
-        thread.join(60)
-
-
 def answers_again(port: int, within_s: float = 20.0) -> None:
     """The server answers a member by id before the time is over."""
     until = time.monotonic() + within_s
@@ -127,10 +106,10 @@ def answers_again(port: int, within_s: float = 20.0) -> None:
 
 
 def test_redis_dies_under_load_and_comes_back(
-    night: Path, members_in_redis: Redis, start: Start, views: list[MemberView]
+    night: Path, members_in_redis: Redis, start: Start, views: list[MemberView], loaded: Loaded
 ) -> None:
     port, _ = start(open_stack(night / "store", night / "encoder1", night / "ranker1", members_in_redis.url))
-    with loaded(retrieves(port), 4.0) as result:
+    with loaded(retrieves(port), 4.0, callers=4, begun=20) as result:
         members_in_redis.kill()
         died = time.monotonic()
         with Client(f"127.0.0.1:{port}") as client:

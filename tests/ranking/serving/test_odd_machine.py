@@ -12,11 +12,10 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import grpc
@@ -25,7 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from index.store import open_store
 from ranking.serving.client import Client, ServiceError
-from ranking.serving.load import CODES, Measured, Target, closed_load
+from ranking.serving.load import CODES, Measured, Target
 from ranking.serving.load_requests import RequestWish, requests_of
 from ranking.serving.stack import MEMBERS_FILE, open_stack
 from retrieval.data.exported_journal import JOURNAL_DIR, Shown, read_journal
@@ -34,6 +33,7 @@ from retrieval.data.schema import DAY, Item
 from retrieval.recent import Told, acknowledged
 from retrieval.records import Entry
 
+Loaded = Callable[..., AbstractContextManager[Callable[[], Measured]]]
 SOURCE = Path(__file__).with_name("odd_machine.c")
 HOUR, FOR_EVER_S = 3_600, 3_600.0
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -116,27 +116,6 @@ def server(library: Path, night: Path, copied: Path, tmp_path: Path) -> Iterator
 
 
 @contextmanager
-def loaded(target: Target, seconds: float) -> Iterator[Callable[[], Measured]]:
-    """Three callers ask for so long, and have begun to; the result says what they were told."""
-    found: list[Measured] = []
-    thread = threading.Thread(target=lambda: found.append(closed_load(target, 3, seconds)))
-    with Client(target.address) as client:
-        before = client.info().requests
-        thread.start()
-        while client.info().requests < before + 4 and thread.is_alive():
-            time.sleep(0.02)
-
-    def result() -> Measured:
-        thread.join(120)
-        return found[0]
-
-    try:
-        yield result
-    finally:
-        thread.join(120)
-
-
-@contextmanager
 def perhaps_refused() -> Iterator[None]:
     """A server that is busy may say so, also five times."""
     try:
@@ -149,13 +128,13 @@ def event(name: str, at: int = 0) -> list[Told]:
     return [Told(name, Entry("i1", at, "like"))]
 
 
-def test_nothing_waits_for_or_believes_a_clock_that_jumps(server: Server, night: Path, copied: Path) -> None:
+def test_nothing_waits_for_or_believes_a_clock_that_jumps(server: Server, night: Path, copied: Path, loaded: Loaded) -> None:
     """Two days on, an hour back, and true again, each while members are encoded together."""
     target = Target(server.address, "Retrieve", requests_of(copied, None, RequestWish("retrieve-cold", k=5)), 60.0)
     asked: list[int] = []
     with Client(server.address) as client:
         for turn, jump in enumerate((2 * DAY, -HOUR, 0)):
-            with loaded(target, 3.0) as result:
+            with loaded(target, 3.0, callers=3, begun=4) as result:
                 server.machine.jump(jump)
                 jumped = time.monotonic()
                 asked.append(int(time.time()) + jump)
@@ -179,12 +158,14 @@ def test_nothing_waits_for_or_believes_a_clock_that_jumps(server: Server, night:
     kept(night, copied, [f"u{turn}" for turn in range(3)], [f"e{turn}" for turn in range(3)])
 
 
-def test_a_slow_disk_refuses_in_time_and_loses_nothing_acknowledged(server: Server, night: Path, copied: Path) -> None:
+def test_a_slow_disk_refuses_in_time_and_loses_nothing_acknowledged(
+    server: Server, night: Path, copied: Path, loaded: Loaded
+) -> None:
     """Each read, write and sync below the store takes 200 ms; in the end the server is killed in the middle of that."""
     target = Target(server.address, "Retrieve", requests_of(copied, None, RequestWish("retrieve", k=5)), 5.0)
     put: list[str] = []
     told: list[str] = []
-    with loaded(target, 8.0) as result, Client(server.address, 30_000) as client:
+    with loaded(target, 8.0, callers=3, begun=4) as result, Client(server.address, 30_000) as client:
         server.machine.slow(0.2)
         until = time.monotonic() + 6.0
         while time.monotonic() < until:
