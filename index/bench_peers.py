@@ -16,7 +16,7 @@ from index.bench_gpu import GPU_METHODS
 from index.errors import BrewlineError
 from index.gpu_code import gpu_reason
 from index.hits import Rows, Vectors
-from index.shortlist import FEWEST_ROWS
+from index.tune import SHORT_ROWS
 
 REACHES = (0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998)
 SHARES = (1 / 24, 1 / 20, 1 / 16, 1 / 12, 1 / 10, 1 / 8, 1 / 6, 1 / 4)
@@ -67,22 +67,26 @@ def _ours(vectors: Vectors) -> Iterator[Ready]:
     settings = [Setting(f"lists reach={reach}", partial(find, reach), size) for reach in REACHES]
     yield Ready("ours", time.perf_counter() - started, settings)
     del settings
-    if len(vectors) >= FEWEST_ROWS:
+    if len(vectors) >= SHORT_ROWS:
         yield _short_lists(vectors)
 
 
 def _short_lists(vectors: Vectors) -> Ready:
-    from index.shortlist import ShortLists
+    from index.recipe import choose_short_lists
+    from index.shortlist import TRIED, ShortLists, filled, margins_of
 
     started = time.perf_counter()
-    index = ShortLists(vectors)
-    size = index.bytes + vectors.nbytes
+    lists = choose_short_lists(len(vectors))
+    built = filled(vectors, lists, 0)
+    some = np.random.default_rng(0).choice(len(vectors), TRIED, replace=False)
+    index = ShortLists(built, vectors, nprobe=1, margins=margins_of(built, vectors, vectors[some]))
+    size = len(vectors) * (int(built.code_size) + 8) + lists * int(built.d) * 4 + vectors.nbytes
 
     def find(probes: int, queries: Vectors, k: int) -> Rows:
-        return index.search(queries, k, probes=probes).rows
+        return index.search(queries, k, nprobe=probes).rows
 
-    probed = sorted({max(1, round(share * index.lists)) for share in SHARES})
-    settings = [Setting(f"short list probes={p} of {index.lists}", partial(find, p), size) for p in probed]
+    probed = sorted({max(1, round(share * lists)) for share in SHARES})
+    settings = [Setting(f"short list nprobe={p} of {lists}", partial(find, p), size) for p in probed]
     return Ready("ours", time.perf_counter() - started, settings)
 
 

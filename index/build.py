@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from index.centres import TRAINING_ROWS as CENTRE_ROWS
 from index.certified import truth
 from index.codes import Codes, rounded
-from index.errors import BrewlineError
 from index.exact import overlap
-from index.hits import Hits, Rows, Vectors, check_queries
+from index.hits import Hits, Rows, Vectors
+from index.kinds import MARGIN, NPROBE, Lists, searcher
 from index.manifest import Fact, Recall
-from index.search import Search, Searcher
+from index.recipe import BuildError, Recipe, choose_recipe
+from index.search import Search
 from index.shards import Shards
+from index.shortlist import filled, margins_of
 
 Progress = Callable[[int, int], None]
 
-FLAT_ROWS = 100_000
-FLAT_NUMBERS = FLAT_ROWS * 128
-"""Up to this many rows, or this many numbers, one scan takes milliseconds and stays exact: 1.9 for 100,000 x 128 (one query,
-k = 2,000, the certified scan of `index.serving`)."""
 TRAINING_ROWS_PER_LIST = 64
 """k-means wants at least 39 points per centroid (FAISS warns below that) and gains little beyond a few times that."""
 FAR_OFF = 4
@@ -32,33 +29,6 @@ FAR_OFF = 4
 RECALL_KS = (10, 100, 2_000)
 """How deep the recall is written down, mean and worst twentieth, whatever k the lists were chosen for."""
 _BLOCK_ROWS = 65_536
-
-
-class BuildError(BrewlineError):
-    """An index cannot be built from these vectors or this recipe."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """The kind of index: "Flat" scans everything (lists 0), "IVF256,Flat" visits some of 256 inverted lists.
-
-    With `half` it holds the numbers as float16 ("SQfp16"), half the memory: for vectors that are kept so, the same scores.
-    """
-
-    lists: int = 0
-    half: bool = False
-
-    def __str__(self) -> str:
-        kept = "SQfp16" if self.half else "Flat"
-        return f"IVF{self.lists},{kept}" if self.lists else kept
-
-    @classmethod
-    def parse(cls, text: str) -> Recipe:
-        """The recipe that `str` wrote is returned. Raises BuildError for any other text."""
-        match = re.fullmatch(r"(?:IVF([1-9][0-9]{0,6}),)?(Flat|SQfp16)", text, re.ASCII)
-        if match is None:
-            raise BuildError(f"recipe {text!r} is unknown: expected Flat, SQfp16 or IVF<lists>, before one of them (IVF256,Flat)")
-        return cls(int(match[1] or 0), match[2] != "Flat")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,30 +62,19 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """Filled indexes of one recipe, one for each of the `shards` (none: there is one, of all rows), the facts of their building
-    (training rows, seed, nprobe) and the measured recall of what they find together."""
+    """Filled indexes of one recipe, one for each shard (not divided: one, of all rows), and the facts of their building (training
+    rows, seed, nprobe); `search` asks them together, visiting as many lists as that took, and finds the measured recall."""
 
     indexes: Sequence[Any]
     recipe: Recipe
     facts: dict[str, Fact]
     recall: Recall | None
-    shards: Sequence[Rows] = ()
+    search: Search
 
     @property
     def index(self) -> Any:
         """The index of what is not divided."""
         return self.indexes[0]
-
-    def searcher(self) -> Search:
-        """What visits as many lists as the measurement found to be enough is returned."""
-        return _together(self.indexes, self.shards, int(self.facts["nprobe"]))
-
-
-def choose_recipe(count: int, dims: int) -> Recipe:
-    """A recipe for `count` vectors of `dims` numbers is returned: Flat while a scan is cheap, then about 2 sqrt(N) lists."""
-    if count < FLAT_ROWS or count * dims < FLAT_NUMBERS:
-        return Recipe()
-    return Recipe(int(2 ** round(math.log2(2 * math.sqrt(count)))))
 
 
 def build_index(vectors: Vectors, recipe: Recipe, seed: int, progress: Progress | None = None) -> Any:
@@ -126,6 +85,10 @@ def build_index(vectors: Vectors, recipe: Recipe, seed: int, progress: Progress 
     count, dims = _shape(vectors)
     if recipe.lists > count:
         raise BuildError(f"recipe {recipe} needs at least {recipe.lists} vectors, there are {count}: use Flat")
+    if recipe.short:
+        for start in range(0, count, _BLOCK_ROWS):
+            _finite(vectors[start : start + _BLOCK_ROWS], start)
+        return filled(vectors, recipe.lists, seed, progress)
     index = _empty(dims, recipe)
     if recipe.lists:
         index.cp.seed = seed
@@ -152,7 +115,7 @@ def _empty(dims: int, recipe: Recipe) -> Any:
 
 def training_rows(count: int, recipe: Recipe) -> int:
     """How many of `count` rows the lists are trained on is returned: 0 for Flat."""
-    return min(count, TRAINING_ROWS_PER_LIST * recipe.lists)
+    return min(count, (CENTRE_ROWS if recipe.short else TRAINING_ROWS_PER_LIST) * recipe.lists)
 
 
 def build(
@@ -177,27 +140,37 @@ def build(
     what the snapshot keeps of the vectors, and the recall is against exact search in those. Raises BuildError, CodesError.
     """
     count, dims = _shape(vectors)
-    recipe = recipe or replace(choose_recipe(count // max(1, len(shards)), dims), half=codes == "float16")
+    recipe = recipe or choose_recipe(count // max(1, len(shards)), dims, codes)
     vectors = vectors if codes == "float32" else rounded(vectors, codes)
     indexes = _indexes(vectors, shards, recipe, seed, progress)
     trained = sum(training_rows(one.ntotal, recipe) for one in indexes)
-    facts: dict[str, Fact] = {"seed": seed, "nprobe": 0, "training_rows": trained}
+    facts: dict[str, Fact] = {"seed": seed, NPROBE: 0, "training_rows": trained}
     if count == 0:
-        return Built(indexes, recipe, facts, None, shards)
+        return Built(indexes, recipe, facts, None, _together(_each(indexes, recipe, vectors, shards, {}), shards))
     asked = sample_queries(vectors if queries is None else queries, samples, seed)
+    margins: dict[int, float] = {}
+    if recipe.short:
+        for index, part in zip(indexes, _parts(vectors, shards)):
+            for depth, margin in margins_of(index, part, asked).items():
+                margins[depth] = max(margin, margins.get(depth, margin))
+    facts.update({f"{MARGIN}{depth}": margin for depth, margin in margins.items()})
+    each = _each(indexes, recipe, vectors, shards, margins)
+    together = _together(each, shards)
     source = "items" if queries is None else "members"
     true = truth(vectors, asked, min(k, count))
 
     def find(nprobe: int) -> Hits:
-        return _together(indexes, shards, nprobe).search(asked, true.rows.shape[1])
+        for one in each:
+            one.nprobe = nprobe
+        return together.search(asked, true.rows.shape[1])
 
     nprobe, recall = _least(recipe.lists, lambda probes: summarise(vectors, asked, find(probes), true, source), target)
-    facts.update(nprobe=nprobe, target_recall=target, recall_source=source)
+    facts.update({NPROBE: nprobe}, target_recall=target, recall_source=source)
     found = find(nprobe)
     for depth in (depth for depth in RECALL_KS if depth <= true.rows.shape[1]):
         seen = summarise(vectors, asked, _first(found, depth), _first(true, depth), source)
         facts.update({f"recall@{depth}": seen.mean, f"recall@{depth}_p5": seen.p5})
-    return Built(indexes, recipe, facts, recall, shards)
+    return Built(indexes, recipe, facts, recall, together)
 
 
 def _indexes(vectors: Vectors, shards: Sequence[Rows], recipe: Recipe, seed: int, progress: Progress | None) -> list[Any]:
@@ -212,28 +185,34 @@ def _indexes(vectors: Vectors, shards: Sequence[Rows], recipe: Recipe, seed: int
     return made
 
 
-def _together(indexes: Sequence[Any], shards: Sequence[Rows], nprobe: int) -> Search:
-    each = [Searcher(index, nprobe=nprobe) for index in indexes]
+def _each(
+    indexes: Sequence[Any], recipe: Recipe, vectors: Vectors, shards: Sequence[Rows], margins: Mapping[int, float]
+) -> list[Lists]:
+    least = min(1, recipe.lists)
+    return [searcher(index, recipe, part, nprobe=least, margins=margins) for index, part in zip(indexes, _parts(vectors, shards))]
+
+
+def _together(each: Sequence[Search], shards: Sequence[Rows]) -> Search:
     return Shards(each, shards) if shards else each[0]
 
 
-def choose_nprobe(index: Any, vectors: Vectors, queries: Vectors, k: int, target: float, source: str) -> tuple[int, Recall]:
-    """The smallest number of lists found to reach `target` mean recall@k is returned with the recall it reaches.
+def _parts(vectors: Vectors, shards: Sequence[Rows]) -> Iterator[Vectors]:
+    """The vectors of each shard, copied one after the other; or all of them."""
+    return (vectors[rows] for rows in shards) if shards else iter([vectors])
 
-    Doubling until it is reached, then halving the gap; all lists are exact, so there is always an answer. 0 for Flat.
+
+def least_probes(search: Lists, lists: int, vectors: Vectors, queries: Vectors, true: Hits, target: float, source: str) -> Recall:
+    """`search` visits the smallest number of its lists found to reach `target` mean recall; what it reaches is returned.
+
+    Doubling until it is reached, then halving the gap. All lists are exact but for a short list, which may fall short of it.
     """
-    queries = check_queries(queries, vectors.shape[1])
-    return least_probes(index, vectors, queries, truth(vectors, queries, k), target, source)
-
-
-def least_probes(index: Any, vectors: Vectors, queries: Vectors, true: Hits, target: float, source: str) -> tuple[int, Recall]:
-    """The same against a truth that is known already."""
 
     def measure(nprobe: int) -> Recall:
-        found = Searcher(index, nprobe=nprobe).search(queries, true.rows.shape[1])
-        return summarise(vectors, queries, found, true, source)
+        search.nprobe = nprobe
+        return summarise(vectors, queries, search.search(queries, true.rows.shape[1]), true, source)
 
-    return _least(int(index.nlist) if _is_ivf(index) else 0, measure, target)
+    search.nprobe, recall = _least(lists, measure, target)
+    return recall
 
 
 def _least(lists: int, measure: Callable[[int], Recall], target: float) -> tuple[int, Recall]:

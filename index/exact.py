@@ -67,20 +67,31 @@ def _merge(hits: Hits, query: int, scores: Vectors, start: int) -> None:
 def dot(vectors: Vectors, query: Vectors, rows: Rows | None = None) -> Vectors:
     """The scores float32 [n] of a query [D] with all vectors [N, D], or with these rows of them (all of 0..N-1), are returned.
 
+    As `dots`.
+    """
+    return dots(vectors, query[None], np.arange(len(vectors))[None] if rows is None else rows[None])[0]
+
+
+def dots(vectors: Vectors, queries: Vectors, rows: Rows) -> Vectors:
+    """The scores float32 [Q, n] of each query [Q, D] with its own rows [Q, n] of vectors [N, D] are returned, -inf for row -1.
+
     Each is summed in one order that depends on D alone: equal vectors have equal scores wherever they stand, which matrix
-    products do not promise. FAISS reads the rows in place, at a quarter of what gathering costs. Raises SearchError as above.
+    products do not promise. FAISS reads the rows in place, at a quarter of what gathering costs; its threads share the
+    queries. Raises SearchError for scores that are NaN or infinite.
     """
     import faiss as typed
 
     faiss: Any = typed
-    wanted = np.arange(len(vectors)) if rows is None else np.ascontiguousarray(rows, np.int64)
+    wanted = np.ascontiguousarray(rows, np.int64)
     if vectors.dtype != np.float32 or not vectors.flags.c_contiguous:
-        vectors = np.ascontiguousarray(vectors[wanted], dtype=np.float32)
-        wanted = np.arange(len(wanted))
-    asked, scores = np.ascontiguousarray(query, np.float32), np.empty(len(wanted), np.float32)
+        chosen, places = np.unique(wanted[wanted >= 0], return_inverse=True)
+        vectors = np.ascontiguousarray(vectors[chosen], dtype=np.float32)
+        wanted = wanted.copy()
+        wanted[wanted >= 0] = places
+    asked, scores = np.ascontiguousarray(queries, np.float32), np.empty(wanted.shape, np.float32)
     pointers = [faiss.swig_ptr(array) for array in (scores, asked, vectors, wanted)]
-    faiss.fvec_inner_products_by_idx(*pointers, vectors.shape[1], 1, len(wanted))
-    if not np.isfinite(scores).all():
+    faiss.fvec_inner_products_by_idx(*pointers, vectors.shape[1], len(asked), wanted.shape[1])
+    if not (np.isfinite(scores) | (wanted < 0)).all():
         raise SearchError("a vector gives a score that is NaN or infinite: the vectors are damaged, build them again")
     return scores
 

@@ -148,24 +148,6 @@ class Crew:
             return [task(job) for job in jobs]
         return list(self._pool.map(task, jobs))
 
-    def beside(self, task: Callable[[T], R], jobs: list[T]) -> list[R]:
-        """The same for work as short as the waking of a thread: the caller computes the first job itself instead of waiting.
-
-        The task must compute in one thread by nature, or by FAISS, which is told so: two teams would fight for the cores.
-        """
-        if self._pool is None or len(jobs) < 2:
-            return [task(job) for job in jobs]
-        import faiss
-
-        others = [self._pool.submit(task, job) for job in jobs[1:]]
-        before = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(1)
-        try:
-            mine = task(jobs[0])
-        finally:
-            faiss.omp_set_num_threads(before)
-        return [mine, *(other.result() for other in others)]
-
     def shares(self, count: int) -> list[range]:
         """0..count - 1 cut into one run per thread, none empty."""
         if self.threads == 1:

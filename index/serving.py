@@ -24,7 +24,8 @@ from index.gpu_code import gpu_reason
 from index.gpu_scan import GpuExact
 from index.hits import Hits, Rows, SearchError, Vectors
 from index.int8 import MAX_DIMS, Crew, fastest_way
-from index.search import Search, Searcher
+from index.kinds import as_recipe
+from index.search import Search
 from index.shards import joined, one_by_one
 from index.snapshot import Snapshot
 
@@ -106,7 +107,7 @@ class Serving:
         many = f"{len(facts.shards)} shards, each by " if facts.shards else ""
         if reason:
             each = scan_crew().each if many else one_by_one
-            searcher = joined(snapshot, [Searcher.of(shard) for shard in snapshot.shards], each)
+            searcher = joined(snapshot, [as_recipe(shard) for shard in snapshot.shards], each)
             found = cls(searcher, False, f"{many}FAISS {facts.recipe}: {reason}")
         elif device == "cuda":
             resident = [GpuExact(shard.vectors) for shard in snapshot.shards]

@@ -19,7 +19,8 @@ from index.exact import best
 from index.filters import Allow, Filter, RowSet, check_filters
 from index.hits import Hits, Rows, SearchError, Vectors, check_k, check_queries
 from index.ids import hash_ids
-from index.search import Search, Searcher
+from index.kinds import as_recipe
+from index.search import Search
 from index.snapshot import Snapshot, place_of
 
 Each = Callable[[Callable[[int], Hits], list[int]], Iterable[Hits]]
@@ -110,7 +111,7 @@ def joined(snapshot: Snapshot, searchers: Sequence[Search], each: Each = one_by_
 
 def as_built(snapshot: Snapshot) -> Search:
     """What answers for a snapshot by the indexes that its night built is returned."""
-    return joined(snapshot, [Searcher.of(shard) for shard in snapshot.shards])
+    return joined(snapshot, [as_recipe(shard) for shard in snapshot.shards])
 
 
 def by_hash(ids: Sequence[str], shards: int) -> list[Rows]:

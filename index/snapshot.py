@@ -32,6 +32,7 @@ from index.manifest import (
     SnapshotTorn,
     parse_manifest,
 )
+from index.recipe import Recipe
 
 MANIFEST_FILE, RUN_FILE = "MANIFEST.json", "RUN.json"
 VECTORS_FILE, INDEX_FILE = "vectors.npy", "index.faiss"
@@ -115,9 +116,10 @@ class Shard:
             index = faiss.read_index(str(self.path / file), faiss.IO_FLAG_MMAP_IFC)
         except RuntimeError as error:
             raise SnapshotTorn(f"snapshot {self.path.name}: {file} cannot be read by FAISS ({error})") from None
-        if (index.ntotal, index.d) != (self.count, dims):
+        width = Recipe.parse(self.manifest.recipe).width(dims)
+        if (index.ntotal, index.d) != (self.count, width):
             raise SnapshotTorn(
-                f"snapshot {self.path.name}: {file} holds {index.ntotal} x {index.d}, expected {self.count} x {dims}"
+                f"snapshot {self.path.name}: {file} holds {index.ntotal} x {index.d}, expected {self.count} x {width}"
             )
         return index
 

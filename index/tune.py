@@ -10,19 +10,26 @@ from pathlib import Path
 
 import numpy as np
 
-from index.build import BuildError, Plan, Recipe, build_index, choose_recipe, least_probes, training_rows
+from index.build import Plan, build_index, least_probes, training_rows
 from index.certified import Certified, truth
 from index.certified_codes import coded_bytes
 from index.codes import Codes
 from index.errors import BrewlineError
 from index.hits import Vectors
-from index.search import Search, Searcher
+from index.kinds import searcher
+from index.recipe import BuildError, Recipe, choose_lists, choose_recipe, choose_short_lists
+from index.search import Search
 from index.serving import faiss_reason
+from index.shortlist import margins_of
 
 TARGETS = (0.8, 0.9, 0.95, 0.97, 0.99)
 """Recalls between which the frontier is drawn; the wished one is added."""
+SHORT_ROWS = 20_000
+"""With fewer, everything is scored before a short list is found."""
 _ROW_BYTES = 8
 """FAISS keeps an id of 8 bytes with every vector of a list."""
+_FASTSCAN_ROWS = 32
+"""A list of fast-scan codes is filled up to a multiple of this."""
 _NUMBER = {"float32": 4, "float16": 2, "int8": 1}
 
 
@@ -104,21 +111,30 @@ def read_choice(path: Path) -> Plan:
 def predict(count: int, dims: int, recipe: Recipe, codes: Codes = "float32") -> Weight:
     """The weight of N vectors is returned before anything is built. Kept vectors are mapped, not loaded, if float32.
 
-    Where the certified scan answers it maps the vectors instead of FAISS's file, and its codes come on top.
+    Where the certified scan answers it maps the vectors instead of FAISS's file, and its codes come on top. A short list reads
+    the mapped vectors all the time, so they count.
     """
-    index = count * dims * (2 if recipe.half else 4)
+    index, width = count * dims * (2 if recipe.half else 4), recipe.width(dims)
+    if recipe.short:
+        pairs = width // 2
+        index = (count + recipe.lists * _FASTSCAN_ROWS // 2) * -(-pairs // 2) + pairs * 16 * 2 * 4
     if recipe.lists:
-        index += count * _ROW_BYTES + recipe.lists * dims * 4
+        index += count * _ROW_BYTES + recipe.lists * width * 4
     kept = count * dims * _NUMBER[codes]
     served = coded_bytes(count, dims) if not faiss_reason(str(recipe), codes, count, dims) else 0
-    return Weight(memory=index + served + (0 if codes == "float32" else count * dims * 4), disk=index + kept)
+    if codes != "float32" or recipe.short:
+        served += count * dims * 4
+    return Weight(memory=index + served, disk=index + kept)
 
 
 def candidates(count: int, dims: int, wishes: Wishes) -> list[Recipe]:
     """The recipes worth measuring at this size and within the memory are returned. Raises TuneError if none is."""
-    middle = choose_recipe(count, dims).lists or choose_recipe(max(count, 1_000_000), dims).lists
+    middle = choose_lists(count if choose_recipe(count, dims).lists else max(count, 1_000_000))
     lists = [0, *(many for many in (middle // 2, middle, 2 * middle, 4 * middle) if 39 * many <= count)]
     found = [Recipe(many, half) for many in lists for half in (False, True)]
+    if count >= SHORT_ROWS:
+        least = choose_short_lists(count)
+        found += [Recipe(many, short=True) for many in (least // 2, least) if many]
     if wishes.most_bytes is not None:
         found = [recipe for recipe in found if predict(count, dims, recipe).memory <= wishes.most_bytes]
     if not found:
@@ -138,16 +154,18 @@ def frontier(vectors: Vectors, queries: Vectors, recipes: Sequence[Recipe], wish
         started = time.perf_counter()
         index = build_index(vectors, recipe, wishes.seed)
         built = time.perf_counter() - started
+        margins = margins_of(index, vectors, queries) if recipe.short else {}
+        search = searcher(index, recipe, vectors, nprobe=min(1, recipe.lists), margins=margins)
         reason = faiss_reason(str(recipe), "float32", *vectors.shape)
         seen: set[int] = set()
         for target in sorted({*TARGETS, wishes.target}) if recipe.lists else (1.0,):
-            nprobe, recall = least_probes(index, vectors, queries, true, target, source)
-            if nprobe not in seen:
-                seen.add(nprobe)
-                taken = median_ms(Searcher(index, nprobe=nprobe) if reason else Certified(vectors), queries, k)
+            recall = least_probes(search, recipe.lists, vectors, queries, true, target, source)
+            if search.nprobe not in seen:
+                seen.add(search.nprobe)
+                taken = median_ms(search if reason else Certified(vectors), queries, k)
                 weight = predict(len(vectors), vectors.shape[1], recipe)
-                yield Point(str(recipe), nprobe, recall.mean, recall.p5, taken, built, weight)
-        del index
+                yield Point(str(recipe), search.nprobe, recall.mean, recall.p5, taken, built, weight)
+        del index, search
 
 
 def median_ms(searcher: Search, queries: Vectors, k: int) -> float:

@@ -21,6 +21,7 @@ from index.codes import Codes, encode_rows
 from index.durable import exclusive, fsync_path, sha256_of, try_lock
 from index.ids import Rows, encode_ids
 from index.manifest import Fact, FileFact, Manifest, Recall, SnapshotError, SnapshotTorn
+from index.recipe import Recipe
 from index.snapshot import (
     BLOB_FILE,
     HASHES_FILE,
@@ -191,7 +192,7 @@ class SnapshotWriter:
         if self._shape is None or self._id_count is None or self._index_facts is None:
             raise SnapshotError("a snapshot needs vectors, ids and an index: write all three before the block ends")
         recipe, facts, recall, indexed = self._index_facts
-        expected = [(count, self._shape[1]) for count in self._shards or self._shape[:1]]
+        expected = [(count, Recipe.parse(recipe).width(self._shape[1])) for count in self._shards or self._shape[:1]]
         if expected != indexed or self._shape[0] != self._id_count:
             raise SnapshotError(
                 f"vectors are {_by(expected)}, the index holds {_by(indexed)} and there are {self._id_count} ids: "

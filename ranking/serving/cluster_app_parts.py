@@ -19,7 +19,7 @@ import numpy as np
 from index.certified import Certified
 from index.filters import Allow, RowSet
 from index.hits import Hits, Rows, Vectors
-from index.search import Searcher
+from index.kinds import as_recipe
 from index.serving import Serving
 from index.shards import ShardError, Shards
 from index.snapshot import Shard, Snapshot
@@ -96,7 +96,7 @@ class ShardReplica:
 
     def __init__(self, folder: str, place: int, exact: bool) -> None:
         self._shard = Shard.open(Path(folder), place)
-        self._search = Certified(self._shard.vectors) if exact else Searcher.of(self._shard)
+        self._search = Certified(self._shard.vectors) if exact else as_recipe(self._shard)
 
     def name(self) -> str:
         """The snapshot's name, which is made of its content, and which shard of it this is."""

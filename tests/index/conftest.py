@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from index.build import Recipe, build
+from index.build import build
+from index.recipe import Recipe
 from index.snapshot import Snapshot
 from index.writer import SnapshotWriter
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from index.build import BuildError, Recipe, build
+from index.build import build
 from index.check import run_gates
 from index.codes import CODES, CodesError, codes_named, decode_rows, encode_rows, rounded
 from index.manifest import SnapshotTorn
+from index.recipe import BuildError, Recipe
 from index.search import Searcher
 from index.snapshot import VECTORS_FILE, Snapshot
 from index.writer import SnapshotWriter

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import index.search
-from index.build import Recipe, build_index
+from index.build import build_index
 from index.exact import exact_search
 from index.filters import Column, Filter, FilterError, RowSet
 from index.hits import ExclusionError, FilterIgnored
+from index.recipe import Recipe
 from index.search import Searcher
 
 LANGUAGES = ("de", "fr", "no", None)

@@ -24,7 +24,8 @@ from pathlib import Path
 import faiss, numpy as np
 
 import index.wal_writer
-from index.build import Recipe, build_index
+from index.build import build_index
+from index.recipe import Recipe
 from index.changes import Folded, fold
 from index.live import LIVE_DIR, LiveIndex, folded_position, trim_folded
 from index.publish import collect_garbage, current, publish

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import index.search
-from index.build import Recipe, build_index
+from index.build import build_index
 from index.exact import exact_search, overlap
 from index.hits import ExclusionError, FilterIgnored, Hits, QueryError, SearchError
+from index.recipe import Recipe
 from index.search import Searcher
 
 Floats = npt.NDArray[np.float32]

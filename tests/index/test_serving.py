@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index.build import Recipe, build_index
+from index.build import build_index
 from index.certified import Certified
 from index.exact import exact_search
 from index.filters import RowSet
 from index.hits import ExclusionError, QueryError, SearchError
 from index.live import LiveIndex
+from index.recipe import Recipe
 from index.search import Searcher
 from index.serving import LEAST_ROWS, Serving, faiss_reason
 

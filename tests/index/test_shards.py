@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index.build import Recipe, build
+from index.build import build
 from index.certified import Certified
 from index.filters import FilterError, RowSet
 from index.hits import Hits, Rows, SearchError
 from index.int8 import Crew
+from index.recipe import Recipe
 from index.search import Searcher
 from index.shards import ShardError, Shards, by_hash, one_by_one
 

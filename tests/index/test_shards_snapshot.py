@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from index.build import Recipe, build
+from index.build import build
 from index.certified import Certified
 from index.check import GateSettings, require_gates, run_gates
 from index.diff import compare
@@ -24,6 +24,7 @@ from index.int8 import fastest_way
 from index.live import LiveIndex
 from index.manifest import FileFact, Manifest, Recall, SnapshotError, SnapshotNotFound, SnapshotTorn, SnapshotVersion, digest
 from index.publish import collect_garbage, current, list_snapshots, publish, rollback
+from index.recipe import Recipe
 from index.search import Search, Searcher
 from index.serving import LEAST_ROWS, Serving, exact_twin
 from index.shadow import Shadow

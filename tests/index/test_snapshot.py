@@ -174,7 +174,8 @@ def test_a_time_in_milliseconds_far_away_is_refused(make_snapshot) -> None:
 CRASH = """
 import os, pathlib, sys
 import numpy as np
-from index.build import Recipe, build_index
+from index.build import build_index
+from index.recipe import Recipe
 from index.writer import SnapshotWriter
 pathlib.Path.rename = lambda *_: os._exit(9)     # the power goes between the last write and the rename
 with SnapshotWriter(pathlib.Path(sys.argv[1]), fingerprint="f", as_of=0) as writer:

@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from index.bench import made_items, made_queries
-from index.build import BuildError, Plan, Recipe, build_index
+from index.build import Plan, build_index
 from index.certified_codes import code
+from index.recipe import BuildError, Recipe
 from index.tune import TuneError, Wishes, candidates, choose, frontier, on_gpu, predict, read_choice
 from ranking.cli.main import app
 
@@ -54,7 +55,7 @@ def test_the_quickest_that_reaches_the_target_is_chosen(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_not_built() -> None:
     everything = candidates(1_000_000, 128, Wishes())
     fitting = candidates(1_000_000, 128, Wishes(most_bytes=300_000_000))
-    assert len(everything) == 10 and fitting and all(recipe.half for recipe in fitting)
+    assert len(everything) == 12 and fitting and all(recipe.half for recipe in fitting)
     with pytest.raises(TuneError, match="256000000 bytes"):
         candidates(1_000_000, 128, Wishes(most_bytes=1_000))
 

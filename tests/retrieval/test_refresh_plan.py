@@ -10,9 +10,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
-from index.build import BuildError, Plan, Recipe
+from index.build import Plan
 from index.check import GateFailed
 from index.publish import current
+from index.recipe import BuildError, Recipe
 from index.snapshot import Snapshot
 from index.tune import Choice, Point, TuneError, Weight
 from ranking.cli.main import app

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from index.build import BuildError, Plan, Recipe
+from index.build import Plan
 from index.publish import current
+from index.recipe import BuildError, Recipe
 from index.snapshot import Snapshot
 from ranking.cli.main import app
 from retrieval.data.schema import DAY, Dataset

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import grpc
 
-from index.build import Plan, Recipe
+from index.build import Plan
+from index.recipe import Recipe
 from index.search import Searcher
 from ranking.cli.top_look import Look, look
 from ranking.ranker import Ranker
