@@ -18,14 +18,13 @@ from index.gpu_code import gpu_reason
 from index.hits import Rows, Vectors
 from index.tune import SHORT_ROWS
 
-REACHES = (0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998)
 SHARES = (1 / 24, 1 / 20, 1 / 16, 1 / 12, 1 / 10, 1 / 8, 1 / 6, 1 / 4)
 """Of the short lists, visited."""
 LISTS = (1024, 4096, 16384)
-CODES = ("SQ8", "SQfp16", "PQ", "PQ fine")
-"""PQ: 4 bits for two numbers; fine: 4 bits for each."""
+CODES = ("SQ8", "SQfp16", "PQ", "PQ fine", "PQ residual")
+"""PQ: 4 bits for two numbers; fine: 4 bits for each; residual: for two of what is left beside the centre, as our short list."""
 PROBED = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2)
-REFINED = (1, 1.5, 2, 4)
+REFINED = (1, 1.5, 2, 3)
 WIDTHS = (2_000, 3_000, 4_000, 8_000)
 """ef of the graphs; those below k are left out."""
 _TORCH_SCORES = 1 << 27
@@ -51,22 +50,11 @@ def methods_named(names: list[str], lists: Sequence[int] = LISTS) -> list[Method
 
 def _ours(vectors: Vectors) -> Iterator[Ready]:
     from index.certified import Certified
-    from index.lists import ListSearcher
 
     started = time.perf_counter()
     certified = Certified(vectors)
     exact = Setting("exact, certified", lambda q, k: certified.search(q, k).rows, certified.bytes + vectors.nbytes)
     yield Ready("ours", time.perf_counter() - started, [exact])
-    started = time.perf_counter()
-    lists = ListSearcher(vectors)
-    size = lists.bytes + vectors.nbytes
-
-    def find(reach: float, queries: Vectors, k: int) -> Rows:
-        return lists.search(queries, k, reach=reach).rows
-
-    settings = [Setting(f"lists reach={reach}", partial(find, reach), size) for reach in REACHES]
-    yield Ready("ours", time.perf_counter() - started, settings)
-    del settings
     if len(vectors) >= SHORT_ROWS:
         yield _short_lists(vectors)
 
@@ -132,9 +120,10 @@ def _inverted(vectors: Vectors, centres: Vectors, codes: str, trained: float) ->
     quantizer = faiss.IndexFlatIP(dims)
     quantizer.add(centres)
     metric, kinds = faiss.METRIC_INNER_PRODUCT, faiss.ScalarQuantizer
-    parts = {"PQ": dims // 2, "PQ fine": dims}.get(codes)
+    parts = {"PQ": dims // 2, "PQ fine": dims, "PQ residual": dims // 2}.get(codes)
     if parts:
         inner: Any = faiss.IndexIVFPQFastScan(quantizer, dims, lists, parts, 4, metric)
+        inner.by_residual = codes == "PQ residual"
     else:
         inner = faiss.IndexIVFScalarQuantizer(quantizer, dims, lists, kinds.QT_8bit if codes == "SQ8" else kinds.QT_fp16, metric)
     index: Any = faiss.IndexRefineFlat(inner) if parts else inner
@@ -152,7 +141,7 @@ def _inverted(vectors: Vectors, centres: Vectors, codes: str, trained: float) ->
         return rows
 
     probes = sorted({max(1, round(share * lists)) for share in PROBED})
-    name = f"IVF{lists}," + (f"PQ{parts}x4fs" if parts else codes)
+    name = f"IVF{lists}," + (f"PQ{parts}x4fs{'r' * inner.by_residual}" if parts else codes)
     if not parts:
         return Ready("faiss", built, [Setting(f"{name} nprobe={p}", partial(find, p, 1), size) for p in probes])
     pairs = [(probed, factor) for probed in probes for factor in REFINED]

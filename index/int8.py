@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -51,31 +51,6 @@ def products(left: Bytes, right: Bytes, out: Sums, way: Way) -> None:
         torch._int_mm(torch.from_numpy(left), torch.from_numpy(right).T, out=torch.from_numpy(out))
     else:
         out[...] = left.astype(np.float32) @ right.astype(np.float32).T
-
-
-def views(codes: Bytes, edges: list[int], way: Way) -> list[Any]:
-    """The runs of codes between neighbouring edges are returned, in the form in which `runs_product` takes them."""
-    import torch
-
-    if way == "int8":
-        whole = torch.from_numpy(codes)
-        return [whole[low:high].T for low, high in itertools.pairwise(edges)]
-    return [codes[low:high] for low, high in itertools.pairwise(edges)]
-
-
-def runs_product(left: Bytes, runs: list[Any], widths: list[int], out: Sums, way: Way) -> None:
-    """out int32 [Q, sum of widths] = left [Q, D] times the runs (of `views`), side by side."""
-    import torch
-
-    if way == "int8":
-        query, multiply = torch.from_numpy(left), torch._int_mm
-        for run, part in zip(runs, torch.from_numpy(out).split(widths, dim=1)):
-            multiply(query, run, out=part)
-        return
-    at = 0
-    for run, width in zip(runs, widths):
-        products(left, run, out[:, at : at + width], way)
-        at += width
 
 
 def top_of_products(queries: Vectors, vectors: Vectors, k: int) -> Rows:

@@ -16,17 +16,18 @@ Legend: N vectors of D numbers, L lists, Q queries, A of them asked together.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from index.centres import TRAINING_ROWS, Progress, trained
+from index.centres import TRAINING_ROWS, trained
 from index.exact import best, dots, exhaustive
 from index.filters import Allow, Filter, check_filters
 from index.hits import Hits, Rows, SearchError, Vectors, check_k, check_queries
 from index.recipe import BuildError, Recipe
 
+Progress = Callable[[int, int], None]
 GROUPS = 2
 """More would be quicker for a lone query on a machine that has nothing else to do, and each costs .1 ms of processor time."""
 RANK = 2
