@@ -61,7 +61,8 @@ def _ours(vectors: Vectors) -> Iterator[Ready]:
 
 def _short_lists(vectors: Vectors) -> Ready:
     from index.recipe import choose_short_lists
-    from index.shortlist import TRIED, ShortLists, filled, margins_of
+    from index.shortlist import ShortLists
+    from index.shortlist_build import TRIED, filled, margins_of
 
     started = time.perf_counter()
     lists = choose_short_lists(len(vectors))

@@ -18,7 +18,7 @@ from index.manifest import Fact, Recall
 from index.recipe import BuildError, Recipe, choose_recipe
 from index.search import Search
 from index.shards import Shards
-from index.shortlist import filled, margins_of
+from index.shortlist_build import filled, margins_of
 
 Progress = Callable[[int, int], None]
 
@@ -47,7 +47,7 @@ class Plan:
         """Nothing happens if the plan was measured on vectors like these `count` of `dims` numbers. Raises BuildError."""
         if self.recipe is None:
             return
-        if dims != self.dims or not self.items <= FAR_OFF * count <= FAR_OFF**2 * self.items or self.recipe.lists > count:
+        if dims != self.dims or not self.items <= FAR_OFF * count <= FAR_OFF**2 * self.items or self.recipe.least_rows > count:
             raise BuildError(
                 f"recipe {self.recipe} was measured on {self.items:,} x {self.dims}, there are {count:,} x {dims}; "
                 f"expected these dims and a count within {FAR_OFF} times: run `brewline index tune` on these, or leave it out"
@@ -83,8 +83,8 @@ def build_index(vectors: Vectors, recipe: Recipe, seed: int, progress: Progress 
     The same vectors, recipe and seed give the same index. Raises BuildError for NaN, infinity or fewer rows than lists.
     """
     count, dims = _shape(vectors)
-    if recipe.lists > count:
-        raise BuildError(f"recipe {recipe} needs at least {recipe.lists} vectors, there are {count}: use Flat")
+    if recipe.least_rows > count:
+        raise BuildError(f"recipe {recipe} needs at least {recipe.least_rows} vectors, there are {count}: use Flat")
     if recipe.short:
         for start in range(0, count, _BLOCK_ROWS):
             _finite(vectors[start : start + _BLOCK_ROWS], start)
@@ -137,7 +137,8 @@ def build(
 
     `queries` [Q, D] are real query vectors (members' of last night): they lie elsewhere than items, and a recall measured on
     items flatters; without them sampled items must do, and the recall says so. k is at most N. With `codes` the index is over
-    what the snapshot keeps of the vectors, and the recall is against exact search in those. Raises BuildError, CodesError.
+    what the snapshot keeps of the vectors, and the recall is against exact search in those. Raises CodesError, and BuildError,
+    also where a short list cannot reach the target: all of its lists are not everything.
     """
     count, dims = _shape(vectors)
     recipe = recipe or choose_recipe(count // max(1, len(shards)), dims, codes)
@@ -165,6 +166,11 @@ def build(
         return together.search(asked, true.rows.shape[1])
 
     nprobe, recall = _least(recipe.lists, lambda probes: summarise(vectors, asked, find(probes), true, source), target)
+    if recipe.short and recall.mean < target:
+        raise BuildError(
+            f"{recipe} reaches recall@{recall.k} {recall.mean:.4f} with all its lists, {target} is asked: "
+            "ask less, or for lists that are read in full (IVF<lists>,Flat)"
+        )
     facts.update({NPROBE: nprobe}, target_recall=target, recall_source=source)
     found = find(nprobe)
     for depth in (depth for depth in RECALL_KS if depth <= true.rows.shape[1]):
@@ -256,12 +262,6 @@ def sample_rows(count: int, wanted: int, seed: int) -> Rows:
     if wanted >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).choice(count, wanted, replace=False))
-
-
-def _is_ivf(index: Any) -> bool:
-    import faiss
-
-    return isinstance(index, faiss.IndexIVF)
 
 
 def _shape(vectors: Vectors) -> tuple[int, int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from index.hits import Vectors
+from index.hits import SearchError, Vectors
+from index.manifest import SnapshotTorn
 from index.recipe import Recipe
 from index.search import Searcher
 from index.shortlist import ShortLists
@@ -23,10 +24,17 @@ def searcher(index: Any, recipe: Recipe, vectors: Vectors, *, nprobe: int, margi
     return Searcher(index, nprobe=nprobe)
 
 
-def as_recipe(built: Snapshot | Shard) -> Lists:
-    """What searches one index as it was built is returned. Raises SnapshotError for a divided snapshot: see `shards.as_built`."""
+def as_recipe(built: Snapshot | Shard, threads: int | None = None) -> Lists:
+    """What searches one index as it was built is returned; a short list is read by at most so many threads.
+
+    Raises SnapshotTorn, and SnapshotError for a divided snapshot: see `index.shards.as_built`.
+    """
     facts = built.manifest
     if not Recipe.parse(facts.recipe).short:
         return Searcher.of(built)
-    margins = {int(name.removeprefix(MARGIN)): float(fact) for name, fact in facts.build.items() if name.startswith(MARGIN)}
-    return ShortLists(built.index, built.vectors, nprobe=int(facts.build[NPROBE]), margins=margins)
+    try:
+        nprobe = int(facts.build[NPROBE])
+        margins = {int(name.removeprefix(MARGIN)): float(fact) for name, fact in facts.build.items() if name.startswith(MARGIN)}
+        return ShortLists(built.index, built.vectors, nprobe=nprobe, margins=margins, threads=threads)
+    except (KeyError, ValueError, SearchError) as error:
+        raise SnapshotTorn(f"snapshot {built.path.name}: its build facts do not open a short list ({error!r})") from None

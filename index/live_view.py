@@ -75,7 +75,7 @@ class LiveView:
         rows = self.snapshot.ids.rows(ids)
         here = np.flatnonzero(rows >= 0)
         rows[here[self.hidden.has(rows[here])]] = -1
-        for place, one in enumerate(ids):
+        for place, one in enumerate(ids if self._latest else ()):
             live = self._latest.get(one, -1)
             while live >= len(self._vectors):  # put in since this moment
                 live = self._previous[live]
@@ -88,6 +88,8 @@ class LiveView:
         found, split = np.asarray(rows, np.int64), self.first_live
         if found.size and found.max() >= self.count:
             raise IndexError(f"row {found.max()} asked, this moment has rows 0..{self.count - 1}")
+        if not self._ids or not (found >= split).any():
+            return self.snapshot.ids.many(found)
         older = iter(self.snapshot.ids.many(found[found < split]))
         return [next(older) if row < split else self._ids[row - split] for row in found.tolist()]
 

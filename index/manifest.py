@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 from index.codes import Codes, CodesError, codes_named
 from index.errors import BrewlineError
+from index.recipe import SHORT
 
-FORMAT_VERSION, DIVIDED_VERSION = 1, 2
-"""Of a snapshot whose vectors stand in one file, and of one that is divided: a program that knows only the first must not take a
-divided one for damaged. What is not divided is written as it always was, to the byte."""
+FORMAT_VERSION, DIVIDED_VERSION, SHORT_VERSION = 1, 2, 3
+"""Of a snapshot whose vectors stand in one file, of one that is divided, and of one that is searched by a short list, divided or
+not: a program that knows only those before must not take it for damaged. Each other is written as it always was, to the byte."""
 METRIC = "inner_product"
 NAME_PATTERN = re.compile(r"\d{8}-[0-9a-f]{12}")
 """Day of `as_of` (UTC), then the first 12 hex digits of the manifest's SHA-256. The manifest hashes every other file, so
@@ -91,7 +92,8 @@ class Manifest:
     format_version: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "format_version", DIVIDED_VERSION if self.shards else FORMAT_VERSION)
+        plain = DIVIDED_VERSION if self.shards else FORMAT_VERSION
+        object.__setattr__(self, "format_version", SHORT_VERSION if self.recipe.endswith(SHORT) else plain)
 
     def to_bytes(self) -> bytes:
         """The manifest as JSON is returned: the same facts give the same bytes.
@@ -141,9 +143,9 @@ def parse_manifest(content: bytes, folder_name: str) -> Manifest:
     except ValueError as error:
         raise SnapshotTorn(f"snapshot {folder_name}: MANIFEST.json is not JSON ({error}); build it again") from None
     seen = raw.get("format_version") if isinstance(raw, dict) else None
-    if not isinstance(raw, dict) or seen not in (FORMAT_VERSION, DIVIDED_VERSION):
+    if not isinstance(raw, dict) or seen not in (FORMAT_VERSION, DIVIDED_VERSION, SHORT_VERSION):
         raise SnapshotVersion(
-            f"snapshot {folder_name} has format version {seen}, this program reads {FORMAT_VERSION} and {DIVIDED_VERSION}: "
+            f"snapshot {folder_name} has format version {seen}, this program reads {FORMAT_VERSION} to {SHORT_VERSION}: "
             "use the program that wrote it, or build it again"
         )
     return _from_json(raw, folder_name)
@@ -164,6 +166,8 @@ def _from_json(raw: dict[str, Any], folder_name: str) -> Manifest:
         raise SnapshotTorn(f"snapshot {folder_name}: MANIFEST.json is not complete: {error}") from None
     except CodesError as error:
         raise SnapshotVersion(f"snapshot {folder_name}: {error}; use the program that wrote it, or build it again") from None
+    version = raw["format_version"]
+    divided = version == DIVIDED_VERSION or (version == SHORT_VERSION and "shards" in raw)
     return Manifest(
         count=get("count", int),
         dims=get("dims", int),
@@ -177,7 +181,7 @@ def _from_json(raw: dict[str, Any], folder_name: str) -> Manifest:
         extra=get("extra", dict),
         dtype=codes,
         metric=get("metric", str),
-        shards=_shards(raw, folder_name) if raw["format_version"] == DIVIDED_VERSION else (),
+        shards=_shards(raw, folder_name) if divided else (),
     )
 
 

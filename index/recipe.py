@@ -16,6 +16,13 @@ FLAT_NUMBERS = FLAT_ROWS * 128
 k = 2,000, the certified scan of `index.serving`)."""
 
 
+SHORT = "ShortList"
+GROUPS = 2
+"""The lists of a short list are of so many groups, each for a thread: see `index.shortlist`."""
+FEWEST_ROWS = 1_024
+"""Of a short list: 16 codes are to be found for every pair of numbers."""
+
+
 class BuildError(BrewlineError):
     """An index cannot be built from these vectors or this recipe."""
 
@@ -33,7 +40,7 @@ class Recipe:
     short: bool = False
 
     def __str__(self) -> str:
-        kept = "ShortList" if self.short else "SQfp16" if self.half else "Flat"
+        kept = SHORT if self.short else "SQfp16" if self.half else "Flat"
         return f"IVF{self.lists},{kept}" if self.lists else kept
 
     @classmethod
@@ -45,6 +52,11 @@ class Recipe:
                 f"recipe {text!r} is unknown: expected Flat, SQfp16, or IVF<lists> before one of them or ShortList (IVF256,Flat)"
             )
         return cls(int(match[1] or match[3] or 0), match[2] == "SQfp16", bool(match[3]))
+
+    @property
+    def least_rows(self) -> int:
+        """Fewer vectors cannot be indexed so."""
+        return max(self.lists, FEWEST_ROWS) if self.short else self.lists
 
     def width(self, dims: int) -> int:
         """How many numbers the FAISS index takes for a vector of `dims`: a short list marks its lists with one more, in pairs."""
@@ -71,4 +83,4 @@ def choose_lists(count: int) -> int:
 
 def choose_short_lists(count: int) -> int:
     """A number of lists for `count` vectors is returned: about 4 sqrt(N), at least 39 vectors each."""
-    return max(1, min(int(2 ** round(math.log2(4 * max(count, 1) ** 0.5))), count // 39))
+    return max(GROUPS, min(int(2 ** round(math.log2(4 * max(count, 1) ** 0.5))), count // 39) // GROUPS * GROUPS)

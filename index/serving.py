@@ -107,7 +107,8 @@ class Serving:
         many = f"{len(facts.shards)} shards, each by " if facts.shards else ""
         if reason:
             each = scan_crew().each if many else one_by_one
-            searcher = joined(snapshot, [as_recipe(shard) for shard in snapshot.shards], each)
+            threads = 1 if many else scan_crew().threads
+            searcher = joined(snapshot, [as_recipe(shard, threads) for shard in snapshot.shards], each)
             found = cls(searcher, False, f"{many}FAISS {facts.recipe}: {reason}")
         elif device == "cuda":
             resident = [GpuExact(shard.vectors) for shard in snapshot.shards]

@@ -5,10 +5,11 @@ reservoir. Here the score that k vectors will reach is foretold from the product
 4-bit codes (two numbers each, of what is left of a vector beside its centre) returns whatever exceeds it, no heap, and only this
 short list is scored in float32. How far below the foretold score the bar must lie is measured when the index is built.
 
-A lone query is read by several threads of FAISS's own, which wait for it awake: it goes in as GROUPS questions, each for the
-lists of one group. Centres hold one number more, +1 or -1 by group, and a question the same number times more than any product
-can be, so that lists of its own group are the nearest. What this adds to its scores is made to end at the same radius for every
-question, so a batch with a bar for each is one call too. Fast scan: André, Kermarrec, Le Scouarnec 2017; FAISS.
+A lone query is read by as many threads of FAISS's own: it goes in as GROUPS questions, each for the lists of one group. Centres
+hold one number more, +1 or -1 by group, and a question the same number times more than its product with any centre can be, so
+that the lists of its own group are the nearest. What this adds to its scores is made to end at the same radius for every
+question, so a batch with a bar for each is one call too. Questions have length 1, whatever the query's: else one long query would
+cost the others of its batch their precision. Fast scan: André, Kermarrec, Le Scouarnec 2017; FAISS.
 
 Legend: N vectors of D numbers, L lists, Q queries, A of them asked together.
 """
@@ -16,88 +17,45 @@ Legend: N vectors of D numbers, L lists, Q queries, A of them asked together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
-from index.centres import TRAINING_ROWS, trained
 from index.exact import best, dots, exhaustive
 from index.filters import Allow, Filter, check_filters
 from index.hits import Hits, Rows, SearchError, Vectors, check_k, check_queries
-from index.recipe import BuildError, Recipe
+from index.recipe import GROUPS, Recipe
 
-Progress = Callable[[int, int], None]
-GROUPS = 2
-"""More would be quicker for a lone query on a machine that has nothing else to do, and each costs .1 ms of processor time."""
 RANK = 2
 """Times as many centres as k vectors fill lists: the product of the last of them lies a fixed way from the k-th best score."""
 KEPT = 0.995
 """Of the true best that a visit meets, this part is to come into the short list."""
-TRIED, DEPTHS = 24, (1, 10, 100, 300, 500, 700, 1_000, 1_400, 2_000, 5_000, 10_000)
-"""Queries by which the bar of the short list is set, and how deep each looks: between these it is interpolated."""
-_FEW, _LONG = 300, 1_400
 GATHERED = 16_384
 """So many permitted rows are scored, all of them, as quickly as a short list is found."""
-FEWEST_ROWS = 1_024
-_ASKED = 64
-"""Queries that go to FAISS together: what it returns is held until it is scored."""
+_ASKED, _HELD = 64, 2_000_000
+"""Queries that go to FAISS together, and rows that are about to come back: they are held until they are scored."""
 _READ = 3
 """Lists are read that hold so many times as many vectors as are asked for, if `nprobe` are fewer: else nothing can come of it."""
-_WIDER, _LOWER = 4, 0.5
-"""Where a list came out too short, so many times as many are read, the bar lower by so much of the greatest margin, then all."""
-_BLOCK_ROWS = 65_536
+_WIDER, _LOWER = 4, 0.05
+"""Where a list came out too short, so many times as many are read, the bar lower by its margin or this much, then everything."""
 
 
-def filled(vectors: Vectors, lists: int, seed: int, progress: Progress | None = None) -> Any:
-    """A FAISS index of the codes of vectors [N, D], row i under id i, is returned; the same for the same seed.
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Queries [Q, D], their lengths float64 [Q], the same of length 1 (those of length 0 stay so), and their filters."""
 
-    It takes vectors of `Recipe.width` numbers, of which `ShortLists` knows. Raises BuildError for too few vectors.
-    """
-    import faiss as typed
+    queries: Vectors
+    lengths: npt.NDArray[np.float64]
+    units: Vectors
+    filters: list[Filter]
 
-    faiss: Any = typed
-    count, dims = vectors.shape
-    if count < max(FEWEST_ROWS, lists):
-        raise BuildError(
-            f"a short list of {lists} lists needs at least {max(FEWEST_ROWS, lists)} vectors, there are {count}: use Flat"
-        )
-    width = Recipe(lists, short=True).width(dims)
-    centres = _wide(trained(vectors, lists, seed), width)
-    # Of length 1, so that the nearest centre of a vector of length 1 is the one with the largest product: it finds itself.
-    centres /= np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    nearest = faiss.IndexFlatL2(width)
-    nearest.add(centres)
-    index: Any = faiss.IndexIVFPQFastScan(nearest, width, lists, width // 2, 4, faiss.METRIC_INNER_PRODUCT)
-    index.by_residual, index.pq.cp.seed = True, seed
-    chosen = np.random.default_rng(seed).choice(count, min(count, TRAINING_ROWS * 1024), replace=False)
-    index.train(_wide(vectors[np.sort(chosen)], width))
-    for start in range(0, count, _BLOCK_ROWS):
-        index.add(_wide(vectors[start : start + _BLOCK_ROWS], width))
-        if progress is not None:
-            progress(min(start + _BLOCK_ROWS, count), count)
-    # Vectors went to the nearest centre; a query goes by its product, and by group. FAISS owns it, as if it had been read.
-    centres[:, dims] = 1 - 2 * (np.arange(lists) % GROUPS)
-    by_product = faiss.IndexFlatIP(width)
-    by_product.add(centres)
-    index.quantizer, index.own_fields = by_product, True
-    by_product.this.disown()
-    return index
-
-
-def margins_of(index: Any, vectors: Vectors, queries: Vectors) -> dict[int, float]:
-    """How far below the foretold score the bar must lie for queries of length 1, by depth: what the first TRIED need.
-
-    What most of them need where a list is long, what hardly any exceeds where one miss is much, and the best may end between
-    one list and the next.
-    """
-    lists = ShortLists(index, vectors, nprobe=max(1, int(index.nlist) // 8), margins={1: 0.0})
-    depths = [depth for depth in DEPTHS if depth == 1 or 8 * depth <= len(vectors)]
-    needed = np.array([lists.needed(query, depths) for query in check_queries(queries, lists.dims)[:TRIED]])
-    three_of_four, nine_of_ten = np.quantile(needed, (0.75, 0.9), axis=0)
-    hardly_any = needed.mean(axis=0) + 3 * needed.std(axis=0)
-    by_depth = [hardly_any if depth < _FEW else nine_of_ten if depth < _LONG else three_of_four for depth in depths]
-    return {depth: float(margins[at]) for at, (depth, margins) in enumerate(zip(depths, by_depth))}
+    @classmethod
+    def of(cls, queries: Vectors, filters: list[Filter]) -> Self:
+        lengths = np.linalg.norm(queries.astype(np.float64), axis=1)
+        return cls(queries, lengths, (queries / np.where(lengths > 0, lengths, 1)[:, None]).astype(np.float32), filters)
 
 
 class ShortLists:
@@ -107,13 +65,20 @@ class ShortLists:
     measurement only (`brewline index tune`, the night).
     """
 
-    def __init__(self, index: Any, vectors: Vectors, *, nprobe: int, margins: Mapping[int, float]) -> None:
-        """Raises SearchError for an nprobe outside 1..L and an index that is not of these vectors."""
+    def __init__(
+        self, index: Any, vectors: Vectors, *, nprobe: int, margins: Mapping[int, float], threads: int | None = None
+    ) -> None:
+        """`threads`: at most so many of FAISS's are asked for (None: as many as it has).
+
+        Raises SearchError for an nprobe outside 1..L, margins for no depth or one below 1, and an index not of these vectors.
+        """
         import faiss as typed
 
         self._faiss: Any = typed
         self.count, self.dims = vectors.shape
-        self._index, self.lists = index, int(index.nlist)
+        self._index, self.lists, self._threads = index, int(index.nlist), threads
+        if not margins or min(margins) < 1:
+            raise SearchError(f"margins for the depths {sorted(margins)}: expected some, each of 1 or more")
         self._depths: Vectors = np.log(np.array(sorted(margins), np.float32))
         self._margins: Vectors = np.array([margins[depth] for depth in sorted(margins)], np.float32)
         self._width = Recipe(self.lists, short=True).width(self.dims)
@@ -142,28 +107,41 @@ class ShortLists:
         filters = check_filters(exclude, allow, len(queries), self.count)
         visited = self.nprobe if nprobe is None else self._checked(nprobe)
         hits = Hits.empty(len(queries), k)
-        asked = [query for query, one in enumerate(filters) if one.permitted]
-        short = [query for query in asked if self._pays(filters[query], k)]
-        everything = [query for query in asked if not self._pays(filters[query], k)]
-        for lists, lower in ((visited, 0.0), (min(self.lists, _WIDER * visited), _LOWER)):
-            short = self._answer(hits, short, queries, filters, lists, lower)
-        for query in sorted(everything + short):
+        all_asked = _Asked.of(queries, filters)
+        some = [query for query, one in enumerate(filters) if one.permitted]
+        short = [query for query in some if all_asked.lengths[query] and self._pays(filters[query], k)]
+        everything = sorted(set(some) - set(short))
+        before = self._faiss.omp_get_max_threads()
+        self._faiss.omp_set_num_threads(min(before, self._threads or before, GROUPS * len(short) or 1))
+        try:
+            short = self._answer(hits, short, all_asked, visited, again=False)
+            short = self._answer(hits, short, all_asked, min(self.lists, _WIDER * visited), again=True)
+        finally:
+            self._faiss.omp_set_num_threads(before)
+        for query in everything + short:
             one = filters[query]
             exhaustive(self.vectors, queries[query], None if one.permitted == self.count else one.set().rows(), hits, query)
         return hits
 
-    def needed(self, query: Vectors, depths: Sequence[int]) -> list[float]:
-        """The margins with which a query's short list would hold all but 1 - KEPT of the so many best that it meets."""
-        asked, length = query[None], max(float(np.linalg.norm(query)), 1e-12)
-        _, scores, rows = self._scan(asked, np.array([-np.inf], np.float32), self.nprobe, low=True)
-        true = dots(self.vectors, asked, rows[None])[0]
+    def needed(self, query: Vectors, depths: Sequence[int]) -> list[float] | None:
+        """The margins with which a query's short list would hold all but 1 - KEPT of the so many best; None if it meets too few.
+
+        An item that asks does not count as what it finds: members' queries are no items.
+        """
+        unit = query[None] / np.float32(max(float(np.linalg.norm(query)), 1e-12))
+        _, scores, rows = self._scan(unit, np.array([-np.inf], np.float32), self.nprobe, low=True)
+        true = dots(self.vectors, unit, rows[None])[0]
         order = np.argsort(-true)
+        order = order[np.count_nonzero(true > 1 - 1e-5) :]
+        if len(order) < depths[-1]:
+            return None
         lasts = [float(np.quantile(scores[order[:depth]], 1 - KEPT)) for depth in depths]
-        foretold = self._foretold(np.repeat(asked, len(depths), axis=0), depths)
-        return [(first - last) / length for first, last in zip(foretold.tolist(), lasts)]
+        foretold = self._foretold(np.repeat(unit, len(depths), axis=0), depths)
+        return [first - last for first, last in zip(foretold.tolist(), lasts)]
 
     def _pays(self, one: Filter, k: int) -> bool:
-        return 4 * self._depth(one, k) < self.count and one.permitted > max(GATHERED, 2 * k)
+        depth = self._depth(one, k)
+        return 4 * depth < self.count and one.permitted > max(GATHERED, 3 * depth)
 
     def _depth(self, one: Filter, k: int) -> int:
         """So deep among all rows lie the best k of those that are permitted, if permission has nothing to do with the score.
@@ -173,65 +151,64 @@ class ShortLists:
         allowed = self.count if one.allowed is None else one.allowed.size
         return -(-min(k, one.permitted) * self.count // max(1, allowed)) + len(one.excluded)
 
-    def _answer(
-        self, hits: Hits, asked: list[int], queries: Vectors, filters: list[Filter], probes: int, lower: float
-    ) -> list[int]:
-        """The hits of the asked queries are filled; those that stayed short are returned."""
-        k, still = hits.rows.shape[1], []
+    def _answer(self, hits: Hits, places: list[int], asked: _Asked, probes: int, *, again: bool) -> list[int]:
+        """The hits of the queries at these places are filled; those that stayed short are returned."""
+        still: list[int] = []
         alike: dict[int, list[int]] = {}
-        for query in asked:
-            allowed = filters[query].allowed
+        depths = {query: self._depth(asked.filters[query], hits.rows.shape[1]) for query in places}
+        for query, depth in depths.items():
+            allowed = asked.filters[query].allowed
             share = 1.0 if allowed is None else allowed.size / self.count
-            least = _READ * self._depth(filters[query], k) * self.lists / self.count
-            alike.setdefault(min(self.lists, math.ceil(max(probes / share, least))), []).append(query)
+            visited = math.ceil(max(probes / share, _READ * depth * self.lists / self.count))
+            alike.setdefault(min(self.lists, visited), []).append(query)
         for visited, members in alike.items():
-            for start in range(0, len(members), _ASKED):
-                together = members[start : start + _ASKED]
-                still += self._together(hits, together, queries[together], filters, visited, lower, k)
+            step = max(1, min(_ASKED, _HELD // (4 * max(depths[query] for query in members))))
+            for start in range(0, len(members), step):
+                some = members[start : start + step]
+                still += self._together(hits, some, [depths[query] for query in some], asked, visited, again)
         return still
 
-    def _together(
-        self, hits: Hits, asked: list[int], queries: Vectors, filters: list[Filter], probes: int, lower: float, k: int
-    ) -> list[int]:
-        depths = [self._depth(filters[query], k) for query in asked]
-        margins = np.interp(np.log(depths), self._depths, self._margins) + lower * float(np.abs(self._margins).max())
-        bars = self._foretold(queries, depths) - (margins * np.linalg.norm(queries, axis=1)).astype(np.float32)
-        edges, _, rows = self._scan(queries, bars, probes, low=lower > 0)
-        scores = self._scored(queries, edges, rows)
-        still = []
-        for place, query in enumerate(asked):
+    def _together(self, hits: Hits, places: list[int], depths: list[int], asked: _Asked, probes: int, again: bool) -> list[int]:
+        margins = np.interp(np.log(depths), self._depths, self._margins).astype(np.float32)
+        if again:
+            margins += np.maximum(np.abs(margins), np.float32(_LOWER))
+        units, still = asked.units[places], []
+        bars = self._foretold(units, depths) - margins
+        edges, _, rows = self._scan(units, bars, probes, low=again)
+        scores = self._scored(asked.queries[places], edges, rows)
+        for place, query in enumerate(places):
             part = slice(edges[GROUPS * place], edges[GROUPS * (place + 1)])
-            own, true, one = rows[part], scores[part], filters[query]
+            own, true, one = rows[part], scores[part], asked.filters[query]
             if one.permitted < self.count:
                 good = one.permits(own)
                 own, true = own[good], true[good]
             best(hits, query, own, true)
-            wanted = min(k, one.permitted)
+            wanted = min(hits.rows.shape[1], one.permitted)
             # Below the bar only what codes took for better than it is came through: as good ones were left out.
-            if len(own) < wanted or hits.scores[query, wanted - 1] < bars[place]:
+            if len(own) < wanted or hits.scores[query, wanted - 1] < bars[place] * asked.lengths[query]:
                 still.append(query)
         return still
 
     def _foretold(self, queries: Vectors, depths: Sequence[int]) -> Vectors:
         """A score [A] that lies a fixed way from the last of the so many best of each query [A, D]."""
         ranks = [min(self.lists, max(1, -(-RANK * depth * self.lists // self.count))) for depth in depths]
-        products, _ = self._index.quantizer.search(_wide(queries, self._width), max(ranks))
+        products, _ = self._index.quantizer.search(wide(queries, self._width), max(ranks))
         found: Vectors = products[np.arange(len(queries)), np.array(ranks) - 1]
         return found
 
-    def _scan(self, queries: Vectors, bars: Vectors, probes: int, *, low: bool = False) -> tuple[Rows, Vectors, Rows]:
+    def _scan(self, units: Vectors, bars: Vectors, probes: int, *, low: bool = False) -> tuple[Rows, Vectors, Rows]:
         """What exceeds each query's bar in the lists that it visits: those of query a at edges[GROUPS a : GROUPS (a + 1)].
 
         Edges, scores by codes, rows. With `low` bars may lie anywhere: FAISS counts from the lowest score that codes can have,
         and answers nonsense to a bar below it.
         """
         visited, marked = -(-min(probes, self.lists) // GROUPS), self.dims
-        asked = np.zeros((len(queries), GROUPS, self._width), np.float32)
-        asked[:, :, :marked] = queries[:, None]
+        asked = np.zeros((len(units), GROUPS, self._width), np.float32)
+        asked[:, :, :marked] = units[:, None]
         wide: Vectors = asked.reshape(-1, self._width)
         signs, each = self._signs[: len(wide)], np.repeat(bars, GROUPS)
-        # A list of another group must lie further away than any product can: twice the mark is the way between them.
-        far = 4 * float(np.linalg.norm(queries, axis=1).max()) * self._longest
+        # A list of another group must lie further away than any product with a centre can: twice the mark is the way between.
+        far = 4 * self._longest
         if low:
             wide[:, marked] = far * signs
             each = np.maximum(each, self._lowest(wide, visited) - far)
@@ -269,7 +246,7 @@ class ShortLists:
         return nprobe
 
 
-def _wide(vectors: Vectors, width: int) -> Vectors:
+def wide(vectors: Vectors, width: int) -> Vectors:
     """The vectors [N, D] with zeros behind them, [N, width]."""
     found = np.zeros((len(vectors), width), np.float32)
     found[:, : vectors.shape[1]] = vectors

@@ -32,7 +32,7 @@ from index.manifest import (
     SnapshotTorn,
     parse_manifest,
 )
-from index.recipe import Recipe
+from index.recipe import BuildError, Recipe
 
 MANIFEST_FILE, RUN_FILE = "MANIFEST.json", "RUN.json"
 VECTORS_FILE, INDEX_FILE = "vectors.npy", "index.faiss"
@@ -116,7 +116,10 @@ class Shard:
             index = faiss.read_index(str(self.path / file), faiss.IO_FLAG_MMAP_IFC)
         except RuntimeError as error:
             raise SnapshotTorn(f"snapshot {self.path.name}: {file} cannot be read by FAISS ({error})") from None
-        width = Recipe.parse(self.manifest.recipe).width(dims)
+        try:
+            width = Recipe.parse(self.manifest.recipe).width(dims)
+        except BuildError as error:
+            raise SnapshotTorn(f"snapshot {self.path.name}: {error}") from None
         if (index.ntotal, index.d) != (self.count, width):
             raise SnapshotTorn(
                 f"snapshot {self.path.name}: {file} holds {index.ntotal} x {index.d}, expected {self.count} x {width}"

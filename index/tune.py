@@ -20,7 +20,7 @@ from index.kinds import searcher
 from index.recipe import BuildError, Recipe, choose_lists, choose_recipe, choose_short_lists
 from index.search import Search
 from index.serving import faiss_reason
-from index.shortlist import margins_of
+from index.shortlist_build import margins_of
 
 TARGETS = (0.8, 0.9, 0.95, 0.97, 0.99)
 """Recalls between which the frontier is drawn; the wished one is added."""

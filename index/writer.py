@@ -192,11 +192,13 @@ class SnapshotWriter:
         if self._shape is None or self._id_count is None or self._index_facts is None:
             raise SnapshotError("a snapshot needs vectors, ids and an index: write all three before the block ends")
         recipe, facts, recall, indexed = self._index_facts
-        expected = [(count, Recipe.parse(recipe).width(self._shape[1])) for count in self._shards or self._shape[:1]]
-        if expected != indexed or self._shape[0] != self._id_count:
+        counts, dims = self._shards or self._shape[:1], self._shape[1]
+        width = Recipe.parse(recipe).width(dims)
+        if indexed != [(count, width) for count in counts] or self._shape[0] != self._id_count:
+            wider = f" ({width} numbers a vector of {dims} for {recipe})" if width != dims else ""
             raise SnapshotError(
-                f"vectors are {_by(expected)}, the index holds {_by(indexed)} and there are {self._id_count} ids: "
-                "they must be of the same rows"
+                f"vectors are {_by([(count, dims) for count in counts])}, the index holds {_by(indexed)}{wider} and there are "
+                f"{self._id_count} ids: they must be of the same rows"
             )
         files = {path.name: FileFact(sha256_of(path), path.stat().st_size) for path in sorted(folder.iterdir())}
         return Manifest(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
+from index.certified import within
 from index.errors import BrewlineError
 from index.filters import RowSet
 from index.hits import Rows
@@ -147,7 +148,8 @@ class Retriever:
         """Whether an answer may hold all these rows: looked at once more, whatever found them."""
         moment, night = self.moment, rows < self.moment.first_live
         older, newer = rows[night], rows[~night] - self.moment.first_live
-        good = not moment.hidden.has(older).any() and moment.alive.has(newer).all() and not np.isin(rows, unwanted).any()
+        asked_away = unwanted.size and within(rows, unwanted).any()
+        good = not moment.hidden.has(older).any() and moment.alive.has(newer).all() and not asked_away
         if allow is not None and allow_live is not None:
             good = good and allow.has(older).all() and allow_live.has(newer).all()
         return bool(good)

@@ -48,9 +48,13 @@ def test_vectors_that_cannot_be_indexed(unit) -> None:
     with pytest.raises(BuildError, match="IVF21,Flat needs at least 21"):
         build_index(vectors, Recipe(21), 0)
     vectors[7] = np.inf
-    for recipe in (Recipe(), Recipe(4), Recipe(4, short=True)):
+    for recipe in (Recipe(), Recipe(4)):
         with pytest.raises(BuildError, match="vector 7"):
             build_index(vectors, recipe, 0)
+    many = unit(2_000, 4)
+    many[1_007] = np.nan
+    with pytest.raises(BuildError, match="vector 1007"):
+        build_index(many, Recipe(4, short=True), 0)
     for wrong in (np.ones((3, 0), np.float32), np.ones(3, np.float32), np.ones((3, 2), np.int32)):
         with pytest.raises(BuildError, match="expected floats"):
             build_index(wrong, Recipe(), 0)
@@ -74,6 +78,11 @@ def test_a_short_list_is_built_measured_and_found_again(unit) -> None:
         assert built.recall is not None and 0.9 <= built.recall.mean < 1 and float(built.facts["margin@100"]) != 0
         true = exact_search(vectors, queries, 50)
         assert summarise(vectors, queries, built.search.search(queries, 50), true, "members") == built.recall
+
+
+def test_a_target_that_a_short_list_cannot_reach_is_refused(unit) -> None:
+    with pytest.raises(BuildError, match=r"with all its lists, 1\.0 is asked"):
+        build(unit(40_000, 16), recipe=Recipe(64, short=True), k=5_000, target=1.0, queries=unit(32, 16, 9))
 
 
 def test_build_records_what_it_did(unit) -> None:

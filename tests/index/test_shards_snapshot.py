@@ -238,7 +238,7 @@ def test_only_a_divided_snapshot_has_the_new_format(make_snapshot: MakeSnapshot,
     for wrong in ([10, 39], [], "two", [51, -1], [True, 49]):
         with pytest.raises(SnapshotTorn, match="expected counts that make up 50"):
             Snapshot.open(rewritten(snapshot, shards=wrong))
-    with pytest.raises(SnapshotVersion, match="format version 3, this program reads 1 and 2"):
-        Snapshot.open(rewritten(snapshot, format_version=3))
+    with pytest.raises(SnapshotVersion, match="format version 4, this program reads 1 to 3"):
+        Snapshot.open(rewritten(snapshot, format_version=4))
     with pytest.raises(SnapshotTorn, match="expected inner_product and all of"):
         Snapshot.open(rewritten(snapshot, format_version=1))
