@@ -17,13 +17,15 @@ import typer
 from ranking.cli.bench_report import check_drawing
 from ranking.cli.connection import Ca, Cert, Key, credentials
 from ranking.cli.member_store import MEMBERS_VARIABLE
-from ranking.cli.output import emit, plain
+from ranking.cli.output import console_err, emit, plain
 from ranking.cli.train_report import facts_table, stages
 
 if TYPE_CHECKING:
     from rich.console import Group
 
     from ranking.serving.load_bench import BenchResult, BenchWish
+    from ranking.serving.load_nights import Models
+    from ranking.serving.load_server import ServerWish
 
 TERMINATED = 143
 """Exit status of a process that SIGTERM ended, as shells say it."""
@@ -57,8 +59,13 @@ Address = Annotated[
 ServeOptions = Annotated[str, typer.Option(help="More options for `brewline serve`, as one text.", metavar='"--NAME VALUE ..."')]
 Rate = Annotated[float, typer.Option(help="Requests per second; 0: 30 % of capacity, which is found first.", min=0)]
 SwapEvery = Annotated[float, typer.Option(help="Seconds between swaps of two snapshots; 0: none.", min=0)]
+OtherEncoder = Annotated[
+    Path | None, typer.Option(help="With --swap-every: the encoder of the other snapshot, exchanged with it.", metavar="DIR")
+]
+OtherRanker = Annotated[Path | None, typer.Option(help="The same of the ranker.", metavar="DIR")]
 FindCapacity = Annotated[bool, typer.Option("--capacity", help="Find the capacity, and end unless --overload is given.")]
-ProbeSeconds = Annotated[float, typer.Option(help="Length of each trial of the search and of --batching.", min=0.5)]
+SearchSeconds = Annotated[float, typer.Option(help="What the search for the capacity takes at most.", min=20)]
+ProbeSeconds = Annotated[float, typer.Option(help="Least length of a trial of the search; that of one of --batching.", min=0.5)]
 Batching = Annotated[bool, typer.Option("--batching", help="Only compare many callers at once with one by one.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for serve.json and serve.png (extra `evaluate`).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
@@ -84,7 +91,10 @@ def bench_serve(
     seconds: Annotated[float, typer.Option(help="How long requests are sent.", min=1)] = 30.0,
     arriving: Annotated[Arrivals, typer.Option("--arrivals", help="When requests come.")] = Arrivals.poisson,
     swap_every: SwapEvery = 0.0,
+    other_encoder: OtherEncoder = None,
+    other_ranker: OtherRanker = None,
     capacity: FindCapacity = False,
+    search_seconds: SearchSeconds = 300.0,
     probe_seconds: ProbeSeconds = 5.0,
     overload: Annotated[float, typer.Option(help="Instead of --rate: so many times the capacity.", min=0)] = 0.0,
     batching: Batching = False,
@@ -96,16 +106,14 @@ def bench_serve(
     """Load a real server from another process, in open loop: requests go out on schedule and wait for nobody.
 
     Latency counts from the scheduled moment. `failed` is everything but an answer, `goodput` the answers in time per second,
-    `generator_cpu` the share of a core that sending took. With --swap-every the store's pointer moves to and fro between two
-    snapshots; `p99_ms_during_swap` is within a second of a swap. Capacity is the highest rate at which p99 stays within twice
-    that of one caller after another. Run it alone; docs/serving-bench.md says more.
+    `generator_cpu` the share of a core that sending took. --swap-every moves the store's pointer to and fro between two
+    snapshots, and the models with it if there are others; `p99_ms_during_swap` is within a second of a swap. Capacity is the
+    highest rate at which p99 stays within twice that of one caller after another. docs/serving-bench.md says more.
 
-    A server with TLS or tokens, started here or not, is shown what `brewline ask` shows: --ca, --cert, --key, or BREWLINE_CA,
-    _CERT, _KEY; a token comes from BREWLINE_TOKEN_FILE or BREWLINE_TOKEN and from nowhere else.
+    A server with TLS or tokens is shown what `brewline ask` shows: --ca, --cert, --key, or BREWLINE_CA, _CERT, _KEY; a token
+    comes from BREWLINE_TOKEN_FILE or BREWLINE_TOKEN and from nowhere else.
 
         brewline bench serve --store store/ --encoder encoder/ --ranker ranker/ --rate 20 --seconds 60 --swap-every 6 --json
-        brewline bench serve --store store/ --encoder encoder/ --ranker ranker/ --overload 5 --out load/
-        brewline bench serve --store store/ --encoder encoder/ --method retrieve-cold --batching
         BREWLINE_TOKEN_FILE=token brewline bench serve --store store/ --address HOST:50051 --ca ca.pem --rate 20
     """
     from ranking.serving.load_bench import BenchWish
@@ -118,10 +126,21 @@ def bench_serve(
         raise typer.BadParameter("--batching goes with --method retrieve or retrieve-cold and neither a search nor swaps")
     credentials(ca, cert, key)
     server = ServerWish(store, encoder or Path(), ranker, members, shlex.split(serve_options))
+    other = _other(server, other_encoder, other_ranker, exchanged=swap_every > 0 and address is None)
     asked = RequestWish(method.value, k, fanout, filtered, distinct, seed)
-    even, budget = arriving is Arrivals.even, budget_ms if batching else 0.0
-    load = (rate, seconds, deadline_ms / 1e3, even, swap_every)
-    _measure(BenchWish(server, asked, address, *load, capacity, probe_seconds, overload, budget), out, as_json)
+    load = (rate, seconds, deadline_ms / 1e3, arriving is Arrivals.even, swap_every, other)
+    search = (capacity, probe_seconds, search_seconds, overload, budget_ms if batching else 0.0)
+    _measure(BenchWish(server, asked, address, *load, *search), out, as_json)
+
+
+def _other(server: ServerWish, encoder: Path | None, ranker: Path | None, *, exchanged: bool) -> Models | None:
+    from ranking.serving.load_nights import Models
+
+    if encoder is None and ranker is None:
+        return None
+    if not exchanged:
+        raise typer.BadParameter("--other-encoder and --other-ranker go with --swap-every and --encoder, not with --address")
+    return Models(encoder or server.encoder, ranker or server.ranker)
 
 
 def _measure(wish: BenchWish, out: Path | None, as_json: bool) -> None:
@@ -130,6 +149,9 @@ def _measure(wish: BenchWish, out: Path | None, as_json: bool) -> None:
 
     if out is not None:
         check_drawing()
+    parts = wish.foretold()
+    said = ", ".join(f"{name} {seconds:.0f}" for name, seconds in parts.items())
+    console_err().print(f"once the server answers: at most {sum(parts.values()):.0f} s ({said})")
     with _ending_gently(), stages() as told:
         found = measure(wish, told)
     if out is not None:

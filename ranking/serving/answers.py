@@ -20,11 +20,11 @@ from ranking.serving.messages import (
     MAX_NAME,
     BadRequest,
     Sizes,
+    fill_results,
     read_description,
     read_ids,
     read_instruction,
     recommend_sizes,
-    results_message,
     retrieve_size,
     words_of,
 )
@@ -37,7 +37,7 @@ from retrieval.data.schema import MemberView
 from retrieval.members import KnownMember, MemberStore, UnknownMember
 from retrieval.recent import stranger
 from retrieval.records import MemberRecord, view_digest, view_of
-from retrieval.retrieve import Vector
+from retrieval.retrieve import Candidates, Vector
 
 NO_MEMBERS = "this server has no member store; describe the member in the request or start with --members URL"
 
@@ -138,6 +138,8 @@ def mark_stale(asker: Asker, response: pb.RecommendResponse | pb.RetrieveRespons
 
 def vector_of(stack: Stack, asker: Asker, call: Call) -> Vector:
     """The member's vector; one that had to be made for want of a right one is kept for the next question."""
+    if asker.vector is not None:
+        return asker.vector
     vector = stack.recommender.describe(asker.view, asker.vector, watch=call.watch)
     keep_vectors(stack, [asker], vector[None])
     return vector
@@ -193,18 +195,17 @@ def recommend(
     question = question_of(stack, request, call, stale=True)
 
     def answer(ranked: Ranked) -> pb.RecommendResponse:
-        with call.watch("order"):
-            results = results_message(ranked, stack.catalog, readable=request.readable)
         response = pb.RecommendResponse(
-            results=results,
             candidates=ranked.candidates,
             degraded=ranked.degraded.name,
             degraded_detail=ranked.detail,
             provenance=provenance(stack, ranked=ranked.probabilities is not None),
-            times=call.times(),
             task=question.task,
             request_id=call.request_id,
         )
+        with call.watch("order"):
+            fill_results(response.results, ranked, stack.catalog, readable=request.readable)
+        response.times.CopyFrom(call.times())
         publish_weights(response, question.weights, ranked)
         mark_stale(question.asker, response)
         if mark is not None:
@@ -244,11 +245,15 @@ def retrieve(stack: Stack, request: pb.RetrieveRequest, call: Call) -> pb.Retrie
     vector = vector_of(stack, asker, call)
     unwanted = [*exclude, *asker.seen]
     found = stack.recommender.retrieve(asker.view, k, exclude=unwanted, vector=vector, wanted=wanted, watch=call.watch)
+    return retrieved(stack, asker, found, k, call, readable=request.readable)
+
+
+def retrieved(stack: Stack, asker: Asker, found: Candidates, k: int, call: Call, *, readable: bool) -> pb.RetrieveResponse:
+    """The first `k` candidates as Retrieve answers them."""
+    response = pb.RetrieveResponse(provenance=provenance(stack, ranked=False), request_id=call.request_id)
     with call.watch("order"):
-        results = results_message(in_retrieval_order(found, k), stack.catalog, readable=request.readable)
-    response = pb.RetrieveResponse(
-        results=results, provenance=provenance(stack, ranked=False), times=call.times(), request_id=call.request_id
-    )
+        fill_results(response.results, in_retrieval_order(found, k), stack.catalog, readable=readable)
+    response.times.CopyFrom(call.times())
     mark_stale(asker, response)
     return response
 
@@ -273,14 +278,13 @@ def rank(stack: Stack, request: pb.RankRequest, call: Call) -> pb.RankResponse:
         best = np.argsort(-scores, kind="stable")
         own = {name: column[best] for name, column in columns.items()}
         ranked = Ranked([ids[place] for place in best], rows[best], best, None, scores[best], len(ids), columns=own)
-        results = results_message(ranked, stack.catalog, readable=request.readable)
-    response = pb.RankResponse(
-        results=results,
-        provenance=provenance(stack, ranked=True, retrieved=False),
-        times=call.times(),
-        task="" if weights else next(iter(asked)),
-        request_id=call.request_id,
-    )
+        response = pb.RankResponse(
+            provenance=provenance(stack, ranked=True, retrieved=False),
+            task="" if weights else next(iter(asked)),
+            request_id=call.request_id,
+        )
+        fill_results(response.results, ranked, stack.catalog, readable=request.readable)
+    response.times.CopyFrom(call.times())
     publish_weights(response, weights, ranked)
     mark_stale(asker, response)
     return response

@@ -18,9 +18,9 @@ from ranking.serving.messages import (
     MAX_NAME,
     BadRequest,
     at_most,
+    fill_results,
     read_ids,
     read_instruction,
-    results_message,
     retrieve_size,
     words_of,
 )
@@ -64,8 +64,7 @@ def retrieve_batch(stack: Stack, request: pb.RetrieveBatchRequest, call: Call) -
         found = search(wide, questions, vectors)
     with call.watch("order"):
         for one, candidates in zip(questions, found):
-            table = results_message(in_retrieval_order(candidates, one.k), stack.catalog, readable=one.readable)
-            rows[one.place].results.CopyFrom(table)
+            fill_results(rows[one.place].results, in_retrieval_order(candidates, one.k), stack.catalog, readable=one.readable)
     return pb.RetrieveBatchResponse(
         rows=rows, provenance=provenance(stack, ranked=False), times=call.times(), request_id=call.request_id
     )

@@ -9,7 +9,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving.messages import MAX_IDS, MAX_NAME, BadRequest, at_most, id_of, item_of, read_ids, words_of
-from retrieval.attributes import Wanted
+from retrieval.attributes import EVERYTHING, Wanted
 from retrieval.data.schema import DAY, Item, action_kind
 from retrieval.recent import Told
 from retrieval.records import Entry
@@ -19,6 +19,8 @@ MAX_PUT, MAX_EVENTS, MAX_VALUES, MAX_NUMBERS, MAX_REQUEST = 256, 1_000, 1_024, 6
 
 def read_wanted(message: pb.Filter) -> Wanted:
     """What a filter lets in. Raises BadRequest, also for a condition of a newer contract: it must not be passed over."""
+    if not message.ByteSize():  # what this server does not know has a size too
+        return EVERYTHING
     if len(UnknownFieldSet(message)):
         raise BadRequest("filter: holds a field that this server does not know, and no answer may ignore it; ask a newer server")
     return Wanted(

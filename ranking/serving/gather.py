@@ -6,12 +6,10 @@ import logging
 from collections.abc import Sequence
 
 from index.keyvalue import StoreError
-from ranking.pipeline import in_retrieval_order
 from ranking.serving import answers
 from ranking.serving import recommender_pb2 as pb
-from ranking.serving.answers import Call, mark_stale, provenance
+from ranking.serving.answers import Call, retrieved
 from ranking.serving.batch import Question, question_of, search, vectors_of
-from ranking.serving.messages import results_message
 from ranking.serving.stack import Stack
 from ranking.serving.wide import Wide
 
@@ -56,12 +54,7 @@ def _joint(stack: Stack, wide: Wide, questions: Sequence[Question], calls: Seque
     answered: dict[int, Answered] = {}
     for one, call, candidates in zip(questions, calls, found, strict=True):
         call.watch.micros |= batch.watch.micros
-        with call.watch("order"):
-            table = results_message(in_retrieval_order(candidates, one.k), stack.catalog, readable=one.readable)
-        response = answered[one.place] = pb.RetrieveResponse(
-            results=table, provenance=provenance(stack, ranked=False), times=call.times(), request_id=call.request_id
-        )
-        mark_stale(one.asker, response)
+        answered[one.place] = retrieved(stack, one.asker, candidates, one.k, call, readable=one.readable)
     return answered
 
 

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import IO, Any
 
 import grpc
@@ -49,6 +49,14 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Enough:
+    """When the rest of a schedule need not be sent: `late` requests failed, were degraded or took longer than `limit_ms`."""
+
+    limit_ms: float
+    late: int
+
+
+@dataclass(frozen=True)
 class Measured:
     """The columns of one run as arrays [N] in the order of the schedule; what they mean stands at `Outcome`.
 
@@ -61,12 +69,14 @@ class Measured:
     cpu_share: float
     deadline_s: float
     snapshots: list[str]
+    models: list[str]
     at: Floats
     late_ms: Floats
     ms: Floats
     code: Whole
     degraded: Whole
     snapshot: Whole
+    model: Whole
     inside_ms: Floats
     total_ms: Floats
 
@@ -98,11 +108,16 @@ def arrivals(rate: float, seconds: float, seed: int, *, even: bool = False) -> F
     return times[(times > 0) & (times < seconds)]
 
 
-def open_load(target: Target, at: Floats, seconds: float, progress: Progress | None = None) -> Measured:
-    """What became of a schedule of `seconds` whose requests did not wait for each other. Raises LoadError."""
+def open_load(
+    target: Target, at: Floats, seconds: float, progress: Progress | None = None, enough: Enough | None = None
+) -> Measured:
+    """What became of a schedule of `seconds` whose requests did not wait for each other, up to `enough`. Raises LoadError."""
     if not at.size:
         raise LoadError(f"no request falls into {seconds:g} s at this rate; give a higher --rate or more --seconds")
-    return _run(target, _plan(target, at=at.tolist()), seconds, progress)
+    plan = _plan(target, at=at.tolist())
+    if enough is not None:
+        plan = replace(plan, limit_ms=enough.limit_ms, enough_late=enough.late)
+    return _run(target, plan, seconds, progress)
 
 
 def closed_load(target: Target, concurrency: int, seconds: float, progress: Progress | None = None) -> Measured:
@@ -164,6 +179,7 @@ def _measured(outcome: Outcome, seconds: float, deadline_s: float) -> Measured:
         cpu_share=outcome.cpu_share,
         deadline_s=deadline_s,
         snapshots=outcome.snapshots,
+        models=outcome.models,
         at=floats(outcome.at),
         late_ms=floats(outcome.late_ms),
         ms=floats(outcome.ms),
@@ -172,6 +188,7 @@ def _measured(outcome: Outcome, seconds: float, deadline_s: float) -> Measured:
         code=whole(outcome.code),
         degraded=whole(outcome.degraded),
         snapshot=whole(outcome.snapshot),
+        model=whole(outcome.model),
     )
 
 

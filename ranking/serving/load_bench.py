@@ -11,10 +11,12 @@ from typing import Any
 
 from ranking.serving.client import Client
 from ranking.serving.load import LoadError, Measured, Progress, Target, arrivals, closed_load, figures, open_load
-from ranking.serving.load_capacity import Capacity, batching, find_capacity, overload_figures, prober, unloaded
+from ranking.serving.load_batching import CALLERS, batching
+from ranking.serving.load_capacity import Search, capacity_of, overload_figures
+from ranking.serving.load_nights import PARTS, Models, linked, pair_of
 from ranking.serving.load_requests import METHODS, RequestWish, requests_of
 from ranking.serving.load_server import ServerWish, served
-from ranking.serving.load_swap import Move, Swap, pair_of, seen_swaps, swap_figures, swapping
+from ranking.serving.load_swap import Move, Mover, Swap, seen_swaps, swap_figures, swapping
 from ranking.serving.security_client import Credentials, tls_of
 
 USUAL_SHARE = 0.3
@@ -23,7 +25,7 @@ WARM_S, WARM_CALLERS = 2.0, 4
 ENTRY_MS = 10_000
 OWN = "localhost:0"
 """Where a server of our own will be; the port is not known yet."""
-NO_SWAPS = {"pointer_moves": 0, "swaps": 0, "p99_ms_during_swap": None}
+NO_SWAPS = {"pointer_moves": 0, "swaps": 0, "swaps_by_kind": dict.fromkeys(PARTS, 0), "p99_ms_during_swap": None}
 
 StageProgress = Callable[[str, int, int], None]
 
@@ -34,7 +36,8 @@ class BenchWish:
     what the environment names (`Credentials.from_environment`).
 
     `rate` 0 is `USUAL_SHARE` of capacity. `overload`: so many times capacity instead. `capacity_only`: nothing after the search.
-    `batching_budget_ms`: only the comparison of batches within this percentile. `swap_every` 0 leaves the pointer alone.
+    `batching_budget_ms`: only the comparison of batches within this percentile. `swap_every` 0 leaves the pointer alone; with
+    `other`, the models are exchanged with the snapshot.
     """
 
     server: ServerWish
@@ -45,15 +48,26 @@ class BenchWish:
     deadline_s: float = 2.0
     even: bool = False
     swap_every: float = 0.0
+    other: Models | None = None
     capacity_only: bool = False
     probe_seconds: float = 5.0
+    search_seconds: float = 300.0
     overload: float = 0.0
     batching_budget_ms: float = 0.0
 
     @property
     def searches(self) -> bool:
         """Whether the capacity must be known."""
-        return self.capacity_only or self.overload > 0 or self.rate == 0
+        return not self.batching_budget_ms and (self.capacity_only or self.overload > 0 or self.rate == 0)
+
+    def foretold(self) -> dict[str, float]:
+        """Seconds that each part takes at most once the server answers."""
+        parts = {"warming": WARM_S}
+        if self.batching_budget_ms:
+            return {**parts, "callers": (1 + len(CALLERS)) * self.probe_seconds}
+        if self.searches:
+            parts["search"] = self.search_seconds
+        return parts if self.capacity_only and not self.overload else {**parts, "load": self.seconds}
 
 
 @dataclass(frozen=True)
@@ -78,15 +92,16 @@ def bench_serve(wish: BenchWish, told: StageProgress) -> BenchResult:
             f"BREWLINE_CA or --ca ({shown.ca}) asks for TLS, and the server that is started here speaks plain text: unset it, or "
             'give the server its side by --serve-options "--tls-cert FILE --tls-key FILE"'
         )
-    if wish.swap_every:
-        pair_of(wish.server.store)  # said at once, not after the search for the capacity
+    # Said at once, not after the search for the capacity.
+    nights = pair_of(wish.server, wish.other, running=wish.address is not None) if wish.swap_every else None
     requests = requests_of(wish.server.store, wish.server.members, wish.requests)
-    with _address(wish) as address:
+    with linked(wish.server, wish.other) as (server, point), _address(wish.address, server) as address:
+        mover = None if nights is None else Mover(server.store, *nights, point)
         _enter(address)
         target = Target(address, METHODS[wish.requests.method], requests, wish.deadline_s)
         _warm(target, partial(told, "warm"))
-        facts, run, moves = _measure(target, wish, told)
-    swaps = swap_figures(run, moves) if wish.swap_every else NO_SWAPS
+        facts, run, moves = _measure(target, wish, told, mover)
+    swaps = NO_SWAPS if nights is None else swap_figures(run, moves, nights)
     about = {
         "method": wish.requests.method,
         "k": wish.requests.k,
@@ -104,11 +119,11 @@ def bench_serve(wish: BenchWish, told: StageProgress) -> BenchResult:
 
 
 @contextmanager
-def _address(wish: BenchWish) -> Iterator[str]:
-    if wish.address is not None:
-        yield wish.address
+def _address(address: str | None, wish: ServerWish) -> Iterator[str]:
+    if address is not None:
+        yield address
         return
-    with served(wish.server) as server:
+    with served(wish) as server:
         yield server.address
         server.check()
 
@@ -128,11 +143,14 @@ def _warm(target: Target, progress: Progress) -> None:
         )
 
 
-def _measure(target: Target, wish: BenchWish, told: StageProgress) -> tuple[dict[str, Any], Measured, list[Move]]:
+def _measure(
+    target: Target, wish: BenchWish, told: StageProgress, mover: Mover | None
+) -> tuple[dict[str, Any], Measured, list[Move]]:
     if wish.batching_budget_ms:
         compared, run = batching(target, wish.probe_seconds, wish.batching_budget_ms, partial(told, "callers"))
         return {"batching": compared}, run, []
-    capacity = _capacity(target, wish, partial(told, "probes")) if wish.searches else None
+    search = Search(wish.search_seconds, wish.probe_seconds, wish.requests.seed, wish.even)
+    capacity = capacity_of(target, search, told) if wish.searches else None
     facts = {} if capacity is None else capacity.figures()
     if capacity is not None and wish.capacity_only and not wish.overload:
         return facts, capacity.best, []
@@ -140,13 +158,8 @@ def _measure(target: Target, wish: BenchWish, told: StageProgress) -> tuple[dict
     if capacity is not None and (wish.overload or not rate):
         rate = capacity.rate * (wish.overload or USUAL_SHARE)
     at = arrivals(rate, wish.seconds, wish.requests.seed, even=wish.even)
-    with swapping(wish.server.store, wish.swap_every) as moves:
+    with swapping(mover, wish.swap_every) as moves:
         run = open_load(target, at, wish.seconds, partial(told, "load"))
     if capacity is not None and wish.overload:
         facts["overload"] = overload_figures(run, capacity)
     return facts, run, moves
-
-
-def _capacity(target: Target, wish: BenchWish, progress: Progress) -> Capacity:
-    idle = unloaded(target, wish.probe_seconds, progress)
-    return find_capacity(prober(target, wish.probe_seconds, wish.requests.seed, even=wish.even, progress=progress), idle)

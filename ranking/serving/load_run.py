@@ -48,6 +48,9 @@ class Plan:
 
     Open loop: one at each of `at`, seconds from the start in rising order. Closed loop (`at` empty): each of `concurrency`
     callers asks as soon as it was answered, until `seconds` are over.
+
+    With `enough_late` the open loop sends nothing more once so many failed, were degraded or took longer than `limit_ms`: what is
+    to be found out is then known, and nothing that was due before is left out.
     """
 
     address: str
@@ -57,6 +60,8 @@ class Plan:
     at: list[float] = field(default_factory=list)
     concurrency: int = 0
     seconds: float = 0.0
+    limit_ms: float = 0.0
+    enough_late: int = 0
 
 
 @dataclass
@@ -65,20 +70,22 @@ class Outcome:
 
     `at`: scheduled, seconds from `started` (`time.monotonic()`, one clock for all processes of a machine). `late_ms`: sent so
     much after that. `ms`: answered so much after that. `code`: gRPC status. `degraded`: as in the contract. `snapshot`: place
-    in `snapshots`, -1 without an answer. `inside_us`: the server's own time without encode, search and rank, `total_us` all
-    of it.
+    in `snapshots`, `model` in `models` ("ENCODER|RANKER", as the answer names them), -1 without an answer. `inside_us`: the
+    server's own time without encode, search and rank, `total_us` all of it.
     """
 
     started: float = 0.0
     cpu_share: float = 0.0
     wall_s: float = 0.0
     snapshots: list[str] = field(default_factory=list)
+    models: list[str] = field(default_factory=list)
     at: list[float] = field(default_factory=list)
     late_ms: list[float] = field(default_factory=list)
     ms: list[float] = field(default_factory=list)
     code: list[int] = field(default_factory=list)
     degraded: list[int] = field(default_factory=list)
     snapshot: list[int] = field(default_factory=list)
+    model: list[int] = field(default_factory=list)
     inside_us: list[int] = field(default_factory=list)
     total_us: list[int] = field(default_factory=list)
 
@@ -88,15 +95,22 @@ class Sender:
 
     def __init__(self, plan: Plan, asks: list[Ask]) -> None:
         self._asks, self._deadline_s = asks, plan.deadline_s
+        self._limit_ms, self._enough_late, self._late = plan.limit_ms, plan.enough_late, 0
         self._requests = [base64.b64decode(one) for one in plan.requests]
         self._reply = REPLIES[plan.method]
-        self._place: dict[str, int] = {}
+        self._snapshots: dict[str, int] = {}
+        self._models: dict[str, int] = {}
         self.outcome = Outcome()
 
     def close(self) -> Outcome:
-        """The outcome, with the names that its column `snapshot` points to."""
-        self.outcome.snapshots = list(self._place)
+        """The outcome, with the names that its columns `snapshot` and `model` point to."""
+        self.outcome.snapshots, self.outcome.models = list(self._snapshots), list(self._models)
         return self.outcome
+
+    @property
+    def enough(self) -> bool:
+        """Whether what the plan wants to know is known."""
+        return 0 < self._enough_late <= self._late
 
     async def send(self, number: int, at: float) -> None:
         """The outcome has one row more, for request `number` of the schedule."""
@@ -117,19 +131,27 @@ class Sender:
         outcome.ms.append(round((done - due) * 1e3, 3))
         outcome.code.append(code)
         reply = self._reply.FromString(raw)
-        times, name = reply.times, reply.provenance.snapshot
+        times, made = reply.times, reply.provenance
         outcome.degraded.append(int(reply.degraded))
-        outcome.snapshot.append(self._place.setdefault(name, len(self._place)) if name else -1)
+        outcome.snapshot.append(_place(self._snapshots, made.snapshot) if made.snapshot else -1)
+        outcome.model.append(_place(self._models, f"{made.encoder}|{made.ranker}") if made.snapshot else -1)
         outcome.total_us.append(times.total_us)
         outcome.inside_us.append(times.total_us - times.encode_us - times.search_us - times.rank_us)
+        self._late += code != 0 or reply.degraded != 0 or outcome.ms[-1] > self._limit_ms
+
+
+def _place(names: dict[str, int], name: str) -> int:
+    return names.setdefault(name, len(names))
 
 
 async def open_loop(sender: Sender, at: list[float]) -> None:
-    """Every request was sent at its time, or as soon after as the generator could, and all have ended."""
+    """Every request was sent at its time, or as soon after as the generator could, until it was enough, and all have ended."""
     running: set[asyncio.Task[None]] = set()
     for number, due in enumerate(at):
         # Behind schedule, too, the loop gets its turn: what is sent late must still be sent, and what is answered be seen.
         await asyncio.sleep(max(sender.outcome.started + due - time.monotonic(), 0))
+        if sender.enough:
+            break
         task = asyncio.create_task(sender.send(number, due))
         running.add(task)
         task.add_done_callback(running.discard)

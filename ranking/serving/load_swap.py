@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,15 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from index.errors import BrewlineError
-from index.publish import current, list_snapshots, publish, rollback
+from index.publish import current, publish, rollback
 from ranking.serving.load import Measured, quantile
+from ranking.serving.load_nights import Night, Point
 
 AROUND_S = 1.0
 """Seconds before and after a swap that count as its own."""
-
-
-class NoSecondSnapshot(BrewlineError):
-    """A store has nothing to swap to."""
 
 
 class PointerMoved(BrewlineError):
@@ -29,43 +27,29 @@ class PointerMoved(BrewlineError):
 
 @dataclass(frozen=True)
 class Move:
-    """The pointer named `snapshot` from `when` on (`time.monotonic()`)."""
+    """The pointer named the snapshot of `night` from `when` on (`time.monotonic()`), and the links led to its models."""
 
     when: float
-    snapshot: str
-
-
-def pair_of(store: Path) -> tuple[str, str]:
-    """The served snapshot and the newest other one that the same models can serve. Raises NoSecondSnapshot."""
-    whole = [info for info in list_snapshots(store) if not info.problem]
-    served = next((info for info in whole if info.current), None)
-    if served is None:
-        raise NoSecondSnapshot(f"--store {store} serves nothing that is whole; run `brewline nightly` first")
-    alike = (served.fingerprint, served.dims)
-    others = [info.name for info in whole if not info.current and (info.fingerprint, info.dims) == alike]
-    if not others:
-        raise NoSecondSnapshot(
-            f"--store {store} holds one snapshot of encoder {served.fingerprint}, and a swap needs two: run `brewline nightly` "
-            "with the same models and another --as-of, then again with the one that is to be served"
-        )
-    return served.name, others[-1]
+    night: Night
 
 
 @dataclass
 class Mover:
-    """Moves the pointer between two snapshots. To and fro is publish and rollback, so HISTORY ends as it began, too."""
+    """Moves pointer and models between two nights. To and fro is publish and rollback, so HISTORY ends as it began, too."""
 
     store: Path
-    served: str
-    other: str
+    served: Night
+    other: Night
+    point: Point
     moves: list[Move] = field(default_factory=list)
 
     def move(self) -> None:
-        """The pointer names the other one of the two. Raises PointerMoved, and what publish raises."""
+        """The other one of the two nights is to be served. Raises PointerMoved, and what publish raises."""
         away = len(self.moves) % 2 == 0
         self._expect(self.served if away else self.other)
+        self.point(away)
         if away:
-            publish(self.store, self.other)
+            publish(self.store, self.other.snapshot)
         else:
             rollback(self.store)
         self.moves.append(Move(time.monotonic(), self.other if away else self.served))
@@ -76,8 +60,8 @@ class Mover:
             self._expect(self.other)
             rollback(self.store)
 
-    def _expect(self, name: str) -> None:
-        folder = current(self.store)
+    def _expect(self, night: Night) -> None:
+        folder, name = current(self.store), night.snapshot
         if folder is None or folder.name != name:
             seen = "nothing" if folder is None else folder.name
             raise PointerMoved(
@@ -86,15 +70,14 @@ class Mover:
 
 
 @contextmanager
-def swapping(store: Path, every: float) -> Iterator[list[Move]]:
-    """Inside the block the pointer moves every so many seconds (0: never), first after half of that; after it, it is back.
+def swapping(mover: Mover | None, every: float) -> Iterator[list[Move]]:
+    """Inside the block the pointer moves every so many seconds, first after half of that; after it, it is back.
 
-    Yields the list of moves, which grows. Raises NoSecondSnapshot before anything is moved, and PointerMoved.
+    Yields the list of moves, which grows; without a mover it stays empty. Raises PointerMoved.
     """
-    if not every:
+    if mover is None:
         yield []
         return
-    mover = Mover(store, *pair_of(store))
     ended = threading.Event()
     troubles: list[Exception] = []
 
@@ -132,23 +115,35 @@ def seen_swaps(found: Measured, moves: Sequence[Move]) -> list[Swap]:
     """The moves that show in the names of the answers, in seconds from the start of the run."""
     swaps = []
     for place, move in enumerate(moves):
-        if move.snapshot not in found.snapshots:
+        if move.night.snapshot not in found.snapshots:
             continue
         moved = move.when - found.started
         until = moves[place + 1].when - found.started if place + 1 < len(moves) else np.inf
-        named = found.answered & (found.snapshot == found.snapshots.index(move.snapshot))
+        named = found.answered & (found.snapshot == found.snapshots.index(move.night.snapshot))
         after = np.flatnonzero(named & (found.at >= moved) & (found.at < until))
         if after.size:
             swaps.append(Swap(moved, float(found.at[after[0]])))
     return swaps
 
 
-def swap_figures(found: Measured, moves: Sequence[Move]) -> dict[str, object]:
+def mixed(found: Measured, nights: Sequence[Night]) -> int:
+    """Answers whose snapshot and models are not those of one night; without a ranker's name one that no ranker took part in."""
+    whole = {(night.snapshot, night.encoder, ranker) for night in nights for ranker in (night.ranker, "")}
+    pairs = zip(found.snapshot[found.answered].tolist(), found.model[found.answered].tolist(), strict=True)
+    counts = Counter((found.snapshots[one], *found.models[two].split("|")) for one, two in pairs)
+    return sum(number for night, number in counts.items() if night not in whole)
+
+
+def swap_figures(found: Measured, moves: Sequence[Move], nights: tuple[Night, Night]) -> dict[str, object]:
     """What the swaps cost: `p99_ms_during_swap` over the requests scheduled within a second of a swap, `p99_ms_rest` over others.
 
     A swap lasts from the move of the pointer to the first request that the new night answers (`swap_seconds`: the longest).
+    `swaps_by_kind`: how many of them exchanged the snapshot, the encoder, the ranker if one took part; `mixed` is what makes that
+    true of answers.
     """
     swaps = seen_swaps(found, moves)
+    kinds = nights[0].differs(nights[1])
+    kinds["ranker"] &= any(name.partition("|")[2] for name in found.models)
     near = np.zeros(found.at.size, bool)
     for swap in swaps:
         near |= (found.at >= swap.moved - AROUND_S) & (found.at <= swap.seen + AROUND_S)
@@ -157,6 +152,8 @@ def swap_figures(found: Measured, moves: Sequence[Move]) -> dict[str, object]:
     return {
         "pointer_moves": len(moves),
         "swaps": len(swaps),
+        "swaps_by_kind": {part: len(swaps) if differs else 0 for part, differs in kinds.items()},
+        "mixed": mixed(found, nights),
         "swap_seconds": max((swap.seen - swap.moved for swap in swaps), default=None),
         "sent_during_swap": int(near.sum()),
         "p99_ms_during_swap": during,

@@ -80,11 +80,17 @@ def unpack_ids(ids: pb.Ids, field: str = "ids") -> list[str]:
 
 def pack_ids(ids: Sequence[str]) -> pb.Ids:
     """The packed form of ids: UTF-8 end to end, and uint32 ends."""
+    message = pb.Ids()
+    _fill_ids(message, ids)
+    return message
+
+
+def _fill_ids(message: pb.Ids, ids: Sequence[str]) -> None:
     text = "".join(ids)
-    packed = text.encode()
+    message.packed = text.encode()
     # Where nothing but ASCII is there, and that is nearly always, letters are bytes.
-    lengths = map(len, ids) if len(packed) == len(text) else (len(one.encode()) for one in ids)
-    return pb.Ids(packed=packed, ends=np.cumsum(np.fromiter(lengths, np.int64, len(ids))).astype("<u4").tobytes())
+    lengths = map(len, ids) if text.isascii() else (len(one.encode()) for one in ids)
+    message.ends = np.cumsum(np.fromiter(lengths, np.int64, len(ids))).astype("<u4").tobytes()
 
 
 def read_description(message: pb.Member, instruction: str, catalog: Catalog, action: str) -> MemberView:
@@ -173,18 +179,17 @@ def _engagement_message(done: Engagement) -> pb.Engagement:
     return message
 
 
-def results_message(ranked: Ranked, catalog: Catalog, *, readable: bool) -> pb.Results:
-    """The answer's table in packed form, and with `readable` also row by row."""
-    message = pb.Results(
-        count=len(ranked),
-        ids=pack_ids(ranked.ids),
-        scores=_floats(ranked.scores),
-        probabilities=_floats(ranked.probabilities),
-        places=ranked.places.astype("<u4").tobytes(),
-    )
+def fill_results(message: pb.Results, ranked: Ranked, catalog: Catalog, *, readable: bool) -> None:
+    """The message is the answer's table in packed form, and with `readable` also row by row.
+
+    Filled where it stands in its answer: a message that is put into another one is written out and read again.
+    """
+    message.count = len(ranked)
+    _fill_ids(message.ids, ranked.ids)
+    message.scores, message.probabilities = _floats(ranked.scores), _floats(ranked.probabilities)
+    message.places = ranked.places.astype("<u4").tobytes()
     if readable:
         message.items.extend(_result_item(ranked, place, catalog) for place in range(len(ranked)))
-    return message
 
 
 def _result_item(ranked: Ranked, place: int, catalog: Catalog) -> pb.ResultItem:

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import math
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Awaitable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn, Protocol, TypeVar, cast
@@ -25,7 +25,7 @@ from ranking.serving.explain import explain
 from ranking.serving.gather import Asked, retrieve_together
 from ranking.serving.load_shed import first_stage, kind_of
 from ranking.serving.load_shed_depth import LEAST_DEPTH, Depth
-from ranking.serving.load_shed_door import caller_of
+from ranking.serving.load_shed_door import Metadata, caller_of
 from ranking.serving.queue_fair import Job
 from ranking.serving.queue_forecast import Kind
 from ranking.serving.stack import Stack
@@ -85,6 +85,7 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
         self._requests = 0
         told = "Calls that were answered together."
         self.gathered = Histogram("brewline_batch_size", told, ("method",), registry=None, buckets=SIZES)
+        self._together_sizes = self.gathered.labels("Retrieve")
 
     @property
     def stack(self) -> Stack:
@@ -199,7 +200,8 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
         way = min(max(REPLY_SHARE * (call.deadline - call.arrived), REPLY_S[0]), REPLY_S[1])
         timeout = None if math.isinf(call.deadline) else max(call.deadline - time.monotonic() - way, 0)
         try:
-            return await asyncio.wait_for(future, timeout)
+            async with asyncio.timeout(timeout):
+                return await future
         except TimeoutError:
             if call.early is None:
                 raise Late("the deadline passed before the answer was ready; give more time or a smaller fanout") from None
@@ -213,7 +215,7 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
         def run() -> Response:
             call.started = time.monotonic()
             if method == "Retrieve":
-                self.gathered.labels(method).observe(1)
+                self._together_sizes.observe(1)
             response = work(self.stack.now(), request, call)
             if isinstance(response, pb.RecommendResponse):
                 measure(job, response, call, self._depth.share)
@@ -230,12 +232,12 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
         now = time.monotonic()
         for _, call in asked:
             call.started = now
-        self.gathered.labels("Retrieve").observe(len(asked))
+        self._together_sizes.observe(len(asked))
         answered = retrieve_together(self.stack.now(), asked)
         return [Failed(one) if isinstance(one, Exception) else one for one in answered]
 
     def _caller(self, context: grpc.aio.ServicerContext) -> str:
-        return caller_of(context.invocation_metadata() or (), context.peer(), tokens=self._tokens)
+        return caller_of(_metadata(context), context.peer(), tokens=self._tokens)
 
     async def _refuse(
         self, method: str, error: Exception, call: Call, caller: str, context: grpc.aio.ServicerContext
@@ -272,10 +274,15 @@ def _call(context: grpc.aio.ServicerContext) -> Call:
     return call
 
 
+def _metadata(context: grpc.aio.ServicerContext) -> Metadata:
+    """What the caller sent beside the request, read once when it arrived: the context makes it anew whenever it is asked."""
+    return visit().metadata or context.invocation_metadata() or ()
+
+
 def _request_id(context: grpc.aio.ServicerContext) -> str:
     """The caller's `x-request-id` if it is one that a log can carry, else a new one."""
-    given = dict(context.invocation_metadata() or ()).get("x-request-id", "")
-    return given if isinstance(given, str) and REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    given = dict(_metadata(context)).get("x-request-id", "")
+    return given if isinstance(given, str) and REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
 
 
 def code_version() -> str:

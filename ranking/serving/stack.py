@@ -75,6 +75,8 @@ class Stack:
     def now(self) -> Stack:
         """The stack of the present moment, for one request from beginning to end. Raises LogDamaged."""
         moment, catalog = self.today.now()
+        if moment is self.recommender.retriever.moment:
+            return self
         retriever = replace(self.recommender.retriever, moment=moment, catalog=catalog)
         return replace(self, catalog=catalog, recommender=replace(self.recommender, retriever=retriever))
 

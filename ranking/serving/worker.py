@@ -84,12 +84,14 @@ class Worker:
         with self._changed:
             job.cost = self._forecast.seconds(job.kind)
             job.queued = bool(self._until or len(self._queue))
-            needed = job.first or job.kind
-            job.least = self._forecast.usual(needed)
-            trial = job.queued and job.least > job.deadline - now and self._forecast.is_old(needed, now, job.cost)
-            if trial:
-                job.least = 0.0
-            self._patience.check(job, self._wait(job.caller, now), now, self._at_hand)
+            needed, trial, wait = job.first or job.kind, False, 0.0
+            if job.queued:
+                job.least = self._forecast.usual(needed)
+                trial = job.least > job.deadline - now and self._forecast.is_old(needed, now, job.cost)
+                if trial:
+                    job.least = 0.0
+                wait = self._wait(job.caller, now)
+            self._patience.check(job, wait, now, self._at_hand)
             self._refuse_if_full(job.caller, now)
             if trial:
                 self._forecast.tried(needed, now)
@@ -98,7 +100,6 @@ class Worker:
             if gone is not None and not gone.future.done():
                 words = "your requests are the most of all that wait, and another caller's needed room"
                 gone.future.set_exception(self._patience.refuse(gone.caller, self._queue.wait(gone.caller), words, now))
-        job.future.add_done_callback(lambda future: self._forget(job) if future.cancelled() else None)
         return self._entered(job)
 
     @property
@@ -133,17 +134,16 @@ class Worker:
     def _entered(self, job: Job) -> asyncio.Future[Any]:
         self._inside += 1
         self._empty.clear()
-        job.future.add_done_callback(self._left)
+        job.future.add_done_callback(lambda _: self._left(job))
         return job.future
 
-    def _left(self, future: asyncio.Future[Any]) -> None:
+    def _left(self, job: Job) -> None:
         self._inside -= 1
         if not self._inside:
             self._empty.set()
-        if not future.cancelled():
-            future.exception()  # an abandoned request's error was logged where it was raised
-
-    def _forget(self, job: Job) -> None:
+        if not job.future.cancelled():
+            job.future.exception()  # an abandoned request's error was logged where it was raised
+            return
         with self._changed:
             self._queue.remove(job)
 

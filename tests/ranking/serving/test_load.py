@@ -24,10 +24,9 @@ from ranking.cli.member_store import MEMBERS_VARIABLE
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving.client import ServiceError
 from ranking.serving.load import Floats, LoadError, Measured, Target, arrivals, closed_load, figures, open_load, quantile
-from ranking.serving.load_capacity import NoCapacity, Unloaded, find_capacity, overload_figures, prober, unloaded
+from ranking.serving.load_capacity import NoCapacity
 from ranking.serving.load_requests import RequestWish, requests_of
 from ranking.serving.load_server import ServerWish, served
-from ranking.serving.load_swap import Move, seen_swaps, swap_figures
 
 REQUEST = pb.RetrieveRequest(k=1).SerializeToString()
 PROMISED = {"sent", "failed", "degraded", "p50_ms", "p99_ms", "p99_ms_during_swap", "goodput", "generator_cpu"}
@@ -36,7 +35,7 @@ PROMISED = {"sent", "failed", "degraded", "p50_ms", "p99_ms", "p99_ms_during_swa
 def measured(at: Floats, ms: Floats, **columns: object) -> Measured:
     """A run of ten seconds with these columns; what is not given is an answer in full."""
     none = np.zeros(at.size, np.int64)
-    run = Measured(10.0, 10.0, 100.0, 0.1, 1.0, ["one"], at, 0.0 * ms, ms, none, none, none, 0.0 * ms, ms)
+    run = Measured(10.0, 10.0, 100.0, 0.1, 1.0, ["one"], ["e|r"], at, 0.0 * ms, ms, none, none, none, none, 0.0 * ms, ms)
     return replace(run, **columns)  # type: ignore[arg-type]
 
 
@@ -127,54 +126,6 @@ def test_figures_are_those_of_the_columns() -> None:
     assert run.whole_p99 == np.inf and measured(run.at, ms).whole_p99 == 198, "an answer that never came is later than all"
 
 
-def test_what_lies_around_a_swap_is_told_apart() -> None:
-    at = np.arange(0, 10, 0.1)
-    snapshot = ((at >= 3.55) & (at < 7.25)).astype(np.int64)
-    ms = np.where((at > 2) & (at < 4.6), 50.0, 5.0)
-    run = measured(at, ms, snapshot=snapshot, snapshots=["one", "two"])
-    moves = [Move(103.0, "two"), Move(107.0, "one"), Move(109.95, "two")]
-    swaps = seen_swaps(run, moves)
-    assert [(round(swap.moved, 3), round(swap.seen, 3)) for swap in swaps] == [(3.0, 3.6), (7.0, 7.3)], (
-        "the last was not followed"
-    )
-    found = swap_figures(run, moves)
-    assert (found["pointer_moves"], found["swaps"], found["swap_seconds"]) == (3, 2, pytest.approx(0.6))
-    assert (found["p99_ms_during_swap"], found["p99_ms_rest"]) == (50, 5) and found["sent_during_swap"] == 27 + 23
-
-
-def one_server(rate: float) -> Measured:
-    """Even arrivals at one server that takes 10 ms for each: it bears 100 a second, and beyond that the queue grows."""
-    at = arrivals(rate, 10, 0, even=True)
-    done = 0.0
-    ended = []
-    for moment in at:
-        done = max(done, moment) + 0.01
-        ended.append(done)
-    return measured(at, (np.array(ended) - at) * 1e3)
-
-
-def test_the_search_finds_a_capacity_that_is_known() -> None:
-    found = find_capacity(one_server, Unloaded(10.0, 60.0, 300))
-    assert 92 < found.rate <= 101 and found.too_much / found.rate < 1.09
-    assert all(row["borne"] == (row["rate"] < 100.2) for row in found.tried)
-    facts = overload_figures(one_server(500), found)
-    assert facts["times_capacity"] == pytest.approx(500 / found.rate) and facts["rejected"] == {}
-    assert facts["goodput_over_capacity"] < 0.2, "a queue that refuses nothing answers nobody in time"
-    with pytest.raises(NoCapacity, match="something else running"):
-        find_capacity(one_server, Unloaded(1.0, 60.0, 300))
-
-
-def test_what_is_compared_with_is_no_maximum_of_a_few(stalling: tuple[Stalling, str]) -> None:
-    handler, address = stalling
-    target = Target(address, "Retrieve", [REQUEST], 20.0)
-    idle = unloaded(target, 0.5)
-    assert handler.asked > idle.requests > 20, "ten requests and a stall were too few, and it was asked for longer"
-    probe = prober(target, 0.2, 7, even=False)
-    one, two = probe(50.0), probe(50.0)
-    assert one.at.size and not np.array_equal(one.at[:5], two.at[:5]), "a rate that is tried again is not the same bursts again"
-    assert find_capacity(one_server, Unloaded(10.0, 60.0, 100)).figures()["requests_unloaded"] == 100
-
-
 def test_requests_are_of_the_members_and_the_same_again(night: Path) -> None:
     store = night / "store"
     known = [pb.RecommendRequest.FromString(raw) for raw in requests_of(store, None, RequestWish("recommend", 7, 50, True))]
@@ -250,9 +201,10 @@ def test_the_generator_loads_no_model() -> None:
 @pytest.mark.soak
 def test_a_real_server_far_beyond_its_capacity(night: Path) -> None:
     models = ("--encoder", night / "encoder1", "--ranker", night / "ranker1")
-    done = bench(
-        "--store", night / "store", *models, "--overload", 5, "--probe-seconds", 2, "--seconds", 10, "--fanout", 50, "--json"
-    )
+    times = ("--probe-seconds", 2, "--search-seconds", 150, "--seconds", 10)
+    done = bench("--store", night / "store", *models, "--overload", 5, *times, "--fanout", 50, "--json")
+    if isinstance(done.exception, NoCapacity):
+        pytest.skip(f"other processes keep this machine too busy for answers of few milliseconds: {done.exception}")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["capacity"] > 0 and found["overload"]["times_capacity"] == pytest.approx(5, rel=0.2)

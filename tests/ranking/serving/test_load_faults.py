@@ -1,4 +1,4 @@
-"""Faults of the disk under load: a full one, a snapshot that is damaged, nights that change; what was acknowledged stays."""
+"""Faults of the disk under load: a full one, a snapshot that is damaged; what was acknowledged stays."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from index.publish import CURRENT_FILE, current, publish
+from index.publish import current, publish
 from index.snapshot import snapshots_dir
 from index.store import open_store
 from ranking.ranker import Ranker
 from ranking.serving.client import Client, ServiceError
 from ranking.serving.load import Target, closed_load
-from ranking.serving.load_bench import BenchWish, bench_serve
+from ranking.serving.load_nights import pair_of
 from ranking.serving.load_requests import RequestWish, requests_of
 from ranking.serving.load_server import ServerWish, served
-from ranking.serving.load_swap import NoSecondSnapshot, pair_of
 from ranking.serving.stack import MEMBERS_FILE, open_stack
 from retrieval.data.schema import DAY, Dataset, Item
 from retrieval.encoder import Encoder
@@ -92,7 +91,7 @@ def many_events(number: int) -> list[Told]:
 
 
 def test_a_damaged_snapshot_is_not_served_and_the_next_whole_one_is(night: Path, two_nights: Path) -> None:
-    first, second = pair_of(two_nights)
+    first, second = (one.snapshot for one in pair_of(ServerWish(two_nights, night / "encoder1")))
     vectors = max((path for path in (snapshots_dir(two_nights) / second).iterdir()), key=lambda path: path.stat().st_size)
     whole = vectors.read_bytes()
     vectors.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
@@ -107,28 +106,3 @@ def test_a_damaged_snapshot_is_not_served_and_the_next_whole_one_is(night: Path,
         while client.info().snapshot != second and time.monotonic() < until:
             time.sleep(0.1)
         assert client.info().snapshot == second and len(client.retrieve("m1", 5)) == 5
-
-
-@pytest.mark.parametrize(("rate", "seconds", "every"), [(20, 6, 3), pytest.param(100, 500, 25, marks=pytest.mark.soak)])
-def test_a_storm_of_swaps_fails_no_request(night: Path, two_nights: Path, rate: float, seconds: float, every: float) -> None:
-    before = {name: (two_nights / name).read_text() for name in (CURRENT_FILE, "HISTORY")}
-    options = ["--swap-poll-seconds", "0.1"]
-    wish = BenchWish(
-        server=ServerWish(two_nights, night / "encoder1", night / "ranker1", options=options),
-        requests=RequestWish("recommend", k=5, fanout=20, filtered=True),
-        rate=rate,
-        seconds=seconds,
-        deadline_s=20.0,
-        swap_every=every,
-    )
-    found = bench_serve(wish, lambda *_: None)
-    assert found.figures["failed"] == found.figures["degraded"] == 0 and found.figures["sent"] == found.figures["answered"]
-    assert found.figures["pointer_moves"] == seconds // every
-    assert found.figures["swaps"] >= seconds // every - 1, "one that comes just before the end may not be seen"
-    assert len(found.run.snapshots) == 2 and found.figures["p99_ms_during_swap"] > 0
-    assert {name: (two_nights / name).read_text() for name in before} == before, "the pointer and the way back are as they were"
-
-
-def test_a_store_of_one_night_has_nothing_to_swap(copied: Path) -> None:
-    with pytest.raises(NoSecondSnapshot, match="another --as-of"):
-        pair_of(copied)
