@@ -205,25 +205,25 @@ class ShortLists:
         visited, marked = -(-min(probes, self.lists) // GROUPS), self.dims
         asked = np.zeros((len(units), GROUPS, self._width), np.float32)
         asked[:, :, :marked] = units[:, None]
-        wide: Vectors = asked.reshape(-1, self._width)
-        signs, each = self._signs[: len(wide)], np.repeat(bars, GROUPS)
+        questions: Vectors = asked.reshape(-1, self._width)
+        signs, each = self._signs[: len(questions)], np.repeat(bars, GROUPS)
         # A list of another group must lie further away than any product with a centre can: twice the mark is the way between.
         far = 4 * self._longest
         if low:
-            wide[:, marked] = far * signs
-            each = np.maximum(each, self._lowest(wide, visited) - far)
+            questions[:, marked] = far * signs
+            each = np.maximum(each, self._lowest(questions, visited) - far)
         radius = far + float(np.abs(each).max())
         marks = radius - each
-        wide[:, marked] = marks * signs
-        found, scores, rows = self._index.range_search(wide, radius, params=self._faiss.SearchParametersIVF(nprobe=visited))
+        questions[:, marked] = marks * signs
+        found, scores, rows = self._index.range_search(questions, radius, params=self._faiss.SearchParametersIVF(nprobe=visited))
         edges = found.astype(np.int64)
         return edges, scores - np.repeat(marks, np.diff(edges)) if low else scores, rows
 
-    def _lowest(self, wide: Vectors, visited: int) -> Vectors:
+    def _lowest(self, questions: Vectors, visited: int) -> Vectors:
         """A score below any that codes can have in the lists that these questions visit."""
         pairs = self._faiss.vector_to_array(self._index.pq.centroids).reshape(self._width // 2, 16, 2)
-        least = np.einsum("apd,pcd->apc", wide.reshape(len(wide), -1, 2), pairs).min(axis=2).sum(axis=1)
-        products, _ = self._index.quantizer.search(wide, visited)
+        least = np.einsum("apd,pcd->apc", questions.reshape(len(questions), -1, 2), pairs).min(axis=2).sum(axis=1)
+        products, _ = self._index.quantizer.search(questions, visited)
         lowest: Vectors = products[:, -1] + least
         return lowest
 
