@@ -29,6 +29,8 @@ from retrieval.refresh import nightly
 
 Start = Callable[..., tuple[int, Callable[[], None]]]
 Models = tuple[str, str]
+MOST_LIVE = 300
+"""Items put in by day, of which two thirds stay: with the night's no more than ALL, or an answer leaves some out."""
 WANTED, LEFT_OUT = Wanted(categories=frozenset({"chess", "trains"})), ("i1", "i3", "i5")
 ALL = 400
 
@@ -113,13 +115,17 @@ def ask(client: Client, turn: int, nights: Nights, told: Told) -> None:
 
 
 def tell(client: Client, turn: int, told: Told) -> None:
-    """An item is put in, and each third one is withdrawn again; every tenth time one of the night is."""
+    """An item is put in, each third one is withdrawn again, and what has grown old; every tenth time one of the night is too."""
     name = f"live{turn}"
     told.sent.add(name)
     client.upsert([Item(name, f"gambit no {turn}", "a short piece about zugzwang", "chess", "author 3")])
     told.put.add(name)
+    leaving: list[str] = []
     if turn % 3 == 0:
         leaving = [name] if turn % 10 else [name, f"i{8 + turn % 30}"]
+    if turn >= MOST_LIVE and (turn - MOST_LIVE) % 3:
+        leaving.append(f"live{turn - MOST_LIVE}")
+    if leaving:
         told.leaving.update(leaving)
         client.withdraw(leaving)
         told.gone.update(leaving)
