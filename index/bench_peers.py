@@ -16,7 +16,7 @@ from index.bench_gpu import GPU_METHODS
 from index.errors import BrewlineError
 from index.gpu_code import gpu_reason
 from index.hits import Rows, Vectors
-from index.tune import SHORT_ROWS
+from index.recipe import SHORT_ROWS, choose_short_lists
 
 SHARES = (1 / 24, 1 / 20, 1 / 16, 1 / 12, 1 / 10, 1 / 8, 1 / 6, 1 / 4)
 """Of the short lists, visited."""
@@ -60,7 +60,6 @@ def _ours(vectors: Vectors) -> Iterator[Ready]:
 
 
 def _short_lists(vectors: Vectors) -> Ready:
-    from index.recipe import choose_short_lists
     from index.shortlist import ShortLists
     from index.shortlist_build import TRIED, filled, margins_of
 

@@ -14,11 +14,11 @@ FLAT_ROWS = 100_000
 FLAT_NUMBERS = FLAT_ROWS * 128
 """Up to this many rows, or this many numbers, one scan takes milliseconds and stays exact: 1.9 for 100,000 x 128 (one query,
 k = 2,000, the certified scan of `index.serving`)."""
-
-
 SHORT = "ShortList"
 GROUPS = 2
 """The lists of a short list are of so many groups, each for a thread: see `index.shortlist`."""
+SHORT_ROWS = 20_000
+"""With fewer, everything is scored before a short list is found: it is not worth measuring."""
 FEWEST_ROWS = 1_024
 """Of a short list: 16 codes are to be found for every pair of numbers."""
 
@@ -46,7 +46,7 @@ class Recipe:
     @classmethod
     def parse(cls, text: str) -> Self:
         """The recipe that `str` wrote is returned. Raises BuildError for any other text."""
-        match = re.fullmatch(r"(?:IVF([1-9][0-9]{0,6}),)?(Flat|SQfp16)|IVF([1-9][0-9]{0,6}),ShortList", text, re.ASCII)
+        match = re.fullmatch(rf"(?:IVF([1-9][0-9]{{0,6}}),)?(Flat|SQfp16)|IVF([1-9][0-9]{{0,6}}),{SHORT}", text, re.ASCII)
         if match is None:
             raise BuildError(
                 f"recipe {text!r} is unknown: expected Flat, SQfp16, or IVF<lists> before one of them or ShortList (IVF256,Flat)"

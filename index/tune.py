@@ -17,15 +17,13 @@ from index.codes import Codes
 from index.errors import BrewlineError
 from index.hits import Vectors
 from index.kinds import searcher
-from index.recipe import BuildError, Recipe, choose_lists, choose_recipe, choose_short_lists
+from index.recipe import SHORT_ROWS, BuildError, Recipe, choose_lists, choose_recipe, choose_short_lists
 from index.search import Search
 from index.serving import faiss_reason
 from index.shortlist_build import margins_of
 
 TARGETS = (0.8, 0.9, 0.95, 0.97, 0.99)
 """Recalls between which the frontier is drawn; the wished one is added."""
-SHORT_ROWS = 20_000
-"""With fewer, everything is scored before a short list is found."""
 _ROW_BYTES = 8
 """FAISS keeps an id of 8 bytes with every vector of a list."""
 _FASTSCAN_ROWS = 32
@@ -134,7 +132,7 @@ def candidates(count: int, dims: int, wishes: Wishes) -> list[Recipe]:
     found = [Recipe(many, half) for many in lists for half in (False, True)]
     if count >= SHORT_ROWS:
         least = choose_short_lists(count)
-        found += [Recipe(many, short=True) for many in (least // 2, least) if many]
+        found += [Recipe(many, short=True) for many in (least // 2, least)]
     if wishes.most_bytes is not None:
         found = [recipe for recipe in found if predict(count, dims, recipe).memory <= wishes.most_bytes]
     if not found:

@@ -6,7 +6,7 @@ import asyncio
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from index.store import open_store
 from ranking.prompts import RankBudgets, RankPrompts
 from ranking.ranker import Ranker, RankerFacts, labels_of, save_ranker
+from ranking.serving import recommender_pb2 as pb
 from ranking.serving import recommender_pb2_grpc
 from ranking.serving.client import Client
 from ranking.serving.current import Current
@@ -41,6 +42,8 @@ SIZE = Size(hidden=32, layers=1, heads=2, kv_heads=1, mlp=48)
 
 Start = Callable[..., tuple[int, Callable[[], None]]]
 Loaded = Callable[..., AbstractContextManager[Callable[[], Measured]]]
+Pause = Callable[[], Awaitable[None]]
+Answering = Callable[[Pause], str]
 
 
 @pytest.fixture(scope="session")
@@ -182,3 +185,55 @@ def loaded() -> Loaded:
     """`with loaded(target, seconds, callers, begun)`: so many ask for so long, and so many were answered; the result says what
     they were told."""
     return _loaded
+
+
+class _Answerer(grpc.GenericRpcHandler):
+    """Answers every method with one empty answer of one night, after what is to be waited for."""
+
+    def __init__(self, pause: Pause) -> None:
+        self._pause = pause
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        """The same for every method."""
+        del handler_call_details
+        return grpc.unary_unary_rpc_method_handler(self._answer)
+
+    async def _answer(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        del request, context
+        await self._pause()
+        return pb.RetrieveResponse(provenance=pb.Provenance(snapshot="one")).SerializeToString()
+
+
+@pytest.fixture
+def answering() -> Iterator[Answering]:
+    """Starts servers that answer after a pause, each in a thread of its own; returns the address of each."""
+    ended: list[Callable[[], None]] = []
+
+    def begin(pause: Pause) -> str:
+        ready, address = threading.Event(), []
+        loop, stop = asyncio.new_event_loop(), asyncio.Event()
+
+        async def serve() -> None:
+            server = grpc.aio.server()
+            server.add_generic_rpc_handlers((_Answerer(pause),))
+            address.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+            await server.start()
+            ready.set()
+            await stop.wait()
+            await server.stop(0)
+
+        thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+        thread.start()
+
+        def end() -> None:
+            loop.call_soon_threadsafe(stop.set)
+            thread.join(20)
+            loop.close()
+
+        ended.append(end)
+        assert ready.wait(20)
+        return address[0]
+
+    yield begin
+    for end in ended:
+        end()

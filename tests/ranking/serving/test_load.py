@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 from click.testing import Result
@@ -28,6 +25,7 @@ from ranking.serving.load_capacity import NoCapacity
 from ranking.serving.load_requests import RequestWish, requests_of
 from ranking.serving.load_server import ServerWish, served
 
+Answering = Callable[[Callable[[], Awaitable[None]]], str]
 REQUEST = pb.RetrieveRequest(k=1).SerializeToString()
 PROMISED = {"sent", "failed", "degraded", "p50_ms", "p99_ms", "p99_ms_during_swap", "goodput", "generator_cpu"}
 
@@ -39,50 +37,25 @@ def measured(at: Floats, ms: Floats, **columns: object) -> Measured:
     return replace(run, **columns)  # type: ignore[arg-type]
 
 
-class Stalling(grpc.GenericRpcHandler):
-    """Answers at once, but for half a second after its tenth request it and its whole event loop do nothing."""
+class Stalling:
+    """Nobody waits, but for half a second after the tenth request, when the whole event loop does nothing."""
 
     def __init__(self) -> None:
         self.asked = 0
         self.stalled = (0.0, 0.0)
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-        """The same for every method."""
-        del handler_call_details
-        return grpc.unary_unary_rpc_method_handler(self._answer)
-
-    async def _answer(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        del request, context
+    async def __call__(self) -> None:
         self.asked += 1
         if self.asked == 10:
             begun = time.monotonic()
             time.sleep(0.5)
             self.stalled = (begun, time.monotonic())
-        return pb.RetrieveResponse(provenance=pb.Provenance(snapshot="one")).SerializeToString()
 
 
 @pytest.fixture
-def stalling() -> Iterator[tuple[Stalling, str]]:
-    handler, ready, address = Stalling(), threading.Event(), []
-    loop = asyncio.new_event_loop()
-
-    async def serve(stop: asyncio.Event) -> None:
-        server = grpc.aio.server()
-        server.add_generic_rpc_handlers((handler,))
-        address.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
-        await server.start()
-        ready.set()
-        await stop.wait()
-        await server.stop(0)
-
-    stop = asyncio.Event()
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve(stop)))
-    thread.start()
-    assert ready.wait(20)
-    yield handler, address[0]
-    loop.call_soon_threadsafe(stop.set)
-    thread.join(20)
-    loop.close()
+def stalling(answering: Answering) -> tuple[Stalling, str]:
+    pause = Stalling()
+    return pause, answering(pause)
 
 
 def test_every_request_of_a_stall_is_charged_with_it(stalling: tuple[Stalling, str]) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 
@@ -35,49 +33,26 @@ from ranking.serving.load_capacity import (
 from ranking.serving.load_requests import RequestWish
 from ranking.serving.load_server import ServerWish
 
+Answering = Callable[[Callable[[], Awaitable[None]]], str]
 REQUEST = pb.RetrieveRequest(k=1).SerializeToString()
 IDLE = Unloaded(10.0, 60.0, 300, 24.0)
 
 
-class Pausing(grpc.GenericRpcHandler):
-    """Answers everybody after the same pause."""
+class Pausing:
+    """Everybody waits as long."""
 
     def __init__(self) -> None:
         self.pause_s, self.asked = 0.0, 0
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-        """The same for every method."""
-        del handler_call_details
-        return grpc.unary_unary_rpc_method_handler(self._answer)
-
-    async def _answer(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        del request, context
+    async def __call__(self) -> None:
         self.asked += 1
         await asyncio.sleep(self.pause_s)
-        return pb.RetrieveResponse(provenance=pb.Provenance(snapshot="one")).SerializeToString()
 
 
 @pytest.fixture
-def pausing() -> Iterator[tuple[Pausing, Target]]:
-    handler, ready, address = Pausing(), threading.Event(), []
-    loop, stop = asyncio.new_event_loop(), asyncio.Event()
-
-    async def serve() -> None:
-        server = grpc.aio.server()
-        server.add_generic_rpc_handlers((handler,))
-        address.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
-        await server.start()
-        ready.set()
-        await stop.wait()
-        await server.stop(0)
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
-    thread.start()
-    assert ready.wait(20)
-    yield handler, Target(address[0], "Retrieve", [REQUEST], 20.0)
-    loop.call_soon_threadsafe(stop.set)
-    thread.join(20)
-    loop.close()
+def pausing(answering: Answering) -> tuple[Pausing, Target]:
+    pause = Pausing()
+    return pause, Target(answering(pause), "Retrieve", [REQUEST], 20.0)
 
 
 def silent(*_: object) -> None:
