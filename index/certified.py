@@ -113,7 +113,7 @@ class Certified:
         sums = np.empty((len(asked), len(self._sample)), np.int32)
         if len(asked):
             codes = np.concatenate([encode(queries[query][None], scale) for query, scale in zip(asked, scales)])
-            products(codes, self._sample, sums, self._way)
+            self._crew.apart(lambda: products(codes, self._sample, sums, self._way))
         bars = np.empty(len(asked))
         for place, query in enumerate(asked.tolist()):
             seen, one = sums[place], filters[query]

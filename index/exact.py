@@ -90,7 +90,13 @@ def dots(vectors: Vectors, queries: Vectors, rows: Rows) -> Vectors:
         wanted[wanted >= 0] = places
     asked, scores = np.ascontiguousarray(queries, np.float32), np.empty(wanted.shape, np.float32)
     pointers = [faiss.swig_ptr(array) for array in (scores, asked, vectors, wanted)]
-    faiss.fvec_inner_products_by_idx(*pointers, vectors.shape[1], len(asked), wanted.shape[1])
+    before = faiss.omp_get_max_threads()
+    # More threads than queries have nothing to do but to spin on for milliseconds, on cores that others want.
+    faiss.omp_set_num_threads(min(before, len(asked) or 1))
+    try:
+        faiss.fvec_inner_products_by_idx(*pointers, vectors.shape[1], len(asked), wanted.shape[1])
+    finally:
+        faiss.omp_set_num_threads(before)
     if not (np.isfinite(scores) | (wanted < 0)).all():
         raise SearchError("a vector gives a score that is NaN or infinite: the vectors are damaged, build them again")
     return scores

@@ -123,6 +123,13 @@ class Crew:
             return [task(job) for job in jobs]
         return list(self._pool.map(task, jobs))
 
+    def apart(self, task: Callable[[], R]) -> R:
+        """The result of a task that one of the threads computes, so that none of the caller's own spins on beside what is next.
+
+        Not for tasks of this crew: they would wait for each other.
+        """
+        return task() if self._pool is None else self._pool.submit(task).result()
+
     def shares(self, count: int) -> list[range]:
         """0..count - 1 cut into one run per thread, none empty."""
         if self.threads == 1:

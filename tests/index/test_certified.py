@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import index.int8
+from index import certified, certified_scan
 from index.certified import SMALL, Certified
 from index.certified_codes import BLOCK, Asked, code
 from index.exact import best, dot, exact_search, exhaustive
@@ -217,3 +220,42 @@ def test_each_of_a_crew_computes_with_one_thread() -> None:
         assert Crew(2).each(lambda _: torch.get_num_threads(), [0] * 8) == [1] * 8 and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(usual)
+
+
+def test_what_a_crew_does_apart_is_computed_with_one_thread() -> None:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert Crew(2).apart(torch.get_num_threads) == 1 and torch.get_num_threads() == 2
+        assert Crew(1).apart(lambda: threading.current_thread()) is threading.current_thread()
+        with pytest.raises(ZeroDivisionError):
+            Crew(2).apart(lambda: 1 // 0)
+    finally:
+        torch.set_num_threads(usual)
+
+
+def test_a_lone_query_wakes_no_team_of_its_callers_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a team goes on spinning for milliseconds beside the threads that scan: a third of a lone query's time."""
+    faiss: Any = pytest.importorskip("faiss")
+    names, teams, inner = [], [], faiss.fvec_inner_products_by_idx
+
+    def multiply(*asked: Any) -> None:
+        names.append(threading.current_thread().name)
+        products(*asked)
+
+    def score(*asked: Any) -> None:
+        teams.append(faiss.omp_get_max_threads())
+        inner(*asked)
+
+    for room in (certified, certified_scan):
+        monkeypatch.setattr(room, "products", multiply)
+    monkeypatch.setattr(faiss, "fvec_inner_products_by_idx", score)
+    vectors = clustered(np.random.default_rng(3), ROWS, 16).astype(np.float32)
+    usual = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(2)
+    try:
+        Certified(vectors, threads=2).search(vectors[:1], 10)
+        assert len(names) > 2 and all(name.startswith("scan") for name in names)
+        assert set(teams) == {1} and faiss.omp_get_max_threads() == 2
+    finally:
+        faiss.omp_set_num_threads(usual)
