@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from index.certified_codes import BLOCK, Asked, code
 from index.exact import best, dot, exact_search, exhaustive
 from index.filters import RowSet
 from index.hits import ExclusionError, Hits, QueryError, SearchError
-from index.int8 import Crew, products
+from index.int8 import Bytes, Crew, Sums, Way, products
 
 Floats = npt.NDArray[np.float32]
 ROWS = SMALL + 3_000
@@ -148,6 +149,37 @@ def test_products_are_whole_numbers_either_way() -> None:
         products(left, right, out, way)
         assert (out == left.astype(np.int64) @ right.T.astype(np.int64)).all()
     assert index.int8.fastest_way(1024) in ("int8", "float32")
+
+
+@pytest.mark.parametrize(("slow", "way"), [(3, "int8"), (10**6, "float32")])
+def test_a_slow_moment_does_not_choose_the_way(slow: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first calls of int8 take longer than any of float32; only if all of them do, float32 is taken."""
+    calls = 0
+
+    def multiply(left: Bytes, right: Bytes, out: Sums, by: Way) -> None:
+        nonlocal calls
+        calls += by == "int8"
+        time.sleep(0.03 if by == "int8" and calls <= slow else 0.002)
+        out[...] = left.astype(np.int64) @ right.T.astype(np.int64)
+
+    monkeypatch.setattr(index.int8, "products", multiply)
+    index.int8.fastest_way.cache_clear()
+    try:
+        assert index.int8.fastest_way(12) == way
+    finally:
+        index.int8.fastest_way.cache_clear()
+
+
+def test_wrong_products_are_never_taken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def multiply(left: Bytes, right: Bytes, out: Sums, by: Way) -> None:
+        out[...] = left.astype(np.int64) @ right.T.astype(np.int64) - (by == "int8")
+
+    monkeypatch.setattr(index.int8, "products", multiply)
+    index.int8.fastest_way.cache_clear()
+    try:
+        assert index.int8.fastest_way(12) == "float32" and "wrong or slow" in caplog.text
+    finally:
+        index.int8.fastest_way.cache_clear()
 
 
 def test_the_other_way_answers_alike(monkeypatch: pytest.MonkeyPatch) -> None:
