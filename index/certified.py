@@ -20,6 +20,7 @@ from index.exact import best, dot, exact_search, exhaustive
 from index.filters import Allow, Filter, check_filters
 from index.hits import Hits, Rows, Vectors, check_k, check_queries
 from index.int8 import MAX_DIMS, Crew, Way, encode, fastest_way, products, scale_of
+from index.looks import Looks
 
 QUERIES = 256
 """Queries scanned together."""
@@ -61,6 +62,7 @@ class Certified:
         self._sample = encode(sample, self._step)
         self._way: Way = fastest_way(self.dims)
         self._crew = crew or Crew(threads)
+        self.looks = Looks()
 
     @property
     def bytes(self) -> int:
@@ -85,6 +87,8 @@ class Certified:
         proof = Proof(np.zeros(len(queries), np.int64), np.zeros(len(queries), np.int64))
         for start in range(0, len(queries), QUERIES):
             self._answer(np.arange(start, min(start + QUERIES, len(queries))), queries, filters, hits, proof)
+        rounds, scored = proof.rounds, proof.scored
+        self.looks.note(int((rounds == 1).sum()), int((rounds > 1).sum()), int(((rounds == 0) & (scored > 0)).sum()))
         return hits, proof
 
     def _answer(self, asked: Rows, queries: Vectors, filters: list[Filter], hits: Hits, proof: Proof) -> None:

@@ -25,8 +25,10 @@ from index.gpu_scan import GpuExact
 from index.hits import Hits, Rows, SearchError, Vectors
 from index.int8 import MAX_DIMS, Crew, fastest_way
 from index.kinds import as_recipe
+from index.looks import How, Looks
 from index.search import Search
 from index.shards import joined, one_by_one
+from index.shortlist import ShortLists
 from index.snapshot import Snapshot
 
 LEAST_ROWS = 30_000
@@ -79,6 +81,13 @@ class Serving:
     searcher: Search
     certified: bool
     why: str
+    looks: tuple[Looks, ...] = ()
+    """Of the certified scans and short lists in it, one for each shard; FAISS's own ways look once."""
+
+    def looked(self) -> dict[How, int]:
+        """How its searches were answered since it was opened is returned; nothing where no way of it looks more than once."""
+        seen = [one.seen() for one in self.looks]
+        return {how: sum(one[how] for one in seen) for how in seen[0]} if seen else {}
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Serving:
@@ -108,8 +117,9 @@ class Serving:
         if reason:
             each = scan_crew().each if many else one_by_one
             threads = 1 if many else scan_crew().threads
-            searcher = joined(snapshot, [as_recipe(shard, threads) for shard in snapshot.shards], each)
-            found = cls(searcher, False, f"{many}FAISS {facts.recipe}: {reason}")
+            opened = [as_recipe(shard, threads) for shard in snapshot.shards]
+            looks = tuple(one.looks for one in opened if isinstance(one, ShortLists))
+            found = cls(joined(snapshot, opened, each), False, f"{many}FAISS {facts.recipe}: {reason}", looks)
         elif device == "cuda":
             resident = [GpuExact(shard.vectors) for shard in snapshot.shards]
             held = sum(scan.bytes for scan in resident) / 2**20
@@ -117,7 +127,8 @@ class Serving:
         else:
             scans = [Certified(shard.vectors, crew=scan_crew()) for shard in snapshot.shards]
             held = sum(scan.bytes for scan in scans) / 2**20
-            found = cls(joined(snapshot, scans), True, f"{many}certified scan of int8 codes, {held:.0f} MiB")
+            why = f"{many}certified scan of int8 codes, {held:.0f} MiB"
+            found = cls(joined(snapshot, scans), True, why, tuple(scan.looks for scan in scans))
         log.info("snapshot %s is searched by: %s", snapshot.name, found.why)
         return found
 

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from index.exact import best, dots, exhaustive
 from index.filters import Allow, Filter, check_filters
 from index.hits import Hits, Rows, SearchError, Vectors, check_k, check_queries
+from index.looks import Looks
 from index.recipe import GROUPS, Recipe
 
 RANK = 2
@@ -89,6 +90,7 @@ class ShortLists:
             )
         self.vectors: Vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         self.nprobe = self._checked(nprobe)
+        self.looks = Looks()
         index.implem = 10  # one question's lists one after the other: the only way of FAISS's that takes a radius for many lists
         centres: Vectors = index.quantizer.reconstruct_n(0, self.lists)[:, : self.dims]
         self._signs: Vectors = np.tile(np.float32(1 - 2 * np.arange(GROUPS)), _ASKED)
@@ -114,11 +116,13 @@ class ShortLists:
         before = self._faiss.omp_get_max_threads()
         self._faiss.omp_set_num_threads(min(before, self._threads or before, GROUPS * len(short) or 1))
         try:
-            short = self._answer(hits, short, all_asked, visited, again=False)
-            short = self._answer(hits, short, all_asked, min(self.lists, _WIDER * visited), again=True)
+            again = self._answer(hits, short, all_asked, visited, again=False)
+            failed = self._answer(hits, again, all_asked, min(self.lists, _WIDER * visited), again=True)
         finally:
             self._faiss.omp_set_num_threads(before)
-        for query in everything + short:
+        everything += failed
+        self.looks.note(len(short) - len(again), len(again) - len(failed), len(everything))
+        for query in everything:
             one = filters[query]
             exhaustive(self.vectors, queries[query], None if one.permitted == self.count else one.set().rows(), hits, query)
         return hits

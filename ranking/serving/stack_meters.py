@@ -29,6 +29,8 @@ def add_stack(readings: Readings, current: Current, version: str) -> None:
     told = "Items that can be answered, and those of them that were put in since the night."
     readings.add("brewline_items", told, of(_items), ("which",))
     readings.add("brewline_log_position", "The last change of the log that answers know.", of(_position))
+    told = "Queries by how this snapshot's search answered: at the first look, after a wider one, by scoring all permitted."
+    readings.add("brewline_searches_total", told, of(_searches), ("look",), counter=True)
     readings.add("brewline_recall", "Recall of recent answers against the exact search.", of(_recall))
     told = "Answers that were to be compared with the exact search's, by what became of it."
     readings.add("brewline_recall_answers_total", told, of(_recall_answers), ("result",), counter=True)
@@ -79,6 +81,10 @@ def _items(stack: Stack) -> Numbers:
 
 def _position(stack: Stack) -> Numbers:
     return {(): stack.today.shown[0].position}
+
+
+def _searches(stack: Stack) -> Numbers:
+    return {(how,): number for how, number in stack.today.shown[0].serving.looked().items()}
 
 
 def _recall(stack: Stack) -> Numbers:

@@ -135,9 +135,12 @@ def test_a_bar_that_was_too_high_is_lowered(monkeypatch: pytest.MonkeyPatch) -> 
     truth = searcher.search(queries, 40)
     last = truth.scores[:, -1].astype(np.float64)
     monkeypatch.setattr(searcher, "_foretell", lambda *_: np.array([truth.scores[0, 30], last[1] + 1e-6, np.inf]))
+    before = searcher.looks.seen()
     hits, proof = searcher.prove(queries, 40)
     assert (hits.rows == truth.rows).all() and (hits.scores == truth.scores).all()
     assert proof.rounds.tolist()[1:] == [2, 0] and proof.scored[2] == ROWS
+    after, ways = searcher.looks.seen(), {"once": proof.rounds == 1, "again": proof.rounds > 1, "everything": proof.rounds == 0}
+    assert {way: after[way] - before[way] for way in before} == {way: int(queries.sum()) for way, queries in ways.items()}
 
 
 def test_products_are_whole_numbers_either_way() -> None:

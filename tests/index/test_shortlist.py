@@ -106,6 +106,18 @@ def test_a_batch_a_lone_query_and_one_thread_agree(short: ShortLists, monkeypatc
     assert np.array_equal(together.rows, alone.rows) and np.array_equal(together.rows, np.stack(pairs))
 
 
+def test_looks_are_counted(vectors: Floats, short: ShortLists) -> None:
+    easy = ShortLists(short._index, vectors, nprobe=64, margins={1: 1.0, 10_000: 1.0})
+    easy.search(made_queries(5, DIMS, 0), 100)
+    assert easy.looks.seen() == {"once": 5, "again": 0, "everything": 0}
+    easy.search(made_queries(2, DIMS, 0), COUNT // 4)
+    assert easy.looks.seen() == {"once": 5, "again": 0, "everything": 2}, "a quarter of all is scored at once"
+    proud = ShortLists(short._index, vectors, nprobe=4, margins={1: -0.5, 10_000: -0.5})
+    proud.search(made_queries(6, DIMS, 0), 100)
+    seen = proud.looks.seen()
+    assert seen["once"] == 0 and sum(seen.values()) == 6, "bars that nothing reaches"
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e7, 1e25])
 def test_length_changes_scores_and_nothing_else(short: ShortLists, scale: float) -> None:
     queries = made_queries(20, DIMS, 0)
@@ -195,9 +207,11 @@ def test_a_snapshot_is_served_by_its_short_list(make_snapshot: MakeSnapshot, uni
     serving = Serving.of(snapshot)
     assert isinstance(serving.searcher, ShortLists) and not serving.certified
     assert serving.searcher.nprobe == snapshot.manifest.build["nprobe"]
+    assert serving.looked() == {"once": 0, "again": 0, "everything": 0}
     true = exact_search(snapshot.vectors, queries, 10)
     assert overlap(snapshot.vectors, queries, serving.searcher.search(queries, 10), true).mean() > 0.9
     assert (snapshot.path / "index.faiss").stat().st_size < 0.5 * (snapshot.path / "vectors.npy").stat().st_size
+    assert sum(serving.looked().values()) == 30
     gates = {one.name: one for one in run_gates(snapshot, None, GateSettings(recall_k=10))}
     assert gates["self-retrieval"].passed and gates["recall"].passed, gates
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+import pytest
 
 from index.build import Plan
 from index.recipe import Recipe
@@ -76,3 +77,16 @@ def test_a_server_that_compares_nothing_tells_no_recall(stack: Stack, start: Sta
     start(stack, web=web)
     now = look(web.address)
     assert now.one("brewline_recall") is None and not now.sums("brewline_recall_answers_total", "result")
+    assert not now.sums("brewline_searches_total", "look"), "FAISS searches so few items, and looks once"
+
+
+def test_a_scrape_tells_by_which_look_searches_were_answered(
+    night: Path, copied: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index.serving.LEAST_ROWS", 0)
+    monkeypatch.setattr("index.serving.fastest_way", lambda _: "int8")
+    web = Web("127.0.0.1", 0)
+    port, _ = start(open_stack(copied, night / "encoder1", night / "ranker1", None, shadow_share=1.0), web=web)
+    before = look(web.address).sums("brewline_searches_total", "look")
+    after = asked(port, web).sums("brewline_searches_total", "look")
+    assert after == {**before, "everything": before["everything"] + ASKED}, "so few items are all scored"
