@@ -23,6 +23,7 @@ from retrieval.evidence.protocol import EvidenceError, Queries, last_after_cut, 
 from retrieval.evidence.rank import DEPTH, tie_order
 from retrieval.hysteresis import EXACT, Hysteresis, Numbers
 from retrieval.llama import Size
+from retrieval.memory import freeze_loaded
 from retrieval.moments import moment_words
 from retrieval.packed_bench import made_encoder
 from retrieval.records import NEWEST
@@ -158,6 +159,7 @@ def bench_changes(wishes: NightWishes, folder: Path, told: Callable[[str, int, i
     made_encoder(invented(min(wishes.items, FITTED), wishes.seed), wishes.size, "mean+last", wishes.seed, folder / "encoder")
     encoder, store, moment = Encoder.load(folder / "encoder"), folder / "store", (FIRST_DAY + 1) * DAY
     embed_changed(Tonight.of(invented(64, wishes.seed), moment), encoder, None, told)  # what only a first call costs
+    freeze_loaded()  # as the command does
     full = nightly(dataset, encoder, None, store, moment, progress=told)
     changed = _changed(dataset, wishes.changed, wishes.seed)
     night = nightly(changed, encoder, None, store, moment + 3_600, progress=told)

@@ -17,6 +17,7 @@ from retrieval.data.schema import Dataset, Item
 from retrieval.encoder import PRECISIONS, Encoder, Pooling, Precision, Vectors, save_encoder
 from retrieval.learn.prepare import fit_quantizer, fit_tokens
 from retrieval.llama import Size, new_llama, smooth_buckets
+from retrieval.memory import freeze_loaded
 from retrieval.moments import end_of
 from retrieval.prompts import item_prompt, number_words, render
 from retrieval.tonight import Numbers, Tonight
@@ -77,6 +78,7 @@ def bench_embed(
     texts = [render(item_prompt(item, row)) for item, row in zip(items, words)]
     encoder.items(items[:64], {name: column[:64] for name, column in numbers.items()})
     peer.encode(texts[:64])
+    freeze_loaded()  # as a night does; else a collection hits now the one and now the other
     own: list[Seconds] = []
     theirs: dict[int, list[Seconds]] = {batch: [] for batch in wishes.batches}
     for done in range(wishes.rounds):

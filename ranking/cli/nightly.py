@@ -113,6 +113,7 @@ def nightly(
     from index.store import open_store
     from ranking.serving.stack import default_members, load_models
     from retrieval.members import MemberStore
+    from retrieval.memory import freeze_loaded
     from retrieval.refresh import nightly as run
 
     form = _form(codes, hybrid_settings(hybrid, hybrid_weights), hysteresis, recipe, shards)
@@ -125,6 +126,7 @@ def nightly(
         reader = reader.truncated(dims)
     far = _far(ray, reader, encoder, ray_workers)
     _make(store)
+    freeze_loaded()
     with closing(open_store(members or default_members(store))) as opened, stage_bars() as told:
         opened.ping()  # a Redis store connects at first use, which would otherwise come after hours of encoding
         kept = MemberStore(opened, reader.fingerprint)
