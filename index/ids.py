@@ -16,6 +16,10 @@ import numpy.typing as npt
 from index.manifest import SnapshotError
 
 Rows = npt.NDArray[np.int64]
+_TOGETHER = 65_536
+"""Ids that are looked up at a time."""
+_FEW = 32
+"""Fewer are compared one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +99,33 @@ class Ids:
     def rows(self, ids: Sequence[str]) -> Rows:
         """The row of each id is returned, int64[len(ids)]; -1 for an id that is not here, the lowest row of a duplicate."""
         encoded = [one.encode("utf-8", "surrogatepass") for one in ids]
-        hashes = hash_ids(encoded)
-        first = np.searchsorted(self._arrays.hashes, hashes, side="left").tolist()
-        last = np.searchsorted(self._arrays.hashes, hashes, side="right").tolist()
-        found = (self._find(one, start, end) for one, start, end in zip(encoded, first, last))
-        return np.fromiter(found, np.int64, count=len(encoded))
+        found = [self._rows(encoded[start : start + _TOGETHER]) for start in range(0, len(encoded), _TOGETHER)]
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def _rows(self, encoded: list[bytes]) -> Rows:
+        held, order, hashes = self._arrays.hashes, self._arrays.order, hash_ids(encoded)
+        first = np.searchsorted(held, hashes, side="left")
+        rows = np.full(len(encoded), -1, np.int64)
+        met = np.flatnonzero(first < len(held))
+        met = met[held[first[met]] == hashes[met]]
+        rows[met] = order[first[met]]
+        doubtful = met if len(met) < _FEW else met[~self._are(rows[met], [encoded[place] for place in met.tolist()])]
+        for place in doubtful.tolist():
+            last = int(np.searchsorted(held, hashes[place], side="right"))
+            rows[place] = self._find(encoded[place], int(first[place]), last)
+        return rows
+
+    def _are(self, rows: Rows, encoded: list[bytes]) -> npt.NDArray[np.bool_]:
+        """bool [n]: whether the ids of these rows are these texts, byte by byte."""
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        starts = self._arrays.offsets[rows]
+        same: npt.NDArray[np.bool_] = self._arrays.offsets[rows + 1] - starts == lengths
+        asked = np.frombuffer(b"".join(encoded), np.uint8)[np.repeat(same, lengths)]
+        lengths = lengths[same]
+        whose = np.repeat(np.arange(len(lengths)), lengths)
+        at = np.arange(len(whose)) + np.repeat(starts[same] - (np.cumsum(lengths) - lengths), lengths)
+        same[np.flatnonzero(same)[whose[self._arrays.blob[at] != asked]]] = False
+        return same
 
     def _find(self, wanted: bytes, first: int, last: int) -> int:
         """Equal hashes only nominate: the bytes decide, so a collision costs time and never a wrong row."""

@@ -12,9 +12,18 @@ from index.manifest import SnapshotError
 hostile = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(hostile, max_size=20), st.lists(hostile, max_size=8))
-def test_rows_and_ids_are_inverse(texts: list[str], strangers: list[str]) -> None:
+@settings(max_examples=120, deadline=None)
+@given(st.lists(hostile, max_size=20), st.lists(hostile, max_size=8), st.booleans(), st.booleans(), st.sampled_from((3, 1_000)))
+def test_rows_and_ids_are_inverse(texts: list[str], strangers: list[str], few: bool, collide: bool, together: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index.ids, "_FEW", 32 if few else 0)
+        patch.setattr(index.ids, "_TOGETHER", together)
+        if collide:
+            patch.setattr(index.ids, "hash_ids", lambda encoded: np.array([len(one) % 3 for one in encoded], np.uint64))
+        check_rows_and_ids(texts, strangers)
+
+
+def check_rows_and_ids(texts: list[str], strangers: list[str]) -> None:
     ids = Ids.of(texts)
     assert list(ids) == texts and len(ids) == len(texts)
     asked = strangers + texts
@@ -22,7 +31,9 @@ def test_rows_and_ids_are_inverse(texts: list[str], strangers: list[str]) -> Non
     assert ids.duplicates() == sorted({one for one in texts if texts.count(one) > 1}, key=lambda one: one.encode())
 
 
-def test_colliding_hashes_never_give_a_wrong_row(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("few", [0, 32])
+def test_colliding_hashes_never_give_a_wrong_row(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index.ids, "_FEW", few)
     monkeypatch.setattr(index.ids, "hash_ids", lambda encoded: np.full(len(encoded), 7, np.uint64))
     ids = Ids.of(["a", "b", "c", "b"])
     assert ids.rows(["c", "b", "z", "a"]).tolist() == [2, 1, -1, 0]
