@@ -19,6 +19,7 @@ from ranking.evaluate import Judged, Rows, auc_difference, engaged_before, judge
 from ranking.metrics import reliability
 from ranking.page import ranking_page, reliability_plot
 from ranking.scores import OrderOnly, Scores
+from ranking.told import TOLD
 from retrieval.data.schema import Dataset
 from retrieval.evidence.baselines import Knowledge
 from retrieval.evidence.intervals import Estimate
@@ -35,7 +36,8 @@ SHOWN = {
     "member_ndcg@10": "NDCG",
     "request_ndcg@10": "request",
 }
-NOT_SIMPLE = ("Base rate", "Oracle")
+NOT_SIMPLE = ("Base rate", "Oracle", *TOLD)
+KNOWS_TRUTH = "'Told' readers and the oracle know what is true of this world, each more than the one above: none is a rival."
 TEXT_ONLY, WITHOUT_TEXT = "text only", "without text"
 WORTH_OF_TEXT = 0.005
 """AUC that the fused model must lose without the text logit, else it is gradient boosting in disguise."""
@@ -99,6 +101,11 @@ class RankingReport:
     def runs(self) -> list[RankingRun]:
         """All systems, the model first."""
         return [*([] if self.model is None else [self.model]), *self.variants, *self.baselines]
+
+    @property
+    def caption(self) -> str | None:
+        """What to know of rows that know the truth; None without any."""
+        return KNOWS_TRUTH if any(run.name in TOLD for run in self.baselines) else None
 
     @property
     def verdict(self) -> str:
@@ -177,7 +184,7 @@ def write_ranking_report(report: RankingReport, rows: Rows, scores: Scores | Non
     tables = {"All systems": systems_table(report), "Model minus baseline": _lead_table(report), "Slices": slices_table(report)}
     tables |= {"Gain over the best simple baseline by slice": gains_table(report)} if report.gains else {}
     tables |= {"Further tasks": tasks_table(report)} if report.facts["tasks"] else {}
-    page = ranking_page(report.dataset, [report.verdict], tables, picture, command)
+    page = ranking_page(report.dataset, [report.verdict, report.caption or ""], tables, picture, command)
     (folder / PAGE_FILE).write_text(page, encoding="utf-8")
 
 
@@ -223,6 +230,7 @@ def systems_table(report: RankingReport) -> Table:
         cells += ["-" if math.isnan(value := run.judged.metrics[metric]) else short(value) for metric in shown]
         ours = run is report.model
         table.add_row(run.label, *cells, style="bold" if ours else None, end_section=ours)
+    table.caption = report.caption
     return table
 
 

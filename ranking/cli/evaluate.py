@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ranking.cli.evaluate_inputs import AsJson, Counts, CountsChoice, Data, NotAsked, Out, read_with_truth
+from ranking.cli.evaluate_inputs import (
+    AsJson,
+    Counts,
+    CountsChoice,
+    Data,
+    NotAsked,
+    Out,
+    ToldReaders,
+    check_told,
+    read_with_truth,
+)
 from ranking.cli.evaluate_instructions import instructions
 from ranking.cli.evaluate_ranking import ranking, ranking_baselines
 from ranking.cli.evaluate_served import served
@@ -147,6 +157,7 @@ def baselines(
     wanted: With = None,
     unwanted: Without = None,
     sentence_model: Sentence = None,
+    told: ToldReaders = False,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -164,12 +175,14 @@ def baselines(
 
     choice = choose(wanted or (), unwanted or (), sentence_model)
     dataset, truth = read_with_truth(data)
+    if told:
+        check_told(data, truth)
     found: dict[str, dict[str, object]] = {}
     tables: list[Group] = []
     notes: dict[str, str] = {}
     parts = {
         "retrieval": lambda folder: _retrieval_baselines(dataset, truth, choice, window, folder),
-        "ranking": lambda folder: _ranking_baselines(dataset, truth, window, folder),
+        "ranking": lambda folder: _ranking_baselines(dataset, truth, window, folder, told),
     }
     for name, part in parts.items():
         try:
@@ -219,8 +232,8 @@ def _retrieval_baselines(
 
 
 def _ranking_baselines(
-    dataset: Dataset, truth: Truth | None, window: WindowChoice, out: Path | None
+    dataset: Dataset, truth: Truth | None, window: WindowChoice, out: Path | None, told: bool
 ) -> tuple[dict[str, object], Group]:
     if window is WindowChoice.valid:
         raise NotAsked("labels are judged on the test split only")
-    return ranking_baselines(dataset, truth, out)
+    return ranking_baselines(dataset, truth, out, told=told)

@@ -31,8 +31,25 @@ Counts = Annotated[CountsChoice, typer.Option(help="live: numbers as of each day
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
+ToldReaders = Annotated[
+    bool,
+    typer.Option(
+        "--told",
+        help="In a synthetic world, also readers who are told a part of its truth: how far its log could take anyone. A minute.",
+    ),
+]
+
+
 class NotAsked(Exception):
     """One half of the comparison has no questions in this folder; the other half may."""
+
+
+def check_told(data: Path, truth: Truth | None) -> None:
+    """Raises EvidenceError where nobody can be told anything: the folder is no synthetic world."""
+    from retrieval.evidence.protocol import EvidenceError
+
+    if truth is None:
+        raise EvidenceError(f"{data}: --told needs a synthetic world (`brewline data world`), this folder has no truth")
 
 
 def read_with_truth(data: Path) -> tuple[Dataset, Truth | None]:

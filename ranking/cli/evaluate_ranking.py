@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ranking.cli.arithmetic import How, RankerArithmetic
-from ranking.cli.evaluate_inputs import AsJson, Counts, CountsChoice, Data, NotAsked, Out, read_with_truth
+from ranking.cli.evaluate_inputs import (
+    AsJson,
+    Counts,
+    CountsChoice,
+    Data,
+    NotAsked,
+    Out,
+    ToldReaders,
+    check_told,
+    read_with_truth,
+)
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -45,6 +55,7 @@ def ranking(
     task: OneTask = None,
     shots: Shots = None,
     arithmetic: How = RankerArithmetic.float32,
+    told: ToldReaders = False,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -66,6 +77,8 @@ def ranking(
     from retrieval.provenance import check_provenance
 
     dataset, truth = read_with_truth(data)
+    if told:
+        check_told(data, truth)
     loaded = Ranker.load(ranker, arithmetic=arithmetic.value)
     check_provenance(ranker, loaded.facts.training, dataset)
     if task is not None or shots is not None:
@@ -80,7 +93,7 @@ def ranking(
     with progress_bar("rank") as bar:
         scores = score_rows(dataset, rows, loaded, counts.value, reader, bar)
     with progress_bar("fit baselines") as bar:
-        simple = simple_rankers(dataset, rows, truth, bar)
+        simple = simple_rankers(dataset, rows, truth, bar, with_told=told)
     if reader is not None and scores.cosine is not None:
         simple.append(retrieval_alone(dataset, scores.cosine, reader, counts.value))
     report = evaluate_ranking(dataset, rows, simple, counts.value, scores, other_tasks(dataset, loaded, counts.value))
@@ -120,7 +133,9 @@ def _task_table(found: TaskJudged) -> Table:
     return table
 
 
-def ranking_baselines(dataset: Dataset, truth: Truth | None, out: Path | None) -> tuple[dict[str, object], Group]:
+def ranking_baselines(
+    dataset: Dataset, truth: Truth | None, out: Path | None, *, told: bool = False
+) -> tuple[dict[str, object], Group]:
     from ranking.baselines import simple_rankers
     from ranking.cli.output import progress_bar
     from ranking.evaluate import RankingEvidenceError, labelled_test_rows
@@ -131,7 +146,7 @@ def ranking_baselines(dataset: Dataset, truth: Truth | None, out: Path | None) -
     except RankingEvidenceError as error:
         raise NotAsked(str(error)) from error
     with progress_bar("fit ranking baselines") as bar:
-        simple = simple_rankers(dataset, rows, truth, bar)
+        simple = simple_rankers(dataset, rows, truth, bar, with_told=told)
     report = evaluate_ranking(dataset, rows, simple, "live")
     if out is not None:
         write_ranking_report(report, rows, None, out)
