@@ -19,7 +19,6 @@ from ranking.cli.evaluate_inputs import (
     NotAsked,
     Out,
     ToldReaders,
-    check_told,
     read_with_truth,
 )
 from ranking.cli.evaluate_instructions import instructions
@@ -174,9 +173,7 @@ def baselines(
     from retrieval.evidence.choice import choose
 
     choice = choose(wanted or (), unwanted or (), sentence_model)
-    dataset, truth = read_with_truth(data)
-    if told:
-        check_told(data, truth)
+    dataset, truth = read_with_truth(data, told=told)
     found: dict[str, dict[str, object]] = {}
     tables: list[Group] = []
     notes: dict[str, str] = {}

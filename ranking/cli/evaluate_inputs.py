@@ -44,18 +44,11 @@ class NotAsked(Exception):
     """One half of the comparison has no questions in this folder; the other half may."""
 
 
-def check_told(data: Path, truth: Truth | None) -> None:
-    """Raises EvidenceError where nobody can be told anything: the folder is no synthetic world."""
-    from retrieval.evidence.protocol import EvidenceError
-
-    if truth is None:
-        raise EvidenceError(f"{data}: --told needs a synthetic world (`brewline data world`), this folder has no truth")
-
-
-def read_with_truth(data: Path) -> tuple[Dataset, Truth | None]:
+def read_with_truth(data: Path, *, told: bool = False) -> tuple[Dataset, Truth | None]:
     """Returns the data set and, where it is a synthetic world, what is true of it.
 
-    Raises DataError for a malformed folder, EvidenceError if the truth is that of another world.
+    Raises DataError for a malformed folder, EvidenceError if the truth is that of another world, or if there is none and
+    somebody is to be `told`.
     """
     from retrieval.data.read import read_dataset
     from retrieval.data.world import read_truth
@@ -63,6 +56,8 @@ def read_with_truth(data: Path) -> tuple[Dataset, Truth | None]:
 
     dataset = read_dataset(data)
     if not (data / "truth").is_dir():
+        if told:
+            raise EvidenceError(f"{data}: --told needs a synthetic world (`brewline data world`), this folder has no truth")
         return dataset, None
     truth = read_truth(data)
     sizes = (len(truth.theta_first), len(truth.phi))

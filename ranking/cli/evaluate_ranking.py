@@ -19,7 +19,6 @@ from ranking.cli.evaluate_inputs import (
     NotAsked,
     Out,
     ToldReaders,
-    check_told,
     read_with_truth,
 )
 
@@ -76,9 +75,7 @@ def ranking(
     from retrieval.encoder import Encoder
     from retrieval.provenance import check_provenance
 
-    dataset, truth = read_with_truth(data)
-    if told:
-        check_told(data, truth)
+    dataset, truth = read_with_truth(data, told=told)
     loaded = Ranker.load(ranker, arithmetic=arithmetic.value)
     check_provenance(ranker, loaded.facts.training, dataset)
     if task is not None or shots is not None:

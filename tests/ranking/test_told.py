@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ranking import told_interests
 from ranking.baselines import TOLD_DAYS, Scored, simple_rankers
+from ranking.cli.evaluate_inputs import read_with_truth
 from ranking.evaluate import labelled_test_rows
 from ranking.evidence import KNOWS_TRUTH, evaluate_ranking, ranking_table
 from ranking.metrics import auc
@@ -19,6 +21,7 @@ from ranking.told_state import FEWEST, LEAST_WEIGHT, PLACES, Moves
 from ranking.told_world import BINS, FOLDS, Told, label_table
 from retrieval.data.schema import DAY, Dataset
 from retrieval.data.world import Truth, World, WorldSettings, make_world
+from retrieval.evidence.protocol import EvidenceError
 
 
 @pytest.fixture(scope="module")
@@ -271,3 +274,9 @@ def test_a_truth_that_only_knows_probabilities_tells_nobody_anything(world: Worl
     found = simple_rankers(world.dataset, rows, Probabilities(), with_told=True)
     assert isinstance(found[-1], Scored) and {one.name for one in found}.isdisjoint(TOLD)
     assert isinstance(world.truth, Truth)
+
+
+def test_who_is_to_be_told_needs_a_world(tiny_folder: Path) -> None:
+    assert read_with_truth(tiny_folder)[1] is None
+    with pytest.raises(EvidenceError, match="--told needs a synthetic world"):
+        read_with_truth(tiny_folder, told=True)
