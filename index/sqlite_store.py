@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from index.keyvalue import Key, StoreError, StoreUnavailable, check_ttl, encode_key
@@ -37,9 +38,10 @@ class SqliteStore:
         self._path = path
         self._clock = clock
         self._lock = threading.RLock()
+        self._errors = _Errors(path)
         if path != ":memory:" and not Path(path).absolute().parent.is_dir():
             raise StoreUnavailable(f"store sqlite:{path} cannot be opened: its folder does not exist; make it first")
-        with self._errors():
+        with self._errors:
             self._database = sqlite3.connect(path, timeout=patience_s, isolation_level=None, check_same_thread=False)
             try:
                 self._prepare()
@@ -53,7 +55,7 @@ class SqliteStore:
         prefix = _prefix(kind, fingerprint)
         found: dict[bytes, bytes] = {}
         distinct = list(dict.fromkeys(keys))
-        with self._errors(), self._lock:
+        with self._errors, self._lock:
             now = self._clock()
             for start in range(0, len(distinct), _CHUNK):
                 chunk = distinct[start : start + _CHUNK]
@@ -69,22 +71,17 @@ class SqliteStore:
 
     def get_each(self, keys: Sequence[Key]) -> list[bytes | None]:
         """See KeyValueStore."""
-        whole = [(*_prefix(kind, fingerprint), encode_key(one, "id")) for kind, one, fingerprint in keys]
         found: list[bytes | None] = []
-        with self._errors(), self._lock:
+        with self._errors, self._lock:
             now = self._clock()
-            for start in range(0, len(whole), _KEYS):  # a statement reads all of its keys at one moment, the next one later
-                chunk = whole[start : start + _KEYS]
-                wanted = ",".join(f"({place},?,?,?)" for place in range(len(chunk)))
-                rows = self._database.execute(
-                    f"WITH wanted (place, kind, fingerprint, id) AS (VALUES {wanted}) "
-                    # CROSS, so that SQLite looks the keys up; it would read the whole table for `(kind, ...) IN (VALUES ...)`
-                    "SELECT place, value FROM wanted CROSS JOIN entries USING (kind, fingerprint, id) "
-                    "WHERE expires IS NULL OR expires > ?",
-                    (*(part for key in chunk for part in key), now),
-                )
-                values = dict(rows)
-                found.extend(values.get(place) for place in range(len(chunk)))
+            for start in range(0, len(keys), _KEYS):  # a statement reads all of its keys at one moment, the next one later
+                chunk = keys[start : start + _KEYS]
+                asked: list[bytes | float] = []
+                for kind, one, fingerprint in chunk:
+                    asked += encode_key(kind, "kind"), encode_key(fingerprint, "fingerprint"), encode_key(one, "id")
+                asked.append(now)
+                values = dict(self._database.execute(_each(len(chunk)), asked))
+                found.extend(map(values.get, range(len(chunk))))
         return found
 
     def put_many(self, kind: str, values: Mapping[str, bytes], fingerprint: str = "", ttl_s: float | None = None) -> None:
@@ -125,7 +122,7 @@ class SqliteStore:
         prefix = _prefix(kind, fingerprint)
         last, above = b"", ">="
         while True:
-            with self._errors(), self._lock:
+            with self._errors, self._lock:
                 page = self._database.execute(
                     f"SELECT id FROM entries WHERE kind = ? AND fingerprint = ? AND id {above} ? "
                     f"AND (expires IS NULL OR expires > ?) ORDER BY id LIMIT {_CHUNK}",
@@ -139,7 +136,7 @@ class SqliteStore:
 
     def ping(self) -> None:
         """See KeyValueStore."""
-        with self._errors(), self._lock:
+        with self._errors, self._lock:
             self._database.execute("SELECT 1 FROM entries LIMIT 1").fetchall()
 
     def close(self) -> None:
@@ -160,7 +157,7 @@ class SqliteStore:
     @contextmanager
     def _transaction(self) -> Iterator[float]:
         """Inside the block this thread alone writes; the time of its beginning is yielded."""
-        with self._errors(), self._lock:
+        with self._errors, self._lock:
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield self._clock()
@@ -170,16 +167,36 @@ class SqliteStore:
                     self._database.execute("ROLLBACK")
                 raise
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.ProgrammingError as error:
+
+class _Errors:
+    """Inside the block what SQLite raises becomes one of our errors. No generator: each read of a member enters it."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        """Nothing is to be done."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Raises StoreError, StoreUnavailable instead of an error of SQLite's."""
+        if not isinstance(error, sqlite3.Error):
+            return
+        if isinstance(error, sqlite3.ProgrammingError):
             raise StoreError(f"store sqlite:{self._path} is closed or misused: {error}") from error
-        except sqlite3.OperationalError as error:
+        if isinstance(error, sqlite3.OperationalError):
             raise StoreUnavailable(f"store sqlite:{self._path} cannot be used now: {error}") from error
-        except sqlite3.Error as error:
-            raise StoreError(f"store sqlite:{self._path} is refused by SQLite: {error}; name another file") from error
+        raise StoreError(f"store sqlite:{self._path} is refused by SQLite: {error}; name another file") from error
+
+
+@lru_cache(_KEYS)
+def _each(count: int) -> str:
+    """The statement that reads so many whole keys."""
+    wanted = ",".join(f"({place},?,?,?)" for place in range(count))
+    return (
+        f"WITH wanted (place, kind, fingerprint, id) AS (VALUES {wanted}) "
+        # CROSS, so that SQLite looks the keys up; it would read the whole table for `(kind, ...) IN (VALUES ...)`
+        "SELECT place, value FROM wanted CROSS JOIN entries USING (kind, fingerprint, id) WHERE expires IS NULL OR expires > ?"
+    )
 
 
 def _prefix(kind: str, fingerprint: str) -> tuple[bytes, bytes]:

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,9 @@ import numpy.typing as npt
 from index.errors import BrewlineError
 from index.keyvalue import KeyValueStore
 from index.steady_store import SteadyStore
-from retrieval.data.schema import DAY
+from retrieval.data.schema import DAY, Connection, Member
 from retrieval.recent import RECENT, Told, append, decode_told, stranger, with_told
-from retrieval.records import DIGEST_BYTES, MemberRecord, MemberRecordError, decode_record, encode_record
+from retrieval.records import DIGEST_BYTES, MemberRecord, MemberRecordError, StoredRecord, decode_record, encode_record
 
 RECORD, VECTOR = "member", "member-vector"
 MAGIC = b"BLV1"
@@ -40,12 +40,39 @@ class UnknownMember(BrewlineError):
     """An id that the member store does not hold."""
 
 
-@dataclass(frozen=True)
 class KnownMember:
-    """A record, with what was told since the night, and its vector, or None if there is none or the record has changed since."""
+    """A record, with what was told since the night, and its vector, or None if there is none or the record has changed since.
 
-    record: MemberRecord
-    vector: Vector | None
+    With a right vector the record is the one that it was made from, byte by byte, and is made of them when it is asked for:
+    whom a vector describes is known without the words of the history.
+    """
+
+    __slots__ = ("_kept", "vector")
+
+    def __init__(self, record: MemberRecord | StoredRecord, vector: Vector | None) -> None:
+        self._kept, self.vector = record, vector
+
+    @property
+    def record(self) -> MemberRecord:
+        """The whole record."""
+        if isinstance(self._kept, StoredRecord):
+            self._kept = self._kept.whole()
+        return self._kept
+
+    @property
+    def member(self) -> Member:
+        """The record's member."""
+        return self._kept.member
+
+    @property
+    def connections(self) -> tuple[Connection, ...]:
+        """The record's connections."""
+        return self._kept.connections
+
+    @property
+    def seen(self) -> list[str]:
+        """The record's ids: none of them is to be recommended."""
+        return self._kept.seen
 
 
 class MemberStore:
@@ -62,7 +89,7 @@ class MemberStore:
     def put_vectors(self, records: Sequence[MemberRecord], views: Sequence[bytes], vectors: Vector) -> None:
         """The vectors float32 [M,D] are in the store for `VECTOR_DAYS`, each bound to its record and to its view's digest."""
         values = {
-            record.member.member_id: MAGIC + _digest(encode_record(record), record) + view + vector.astype("<f4").tobytes()
+            record.member.member_id: MAGIC + _digest(encode_record(record)) + view + vector.astype("<f4").tobytes()
             for record, view, vector in zip(records, views, vectors, strict=True)
         }
         self._store.put_many(VECTOR, values, self.fingerprint, ttl_s=VECTOR_DAYS * DAY)
@@ -91,13 +118,17 @@ class MemberStore:
         return self._known(member_id, stored, told, self._store.remembered(VECTOR, member_id, self.fingerprint))
 
     def _known(self, member_id: str, stored: bytes | None, told: Sequence[Told], value: bytes | None) -> KnownMember:
-        before = stranger(member_id) if stored is None else decode_record(stored, member_id)
-        record = with_told(before, told)
-        if stored is None or record is not before:
-            stored = encode_record(record)
+        opened = None if stored is None else StoredRecord(stored, member_id)
         kept = None if value is None else _Kept.read(value, member_id)
-        right = kept is not None and kept.record == _digest(stored, record)
-        return KnownMember(record, kept.vector if kept is not None and right else None)
+        if opened is None or stored is None or told:
+            before = stranger(member_id) if opened is None else opened.whole()
+            record = with_told(before, told)
+            if stored is None or record is not before:
+                stored = encode_record(record)
+            return KnownMember(record, kept.vector if kept is not None and kept.record == _digest(stored) else None)
+        if kept is not None and kept.record == _digest(stored):
+            return KnownMember(opened, kept.vector)
+        return KnownMember(opened.whole(), None)
 
     def tell(self, member_id: str, told: Sequence[Told]) -> int:
         """The engagements are part of the member's record, in time order, each event id once; returns how many were new.
@@ -130,8 +161,7 @@ class MemberStore:
         return found
 
 
-@dataclass(frozen=True)
-class _Kept:
+class _Kept(NamedTuple):
     record: bytes
     view: bytes
     vector: Vector
@@ -141,7 +171,7 @@ class _Kept:
         middle = len(MAGIC) + DIGEST_BYTES
         head = middle + DIGEST_BYTES
         whole = value.startswith(MAGIC) and len(value) >= head and (len(value) - head) % 4 == 0
-        vector = np.frombuffer(value[head:], "<f4").astype(np.float32) if whole else np.full(1, np.nan, np.float32)
+        vector = np.frombuffer(value, "<f4", offset=head).astype(np.float32) if whole else np.full(1, np.nan, np.float32)
         if not np.isfinite(vector).all():
             raise MemberRecordError(
                 f"the vector of member {member_id[:80]!r} cannot be read ({len(value)} bytes); "
@@ -150,7 +180,7 @@ class _Kept:
         return cls(value[len(MAGIC) : middle], value[middle:head], vector)
 
 
-def _digest(stored: bytes, record: MemberRecord) -> bytes:
-    """Of a record's bytes without its `as_of`, which no prompt reads: a night that changes nothing else leaves every encoder's
-    vector right, also that of a server which still runs on the encoder before."""
-    return hashlib.blake2b(stored.removesuffix(b',"as_of":%d}' % record.as_of), digest_size=DIGEST_BYTES).digest()
+def _digest(stored: bytes) -> bytes:
+    """Of a record's bytes without its `as_of`, the last field, which no prompt reads: a night that changes nothing else leaves
+    every encoder's vector right, also that of a server which still runs on the encoder before."""
+    return hashlib.blake2b(stored[: stored.rfind(b',"as_of":')], digest_size=DIGEST_BYTES).digest()

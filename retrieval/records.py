@@ -133,21 +133,57 @@ def encode_record(record: MemberRecord) -> bytes:
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+class StoredRecord:
+    """A record as it was kept, taken apart only as far as it is asked for: a warm request needs ids, and no entries.
+
+    Raises MemberRecordError if the bytes are no record, or one of another format; of a history that is none, `whole` does.
+    """
+
+    __slots__ = ("_fields", "_member_id")
+
+    def __init__(self, stored: bytes, member_id: str) -> None:
+        try:
+            fields: Mapping[str, Any] = json.loads(stored)
+            if fields["format"] != FORMAT:
+                raise MemberRecordError(
+                    f"the record of member {member_id[:80]!r} is of format {fields['format']}, this version reads {FORMAT}; "
+                    "run `brewline nightly` with --members again"
+                )
+        except (ValueError, KeyError, TypeError) as error:
+            raise _unreadable(member_id, error) from error
+        self._fields, self._member_id = fields, member_id
+
+    @property
+    def member(self) -> Member:
+        """As in MemberRecord."""
+        return Member(self._member_id, dict(self._fields["profile"]), dict(self._fields["numbers"]))
+
+    @property
+    def connections(self) -> tuple[Connection, ...]:
+        """As in MemberRecord."""
+        return tuple([Connection(*edge) for edge in self._fields["connections"]])
+
+    @property
+    def seen(self) -> list[str]:
+        """As in MemberRecord."""
+        return [entry[0] for entry in self._fields["history"]]
+
+    def whole(self) -> MemberRecord:
+        """The record. Raises MemberRecordError."""
+        try:
+            history = tuple([Entry(*entry) for entry in self._fields["history"]])
+            return MemberRecord(self.member, history, self.connections, int(self._fields["as_of"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise _unreadable(self._member_id, error) from error
+
+
 def decode_record(stored: bytes, member_id: str) -> MemberRecord:
     """The record that was kept. Raises MemberRecordError if the bytes are not one, or one of another format."""
-    try:
-        fields: Mapping[str, Any] = json.loads(stored)
-        if fields["format"] != FORMAT:
-            raise MemberRecordError(
-                f"the record of member {member_id[:80]!r} is of format {fields['format']}, this version reads {FORMAT}; "
-                "run `brewline nightly` with --members again"
-            )
-        member = Member(member_id, dict(fields["profile"]), dict(fields["numbers"]))
-        history = tuple(Entry(*entry) for entry in fields["history"])
-        connections = tuple(Connection(*edge) for edge in fields["connections"])
-        return MemberRecord(member, history, connections, int(fields["as_of"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise MemberRecordError(
-            f"the record of member {member_id[:80]!r} cannot be read ({type(error).__name__}: {error}); "
-            "run `brewline nightly` with --members again"
-        ) from error
+    return StoredRecord(stored, member_id).whole()
+
+
+def _unreadable(member_id: str, error: Exception) -> MemberRecordError:
+    return MemberRecordError(
+        f"the record of member {member_id[:80]!r} cannot be read ({type(error).__name__}: {error}); "
+        "run `brewline nightly` with --members again"
+    )

@@ -46,16 +46,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Call:
-    """One request on its way: its name, when it came (`time.monotonic()`), when it must be answered, where its time went.
-
-    `early` is an answer without ranking, for the moment when waiting longer is pointless.
-    """
+    """One request on its way: its name, when it came (`time.monotonic()`), when it must be answered, where its time went; `early`
+    is an answer without ranking, for the moment when waiting longer is pointless. `rehearsed`: nobody asked."""
 
     request_id: str
     arrived: float
     deadline: float = math.inf
     started: float = 0.0
     early: pb.RecommendResponse | None = None
+    rehearsed: bool = False
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def times(self) -> pb.StageTimes:
@@ -106,8 +105,7 @@ def asker_of(stack: Stack, message: pb.Member, instruction: str, *, words: bool 
     known, lacks = _known(stack.members, message.id, stale)
     vector = None if instruction else known.vector
     if vector is not None and not words:
-        view = MemberView(known.record.member, (), known.record.connections)
-        return Asker(view, known.record.seen, vector, stale=lacks)
+        return Asker(MemberView(known.member, (), known.connections), known.seen, vector, stale=lacks)
     view = view_of(known.record, stack.catalog, instruction)
     worth_keeping = not (instruction or lacks) and vector is None
     return Asker(view, known.record.seen, vector, known.record if worth_keeping else None, lacks)
@@ -141,7 +139,8 @@ def vector_of(stack: Stack, asker: Asker, call: Call) -> Vector:
     if asker.vector is not None:
         return asker.vector
     vector = stack.recommender.describe(asker.view, asker.vector, watch=call.watch)
-    keep_vectors(stack, [asker], vector[None])
+    if not call.rehearsed:
+        keep_vectors(stack, [asker], vector[None])
     return vector
 
 

@@ -21,6 +21,9 @@ Metadata = Sequence[tuple[str, str | bytes]]
 class Doorman(Protocol):
     """Who decides."""
 
+    def expect(self) -> None:
+        """A request that needs the models is on its way: its bytes are still to come."""
+
     async def let_in(self, method: str, context: grpc.aio.ServicerContext) -> None:
         """Returns if a request of the method may be read now, ends the call with its status if not."""
 
@@ -42,6 +45,7 @@ class Door(grpc.aio.ServerInterceptor):
         if handler is None or handler.unary_unary is None or service != SERVICE or method in UNQUEUED:
             return handler
         answer = handler.unary_unary
+        self._doorman.expect()
 
         async def behave(raw: bytes, context: grpc.aio.ServicerContext) -> Any:
             await self._doorman.let_in(method, context)

@@ -31,9 +31,10 @@ class Job:
     """One request in the queue: what to run, for whom, of which kind, and when (`time.monotonic()`) it is too late.
 
     `first` is the part of the work after which there is an answer, if that is not its end. Jobs of one `together` may be run by
-    it at once: it reads what they have `asked`, and each adds `tokens` to the batch. The rest is filled in on the way: `cost` and
-    `least` are forecast seconds (of all, of the first part), `queued` says that something was before it, `parts` what else was
-    measured.
+    it at once: it reads what they have `asked`, and each adds `tokens` to the batch. `again` does the same work for nobody
+    (`rehearsal`), and `counted` hears how many were run at once when their answers are on their way. The rest is filled in then:
+    `cost` and `least` are forecast seconds (of all, of the first part), `queued` says that something was before it, `parts` what
+    else was measured.
     """
 
     work: Callable[[], Any]
@@ -43,6 +44,8 @@ class Job:
     first: Kind | None = None
     together: Callable[[Sequence[Job]], Sequence[Any]] | None = None
     asked: Any = None
+    again: Callable[[], Any] | None = None
+    counted: Callable[[int], None] | None = None
     tokens: int = 0
     cost: float = 0.0
     least: float = 0.0
@@ -121,8 +124,11 @@ class FairQueue:
 
         Who asks for any job and finds none is idle: what callers owed is forgotten, as nobody waited for it.
         """
-        for line in sorted(self._waiting.values(), key=lambda line: (line.start, len(line.jobs))):
-            job = next((job for job in line.jobs if fits is None or fits(job)), None)
+        lines = list(self._waiting.values())
+        if len(lines) > 1:
+            lines.sort(key=lambda line: (line.start, len(line.jobs)))
+        for line in lines:
+            job = line.jobs[0] if fits is None else next((job for job in line.jobs if fits(job)), None)
             if job is not None:
                 self._turn = max(job.cost, LEAST_COST)
                 self._charge(line, self._turn)

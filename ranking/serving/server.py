@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -41,6 +40,7 @@ from ranking.serving.web import Web
 from ranking.serving.worker import MOST_TOGETHER, Worker
 from ranking.serving.workers import BEAT_S
 from ranking.serving.workers_peers import Peers
+from retrieval.memory import freeze_loaded
 
 LAST_WORDS_S = 0.5
 """Seconds that answers which are ready have at least to leave the server."""
@@ -52,9 +52,10 @@ log = logging.getLogger(__name__)
 class ServeSettings:
     """Where to listen, whom to believe and how much to bear. Port 0 takes a free one; `tokens` is a file of hashes.
 
-    `journal` is the folder in which what was served is noted; None notes nothing. A new night is looked for every `swap_poll_s`
-    seconds, 0: only when asked. `web` is where meters are told, `traces` who makes spans, `page` where people may look. `worker`
-    is the socket of one of several processes at this address (`workers_peers`), which ends when its standard input does.
+    `journal` is the folder in which what was served is noted; None notes nothing. After `rehearse_s` idle seconds a Retrieve is
+    rehearsed (`rehearsal`), 0: never. A new night is looked for every `swap_poll_s` seconds, 0: only when asked. `web` is where
+    meters are told, `traces` who makes spans, `page` where people may look. `worker` is the socket of one of several processes
+    at this address (`workers_peers`), which ends when its standard input does.
     """
 
     host: str = "127.0.0.1"
@@ -62,13 +63,14 @@ class ServeSettings:
     insecure_public: bool = False
     most_waiting: int = 64
     drain_s: float = 10.0
-    most_request_bytes: int = 4 << 20
     tls: TlsFiles | None = None
     tokens: Path | None = None
     journal: Path | None = None
+    most_request_bytes: int = 4 << 20
     most_wait_s: float = MOST_WAIT_S
     most_together: int = MOST_TOGETHER
     least_depth: int = LEAST_DEPTH
+    rehearse_s: float = 0.0
     swap_poll_s: float = 1.0
     web: Web | None = None
     traces: Traces | None = None
@@ -98,7 +100,7 @@ async def run_server(
     A new night is swapped in when it is published; setting `asked` looks for one at once. Raises CannotListen, CertificateError
     or TokenError before anything is served.
     """
-    worker = Worker(settings.most_waiting, settings.most_wait_s, settings.most_together)
+    worker = Worker(settings.most_waiting, settings.most_wait_s, settings.most_together, settings.rehearse_s)
     journal = None if settings.journal is None else Journal(settings.journal)
     watching = Watching(current, code_version(), settings.web, settings.traces)
     peers = None if settings.worker is None else Peers(settings.worker)
@@ -215,8 +217,7 @@ def serve_until_signal(current: Current, settings: ServeSettings, ready: Callabl
     """Serves in this thread until SIGTERM or SIGINT, then stops gently; SIGHUP looks for a new night. Raises CannotListen."""
 
     def warmed(port: int) -> None:
-        gc.collect()
-        gc.freeze()  # 400,000 objects of libraries and models; to look through them again stops every request for 180 ms
+        freeze_loaded()  # to look through it again would stop every request
         ready(port)
         if settings.worker is not None:
             _beat()

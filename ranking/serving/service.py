@@ -22,7 +22,7 @@ from ranking.serving.answers import Call
 from ranking.serving.batch import retrieve_batch
 from ranking.serving.current import Current
 from ranking.serving.explain import explain
-from ranking.serving.gather import Asked, retrieve_together
+from ranking.serving.gather import Asked, rehearse, retrieve_together
 from ranking.serving.load_shed import first_stage, kind_of
 from ranking.serving.load_shed_depth import LEAST_DEPTH, Depth
 from ranking.serving.load_shed_door import Metadata, caller_of
@@ -151,6 +151,10 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
             live_items=moment.alive.size,
         )
 
+    def expect(self) -> None:
+        """See Doorman."""
+        self._worker.expect()
+
     async def let_in(self, method: str, context: grpc.aio.ServicerContext) -> None:
         """See Doorman."""
         caller = self._caller(context)
@@ -214,15 +218,14 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
 
         def run() -> Response:
             call.started = time.monotonic()
-            if method == "Retrieve":
-                self._together_sizes.observe(1)
             response = work(self.stack.now(), request, call)
             if isinstance(response, pb.RecommendResponse):
                 measure(job, response, call, self._depth.share)
             return response
 
         job = Job(run, caller, kind, call.deadline, first_stage(kind) if method == "Recommend" else None)
-        if method == "Retrieve":
+        if isinstance(request, pb.RetrieveRequest):
+            job.again, job.counted = lambda: rehearse(self.stack.now(), request), self._together_sizes.observe
             job.together, job.asked, job.tokens = self._together, (request, call), self.stack.encoder.writer.budgets.member
         return job
 
@@ -232,7 +235,6 @@ class RecommenderService(recommender_pb2_grpc.RecommenderServicer):
         now = time.monotonic()
         for _, call in asked:
             call.started = now
-        self._together_sizes.observe(len(asked))
         answered = retrieve_together(self.stack.now(), asked)
         return [Failed(one) if isinstance(one, Exception) else one for one in answered]
 

@@ -169,3 +169,29 @@ def test_ids_alone_are_no_member(store: KeyValueStore) -> None:
         store.put_many(RECENT, {"m": damaged})
         with pytest.raises(MemberRecordError, match="since the night"):
             MemberStore(store, "f").get("m")
+
+
+def test_a_member_whom_a_right_vector_describes_is_known_as_the_whole_record_says(store: KeyValueStore) -> None:
+    """The short way makes no entry until it is asked to; what it says is what the long way says."""
+    members, who = MemberStore(store, "f"), WEIRD.member.member_id
+    members.put([WEIRD])
+    for vector in (False, True):
+        if vector:
+            members.put_vectors([WEIRD], [b"v" * 16], vectors(1))
+        found = members.get(who)
+        assert (found.vector is not None) == vector
+        assert (found.member, found.connections, found.seen) == (WEIRD.member, WEIRD.connections, WEIRD.seen)
+        assert found.record == WEIRD and found.record is found.record and found.seen == WEIRD.seen
+    members.tell(who, [Told("e1", Entry("later", 9, "like", 1))])
+    told = members.get(who)
+    assert told.vector is None and told.seen == [*WEIRD.seen, "later"] and told.record.seen == told.seen
+    members.put([replace(WEIRD, member=Member(who, {"role": ',"as_of":11}'}))])
+    assert MemberStore(store, "f").get(who).member.profile == {"role": ',"as_of":11}'}, "words that look like the last field"
+
+
+@pytest.mark.parametrize("history", [b"[1]", b'[["i1"]]', b"null"])
+def test_a_damaged_history_is_named_where_no_vector_vouches_for_it(store: KeyValueStore, history: bytes) -> None:
+    kept = b'{"format":1,"profile":[],"numbers":[],"history":' + history + b',"connections":[],"as_of":1}'
+    store.put_many(RECORD, {"m": kept})
+    with pytest.raises(MemberRecordError, match="cannot be read"):
+        MemberStore(store, "f").get("m")
