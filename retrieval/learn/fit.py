@@ -22,7 +22,8 @@ from retrieval.llama import merge_lora
 @dataclass(frozen=True)
 class FitReport:
     """What a training reached. `trials` maps learning rates that were tried to Recall@100, `validation` steps of the validation
-    run to Recall@100 (empty: nothing was tried, nothing was asked). `seconds` are the plan's clock's."""
+    run to Recall@100 (empty: nothing was tried, nothing was asked). `seconds` are the plan's clock's. The weights are the mean of
+    the last `averaged` steps', or the last step's where that is 0."""
 
     folder: str
     fingerprint: str
@@ -33,6 +34,7 @@ class FitReport:
     trials: dict[float, float]
     validation: dict[int, float]
     note: str
+    averaged: int = 0
 
 
 def train_encoder(dataset: Dataset, out: Path, plan: EncoderPlan, progress: Progress | None = None) -> FitReport:
@@ -68,6 +70,7 @@ def train_encoder(dataset: Dataset, out: Path, plan: EncoderPlan, progress: Prog
         trials=decision.trials,
         validation=decision.validation,
         note=note,
+        averaged=trainer.averaged,
     )
     if ranks.leads:
         with (work / "curve.jsonl").open("w", encoding="utf-8") as file:
@@ -109,8 +112,10 @@ def _save(folder: Path, trainer: Trainer, plan: EncoderPlan, dataset: Dataset, c
     # How the length was asked for is no fact about the model: --minutes and --steps that end at one length are one model.
     asked = ("steps", "minutes", "clock", "validation", "base", "learning_rate")
     settings = {name: value for name, value in asdict(plan).items() if name not in asked}
+    # Left out where it is off, so that such a training still leaves the very folder that it left before the setting existed.
+    loop_facts = {name: value for name, value in asdict(trainer.settings).items() if value or name != "average"}
     facts = {
-        "settings": {**settings, "loop": asdict(trainer.settings)},
+        "settings": {**settings, "loop": loop_facts},
         "steps": trainer.done,
         "data": dataset.meta.name,
         "cut": cut,
