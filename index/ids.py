@@ -18,6 +18,8 @@ from index.manifest import SnapshotError
 Rows = npt.NDArray[np.int64]
 _TOGETHER = 65_536
 """Ids that are looked up at a time."""
+_BYTES = 1 << 21
+"""Bytes of ids that are compared at a time; each takes 26 bytes of memory meanwhile."""
 _FEW = 32
 """Fewer are compared one by one."""
 
@@ -118,6 +120,9 @@ class Ids:
     def _are(self, rows: Rows, encoded: list[bytes]) -> npt.NDArray[np.bool_]:
         """bool [n]: whether the ids of these rows are these texts, byte by byte."""
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        if len(encoded) > 1 and lengths.sum() > _BYTES:
+            half = len(encoded) // 2
+            return np.concatenate([self._are(rows[:half], encoded[:half]), self._are(rows[half:], encoded[half:])])
         starts = self._arrays.offsets[rows]
         same: npt.NDArray[np.bool_] = self._arrays.offsets[rows + 1] - starts == lengths
         asked = np.frombuffer(b"".join(encoded), np.uint8)[np.repeat(same, lengths)]

@@ -67,7 +67,7 @@ def top_of_products(queries: Vectors, vectors: Vectors, k: int) -> Rows:
 
 @functools.cache
 def fastest_way(dims: int) -> Way:
-    """The faster of the ways that multiply codes of `dims` correctly on this machine is returned; another than int8 is logged.
+    """How codes of `dims` are multiplied on this machine is returned: int8 unless it is wrong or half as fast, which is logged.
 
     Processors without dot-product instructions may saturate sums of int8 products: extreme codes are tried first. One slow
     moment must not decide for the life of a process, so the ways take turns, and float32 has to be clearly the faster one.

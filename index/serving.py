@@ -85,7 +85,7 @@ class Serving:
     """Of the certified scans and short lists in it, one for each shard; FAISS's own ways look once."""
 
     def looked(self) -> dict[How, int]:
-        """How its searches were answered since it was opened is returned; nothing where no way of it looks more than once."""
+        """How its searches, one a query and shard, have ended since it was opened; nothing where no way of it looks again."""
         seen = [one.seen() for one in self.looks]
         return {how: sum(one[how] for one in seen) for how in seen[0]} if seen else {}
 

@@ -116,6 +116,7 @@ def _told(
     train = train[log.day[train] > log.day[train].max(initial=0) - TOLD_DAYS]
     label = log.label[train]
     if not len(train) or label.min() == label.max():
+        told.warning("no told readers are shown: the last %d days before the cut hold no two labels", TOLD_DAYS)
         return []
     if len(table.labelled) > MOST_FOR_TOLD:
         told.warning("no told readers are shown: reading %s labels would take hours", f"{len(table.labelled):,}")

@@ -27,6 +27,7 @@ from retrieval.records import DIGEST_BYTES, MemberRecord, MemberRecordError, Sto
 
 RECORD, VECTOR = "member", "member-vector"
 MAGIC = b"BLV1"
+AS_OF = b',"as_of":'
 VECTOR_DAYS = 30
 """Days that a vector stays after the last night that wrote it: time to roll back to the encoder before. Without a vector the
 member is encoded on request."""
@@ -183,4 +184,6 @@ class _Kept(NamedTuple):
 def _digest(stored: bytes) -> bytes:
     """Of a record's bytes without its `as_of`, the last field, which no prompt reads: a night that changes nothing else leaves
     every encoder's vector right, also that of a server which still runs on the encoder before."""
-    return hashlib.blake2b(stored[: stored.rfind(b',"as_of":')], digest_size=DIGEST_BYTES).digest()
+    words, field, moment = stored.rpartition(AS_OF)
+    dated = bool(field) and moment.endswith(b"}") and moment[:-1].removeprefix(b"-").isdigit()
+    return hashlib.blake2b(words if dated else stored, digest_size=DIGEST_BYTES).digest()

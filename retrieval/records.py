@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from index.errors import BrewlineError
 from retrieval.data.schema import Connection, Dataset, Engagement, Events, Item, Items, Member, MemberView
 
+T = TypeVar("T")
 FORMAT = 1
 NEWEST = 1_024
 """How many of the newest engagements a view shows in words; the prompts keep fewer. Exclusion uses the whole history."""
@@ -136,7 +137,7 @@ def encode_record(record: MemberRecord) -> bytes:
 class StoredRecord:
     """A record as it was kept, taken apart only as far as it is asked for: a warm request needs ids, and no entries.
 
-    Raises MemberRecordError if the bytes are no record, or one of another format; of a history that is none, `whole` does.
+    Raises MemberRecordError if the bytes are no record, or one of another format; so does whatever asks for a part that is none.
     """
 
     __slots__ = ("_fields", "_member_id")
@@ -156,24 +157,27 @@ class StoredRecord:
     @property
     def member(self) -> Member:
         """As in MemberRecord."""
-        return Member(self._member_id, dict(self._fields["profile"]), dict(self._fields["numbers"]))
+        return self._part(lambda held: Member(self._member_id, dict(held["profile"]), dict(held["numbers"])))
 
     @property
     def connections(self) -> tuple[Connection, ...]:
         """As in MemberRecord."""
-        return tuple([Connection(*edge) for edge in self._fields["connections"]])
+        return self._part(lambda held: tuple([Connection(*edge) for edge in held["connections"]]))
 
     @property
     def seen(self) -> list[str]:
         """As in MemberRecord."""
-        return [entry[0] for entry in self._fields["history"]]
+        return self._part(lambda held: [entry[0] for entry in held["history"]])
 
     def whole(self) -> MemberRecord:
         """The record. Raises MemberRecordError."""
+        history = self._part(lambda held: tuple([Entry(*entry) for entry in held["history"]]))
+        return MemberRecord(self.member, history, self.connections, self._part(lambda held: int(held["as_of"])))
+
+    def _part(self, read: Callable[[Mapping[str, Any]], T]) -> T:
         try:
-            history = tuple([Entry(*entry) for entry in self._fields["history"]])
-            return MemberRecord(self.member, history, self.connections, int(self._fields["as_of"]))
-        except (ValueError, KeyError, TypeError) as error:
+            return read(self._fields)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise _unreadable(self._member_id, error) from error
 
 

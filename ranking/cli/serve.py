@@ -58,8 +58,9 @@ Rehearse = Annotated[
     float,
     typer.Option(
         help="After so many idle milliseconds the last Retrieve is answered once more, for nobody, so that the next finds the "
-        "processor's caches warm; for a second after each request. 8 suits; it costs a tenth of a core. 0: never.",
+        "processor's caches warm; at most 125 times after each. 8 suits; answers of 1 ms take a tenth of a core. 0: never.",
         min=0,
+        max=1_000,
     ),
 ]
 LeastFanout = Annotated[

@@ -1,8 +1,8 @@
 """Between requests the last one is answered once more, for nobody, so that the next one does not find everything cold.
 
 On a shared machine processor caches forget a server within tens of milliseconds: a warm Retrieve that takes a third of a
-millisecond when asked again at once takes three times as long at 26 a second, every stage of it alike. It costs a tenth of a
-core and one more reading of the member each time, so a server does it only when told to. No gRPC here.
+millisecond when asked again at once takes three times as long at 26 a second, every stage of it alike. It costs the
+answer's processor time each time, and one more reading of the member, so a server does it only when told to. No gRPC here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 MOST = 125
-"""Rehearsals after a request: a server that nobody has asked for a second sleeps."""
+"""Rehearsals after a request: a server that nobody asks sleeps."""
 LONGEST_S = 0.005
 """What takes longer is not rehearsed: its caller would not notice what is saved, and the next one might have to wait for it."""
 
@@ -23,7 +23,7 @@ class Rehearsal:
     """What is to be run again, and when. For one thread at a time; with `every_s` 0 nothing is."""
 
     def __init__(self, every_s: float) -> None:
-        self._every_s = every_s
+        self._every_s = every_s if every_s > 0 else 0.0  # not a number is no time either
         self._again: Callable[[], object] | None = None
         self._left = 0
 
@@ -41,11 +41,13 @@ class Rehearsal:
         """Once more. What fails or takes too long is not tried again before a request shows that it goes well."""
         again, self._left = self._again, self._left - 1
         assert again is not None
+        if not self._left:
+            self._again = None  # nor is the request held any longer
         began = time.monotonic()
         try:
             again()
         except Exception as error:  # a question to nobody; whoever asks it next is told
-            log.info("a rehearsal failed: %s", type(error).__name__)
+            log.warning("a rehearsal failed", exc_info=error)
             self._again = None
         if time.monotonic() - began > LONGEST_S:
             self._again = None

@@ -29,7 +29,7 @@ def add_stack(readings: Readings, current: Current, version: str) -> None:
     told = "Items that can be answered, and those of them that were put in since the night."
     readings.add("brewline_items", told, of(_items), ("which",))
     readings.add("brewline_log_position", "The last change of the log that answers know.", of(_position))
-    told = "Queries by how this snapshot's search answered: at the first look, after a wider one, by scoring all permitted."
+    told = "Searches, one a query and shard, by their end: at the first look, after a wider one, by scoring all permitted."
     readings.add("brewline_searches_total", told, of(_searches), ("look",), counter=True)
     readings.add("brewline_recall", "Recall of recent answers against the exact search.", of(_recall))
     told = "Answers that were to be compared with the exact search's, by what became of it."

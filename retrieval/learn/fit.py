@@ -112,10 +112,8 @@ def _save(folder: Path, trainer: Trainer, plan: EncoderPlan, dataset: Dataset, c
     # How the length was asked for is no fact about the model: --minutes and --steps that end at one length are one model.
     asked = ("steps", "minutes", "clock", "validation", "base", "learning_rate")
     settings = {name: value for name, value in asdict(plan).items() if name not in asked}
-    # Left out where it is off, so that such a training still leaves the very folder that it left before the setting existed.
-    loop_facts = {name: value for name, value in asdict(trainer.settings).items() if value or name != "average"}
     facts = {
-        "settings": {**settings, "loop": loop_facts},
+        "settings": {**settings, "loop": trainer.settings.facts()},
         "steps": trainer.done,
         "data": dataset.meta.name,
         "cut": cut,

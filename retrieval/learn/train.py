@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,6 +58,10 @@ class LoopSettings(Pace):
     precision: Precision = "float32"
     shard: bool = False
     average: float = 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """As Pace; without `average` where it is off, so that trainings and folders from before it existed are still the same."""
+        return {name: value for name, value in super().facts().items() if value or name != "average"}
 
 
 class Trainer(Loop):

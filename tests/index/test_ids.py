@@ -18,6 +18,7 @@ def test_rows_and_ids_are_inverse(texts: list[str], strangers: list[str], few: b
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index.ids, "_FEW", 32 if few else 0)
         patch.setattr(index.ids, "_TOGETHER", together)
+        patch.setattr(index.ids, "_BYTES", together)
         if collide:
             patch.setattr(index.ids, "hash_ids", lambda encoded: np.array([len(one) % 3 for one in encoded], np.uint64))
         check_rows_and_ids(texts, strangers)

@@ -16,7 +16,7 @@ from retrieval.learn.batches import BatchSettings
 from retrieval.learn.checkpoint import TrainingError
 from retrieval.learn.fit import train_encoder
 from retrieval.learn.settings import plan_of
-from retrieval.learn.start import EncoderPlan, start
+from retrieval.learn.start import EncoderPlan, identity_of, start
 from retrieval.learn.train import LoopSettings, Trainer
 from retrieval.learn.validate import Exam
 from retrieval.llama import Size
@@ -100,7 +100,7 @@ def test_a_run_killed_before_in_and_at_the_end_of_the_mean_goes_on_to_the_same(
     assert after.resume(tmp_path) and after.done == killed
     after.run(STEPS)
     torch.testing.assert_close(weights(after), weights(whole), atol=1e-6, rtol=1e-5)
-    with pytest.raises(TrainingError, match=r"settings\.average was 0\.4, is 0\.0"):
+    with pytest.raises(TrainingError, match=r"average was 0\.4"):
         start(tiny_dataset, tiny_dataset.meta.cut_valid, PLAN, STEPS).resume(tmp_path)
 
 
@@ -143,8 +143,15 @@ def test_weights_that_are_not_trained_stay_out_of_it(tiny_dataset: Dataset) -> N
     assert again.average is not None and f"average.{frozen}" not in dict(again.average.tensors())
 
 
-@pytest.mark.parametrize("wrong", [-0.1, 1.1])
-def test_a_share_out_of_range_is_refused(wrong: float) -> None:
-    with pytest.raises(TrainingError, match=r"average \(expected a share of the steps, from 0 to 1\)"):
-        plan_of({"average": wrong})
-    assert plan_of({"average": 0.25}).loop.average == 0.25
+@pytest.mark.parametrize("wrong", [{"average": -0.1}, {"average": 1.1}, {"average": 0.25, "lora_rank": 4}])
+def test_a_share_out_of_range_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(TrainingError, match=r"average \(expected a share of the steps, from 0 to 1, and 0 beside lora_rank"):
+        plan_of(wrong)
+    assert plan_of({"average": 0.25}).loop.average == 0.25 and plan_of({"lora_rank": 4}).loop.average == 0
+
+
+def test_what_began_before_there_was_an_average_goes_on(tiny_dataset: Dataset) -> None:
+    """Off, it is in no identity: neither of a plan nor of a run."""
+    for plan in (PLAN, AVERAGED):
+        held = [identity_of(tiny_dataset, plan), start(tiny_dataset, tiny_dataset.meta.cut_test, plan, 2).identity]
+        assert ["average" in json.dumps(one, default=str) for one in held] == [plan is AVERAGED] * 2

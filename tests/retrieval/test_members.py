@@ -11,7 +11,8 @@ import pytest
 
 from index.store import KeyValueStore, open_store
 from retrieval.data.schema import DAY, Connection, Dataset, Member, action_kind
-from retrieval.members import RECORD, VECTOR, MemberStore, UnknownMember
+from retrieval.members import MAGIC, RECORD, VECTOR, MemberStore, UnknownMember
+from retrieval.members import _digest as members_digest
 from retrieval.recent import MOST, RECENT, RECENT_DAYS, Told, append, decode_told, stranger
 from retrieval.records import (
     NEWEST,
@@ -195,3 +196,23 @@ def test_a_damaged_history_is_named_where_no_vector_vouches_for_it(store: KeyVal
     store.put_many(RECORD, {"m": kept})
     with pytest.raises(MemberRecordError, match="cannot be read"):
         MemberStore(store, "f").get("m")
+
+
+@pytest.mark.parametrize(
+    "parts", [b'"history":[1],"connections":[]', b'"history":[[]],"connections":[]', b'"history":[],"connections":[7]']
+)
+def test_a_part_that_is_none_is_named_also_where_a_vector_vouches_for_it(store: KeyValueStore, parts: bytes) -> None:
+    kept = b'{"format":1,"profile":[],"numbers":[],' + parts + b',"as_of":1}'
+    store.put_many(RECORD, {"m": kept})
+    value = MAGIC + members_digest(kept) + b"v" * 16 + np.ones(4, "<f4").tobytes()
+    store.put_many(VECTOR, {"m": value}, "f")
+    found = MemberStore(store, "f").get("m")
+    assert found.vector is not None
+    with pytest.raises(MemberRecordError, match="cannot be read"):
+        assert [found.seen, found.connections]
+
+
+@pytest.mark.parametrize("end", [b"null}", b'"x"}', b'5,"history":[]}', b"5", b"}"])
+def test_only_a_date_at_the_end_is_left_out_of_what_a_vector_is_bound_to(end: bytes) -> None:
+    kept = b'{"format":1,"history":[],"as_of":'
+    assert members_digest(kept + end) != members_digest(kept + b"5}") == members_digest(kept + b"-77}")

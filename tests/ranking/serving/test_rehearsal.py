@@ -1,4 +1,4 @@
-"""A rehearsal answers nobody, changes nothing, keeps nobody waiting, and ends where it would."""
+"""A rehearsal answers nobody, changes nothing, lets requests go before, and ends where it would."""
 
 from __future__ import annotations
 
