@@ -111,7 +111,7 @@ def program(data: Path, out: Path) -> None:
             plan = planned(world, {**MINED, "steps": 4, "minutes": None})
             # Every step is followed by a checkpoint.
             train_encoder(dataset, out / f"encoder{world}", replace(plan, loop=replace(plan.loop, checkpoint_seconds=0.0)))
-            based = planned(world, {"average": 1.0, "base": str(out / "encoder1"), "lora_rank": 2, "steps": 2, "minutes": None})
+            based = planned(world, {"base": str(out / "encoder1"), "lora_rank": 2, "steps": 2, "minutes": None})
             train_encoder(dataset, out / f"lora{world}", based)
         np.savez(out / f"world{world}-rank{ranks.rank}.npz", **found)
 

@@ -58,7 +58,7 @@ def test_lateness_degrades_openly_or_is_a_deadline(stack: Stack, start: Start) -
 
 
 def test_overload_is_shed_and_a_stop_lets_running_work_finish(stack: Stack, start: Start) -> None:
-    port, stop = start(slowed(stack, 0.6), most_waiting=1)
+    port, stop = start(slowed(stack, 0.8), most_waiting=1)
     answers: list[object] = []
 
     def ask() -> None:
@@ -69,7 +69,9 @@ def test_overload_is_shed_and_a_stop_lets_running_work_finish(stack: Stack, star
                 answers.append(error.code)
 
     threads = [threading.Thread(target=ask) for _ in range(5)]
-    for thread in threads:
+    threads[0].start()
+    time.sleep(0.2)  # it runs, so of the others one may wait; before, it would itself be the one that waits
+    for thread in threads[1:]:
         thread.start()
     time.sleep(0.3)
     stop()
