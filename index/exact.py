@@ -5,7 +5,8 @@ It sees every vector, keeps ties in a defined order, and holds at most one block
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -90,16 +91,23 @@ def dots(vectors: Vectors, queries: Vectors, rows: Rows) -> Vectors:
         wanted[wanted >= 0] = places
     asked, scores = np.ascontiguousarray(queries, np.float32), np.empty(wanted.shape, np.float32)
     pointers = [faiss.swig_ptr(array) for array in (scores, asked, vectors, wanted)]
-    before = faiss.omp_get_max_threads()
     # More threads than queries have nothing to do but to spin on for milliseconds, on cores that others want.
-    faiss.omp_set_num_threads(min(before, len(asked) or 1))
-    try:
+    with at_most_threads(faiss, len(asked)):
         faiss.fvec_inner_products_by_idx(*pointers, vectors.shape[1], len(asked), wanted.shape[1])
-    finally:
-        faiss.omp_set_num_threads(before)
     if not (np.isfinite(scores) | (wanted < 0)).all():
         raise SearchError("a vector gives a score that is NaN or infinite: the vectors are damaged, build them again")
     return scores
+
+
+@contextmanager
+def at_most_threads(faiss: Any, most: int) -> Iterator[None]:
+    """FAISS uses at most so many threads, and one at least, for what the calling thread asks of it meanwhile."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(max(1, min(before, most)))
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def best(hits: Hits, query: int, rows: Rows, scores: Vectors) -> None:

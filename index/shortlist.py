@@ -24,7 +24,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from index.exact import best, dots, exhaustive
+from index.exact import at_most_threads, best, dots, exhaustive
 from index.filters import Allow, Filter, check_filters
 from index.hits import Hits, Rows, SearchError, Vectors, check_k, check_queries
 from index.looks import Looks
@@ -113,13 +113,10 @@ class ShortLists:
         some = [query for query, one in enumerate(filters) if one.permitted]
         short = [query for query in some if all_asked.lengths[query] and self._pays(filters[query], k)]
         everything = sorted(set(some) - set(short))
-        before = self._faiss.omp_get_max_threads()
-        self._faiss.omp_set_num_threads(min(before, self._threads or before, GROUPS * len(short) or 1))
-        try:
+        questions = GROUPS * len(short)
+        with at_most_threads(self._faiss, min(questions, self._threads or questions)):
             again = self._answer(hits, short, all_asked, visited, again=False)
             failed = self._answer(hits, again, all_asked, min(self.lists, _WIDER * visited), again=True)
-        finally:
-            self._faiss.omp_set_num_threads(before)
         everything += failed
         self.looks.note(len(short) - len(again), len(again) - len(failed), len(everything))
         for query in everything:
