@@ -4,7 +4,7 @@ A text-only ranker loses on counts and affinities (LinkedIn's own finding, arXiv
 read those numbers (`ranking.trees`), and a logistic regression of a handful of weights joins their logit to the text's. Its
 weights were fitted on later events than the models that it joins, so it is calibrated. No torch; stored as plain JSON.
 
-    logit = bias + w . (text, text x history, numbers, item rate, retrieval)
+    logit = bias + w . (text, text x history, numbers, pooled rate, retrieval)
 
 Legend: n candidates, F features, K = 5 inputs.
 """
@@ -21,11 +21,12 @@ import numpy.typing as npt
 
 from index.errors import BrewlineError
 from ranking.calibrate import Calibrator, logistic, sigmoid
-from ranking.fusion_features import COSINE, LABELS, RATE, Features, feature_names
+from ranking.fusion_features import COSINE, LABELS, Features, feature_names
 from ranking.trees import Trees
+from retrieval.pooled_rate import POOLED
 
 FUSION_FILE = "fusion.json"
-FORMAT = 1
+FORMAT = 2
 TEXT = ("text", "text_history")
 INPUTS = (*TEXT, "numbers", "rate", "cosine")
 RIDGE = 3.0
@@ -109,7 +110,7 @@ class Head:
         weight = dict(zip(INPUTS, self.blend.weight.tolist()))
         shares = self.trees.shares(features) * weight["numbers"]
         found = {name: shares[:, column] for column, name in enumerate(self.names)}
-        found[RATE] = found[RATE] + inputs[:, INPUTS.index("rate")]
+        found[POOLED] = found[POOLED] + inputs[:, INPUTS.index("rate")]
         found[COSINE] = found[COSINE] + inputs[:, INPUTS.index("cosine")]
         always = self.blend.bias + weight["numbers"] * self.trees.expectation
         return {"text": inputs[:, : len(TEXT)].sum(1), **found, "always": np.full(len(features), always)}
@@ -149,7 +150,7 @@ def inputs_of(
     text: Floats, numbers: Floats, features: Features, names: Sequence[str], base: float, centre: tuple[float, float]
 ) -> Floats:
     """Returns float64 [n, K], the columns of INPUTS; an unknown rate is the base rate, an unknown cosine an average one."""
-    rate = np.clip(np.nan_to_num(features[:, names.index(RATE)].astype(np.float64), nan=base), 1e-3, 1 - 1e-3)
+    rate = np.clip(np.nan_to_num(features[:, names.index(POOLED)].astype(np.float64), nan=base), 1e-3, 1 - 1e-3)
     cosine = np.nan_to_num((features[:, names.index(COSINE)] - centre[0]) / centre[1])
     known = np.log1p(features[:, names.index(LABELS)].astype(np.float64))
     return np.column_stack([text, text * known, numbers, np.log(rate / (1 - rate)), cosine])

@@ -19,11 +19,13 @@ from ranking.prompts import relations_of
 from retrieval.catalog import Catalog
 from retrieval.counts import NUMBERS
 from retrieval.data.schema import DAY, Engagement, MemberView
+from retrieval.pooled_rate import POOLED, categories_of
 
 Floats = npt.NDArray[np.float64]
 Features = npt.NDArray[np.float32]
 
 RATE, COSINE, LABELS = "positive_rate", "retrieval", "member_labels"
+ITEM = (*NUMBERS, POOLED)
 MEMBER = ("member_rate", "member_residual", "member_recent", "member_strength", LABELS, "member_days")
 PAIR = ("category_affinity", "category_seen", "creator_affinity", "creator_seen", "connected", COSINE)
 SHRINK = 3.0
@@ -64,16 +66,17 @@ class Asked:
 
 def feature_names(static: Iterable[str]) -> tuple[str, ...]:
     """The names of F features of a folder whose items have these numbers of their own, in the columns' order."""
-    return (*NUMBERS, *MEMBER, *PAIR, *(f"item {name}" for name in static))
+    return (*ITEM, *MEMBER, *PAIR, *(f"item {name}" for name in static))
 
 
 def features(asked: Asked, static: Sequence[str], base: float) -> Features:
     """Returns float32 [C, F] in the order of `feature_names`; `base` is the rate of an item without labels."""
     facts = asked.candidates
     own, opinions = _member(asked, base)
-    columns = [facts.numbers[name] for name in NUMBERS]
+    columns = [facts.numbers[name] for name in ITEM]
     columns += [np.full(len(facts), value) for value in own]
-    columns += _affinity(opinions, [_parts(done.item.category) for done in asked.history], list(map(_parts, facts.category)))
+    held = [categories_of(done.item.category) for done in asked.history]
+    columns += _affinity(opinions, held, list(map(categories_of, facts.category)))
     columns += _affinity(opinions, [_name(done.item.creator) for done in asked.history], list(map(_name, facts.creator)))
     columns += [asked.connected, asked.cosine, *(facts.numbers[name] for name in static)]
     return np.column_stack(columns).astype(np.float32)
@@ -90,7 +93,7 @@ def asked_of(
     known = catalog.rows([done.item.item_id for done in history])
     rate = [catalog.numbers(row)[RATE] if row >= 0 else np.nan for row in known.tolist()]
     items, as_of = [catalog.item(row) for row in rows.tolist()], [catalog.numbers(row) for row in rows.tolist()]
-    numbers = {name: np.array([one[name] for one in as_of], np.float64) for name in NUMBERS}
+    numbers = {name: np.array([one[name] for one in as_of], np.float64) for name in ITEM}
     numbers |= {name: np.array([item.numbers.get(name, np.nan) for item in items], np.float64) for name in static}
     facts = Facts(numbers, [item.category for item in items], [item.creator for item in items])
     unknown = np.full(len(rows), np.nan)
@@ -107,10 +110,6 @@ def asked_of(
 def connected_to(relations: Sequence[str]) -> Floats:
     """Float64 [C]: 1 where the member has a connection to the item's creator."""
     return np.array([bool(relation) for relation in relations], np.float64)
-
-
-def _parts(category: str) -> tuple[str, ...]:
-    return tuple(part for word in category.replace("|", ",").split(",") if (part := word.strip()))
 
 
 def _name(creator: str) -> tuple[str, ...]:

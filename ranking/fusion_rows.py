@@ -18,6 +18,7 @@ from ranking.prompts import relations_of
 from ranking.tasks import LABEL
 from retrieval.counts import Counts
 from retrieval.data.schema import DAY, Dataset, Engagement, Item, MemberView
+from retrieval.pooled_rate import POOLED, PooledRates
 
 if TYPE_CHECKING:
     from retrieval.encoder import Encoder
@@ -42,7 +43,7 @@ class FeatureRows:
         missing = [name for name in self.static if name not in dataset.items.numbers]
         if missing:
             raise FusionError(f"{dataset.meta.name}: its items have no numbers {', '.join(missing)}, which the head reads")
-        self.counts = Counts.from_dataset(dataset, before)
+        self.counts, self.pooled = Counts.from_dataset(dataset, before), PooledRates.from_dataset(dataset, before)
         self._log = dataset.engagements
         self._order = np.argsort(self._log.member, kind="stable")
         self._bounds = np.searchsorted(self._log.member[self._order], np.arange(len(dataset.members) + 1))
@@ -67,6 +68,7 @@ class FeatureRows:
         rates = np.split(self.counts.at(held, day)[RATE], np.cumsum([len(rows) for rows in pasts])[:-1])
         where = np.concatenate([np.arange(pool.start[group], pool.start[group + 1]) for group in groups])
         numbers = self.counts.at(pool.item[where], pool.day[where])
+        numbers[POOLED] = self.pooled.at(pool.item[where], pool.day[where])
         numbers |= {name: self.dataset.items.numbers[name][pool.item[where]] for name in self.static}
         items, place = self.dataset.items, 0
         for group, rows, rate in zip(groups, pasts, rates):

@@ -37,6 +37,7 @@ from retrieval.evidence.protocol import Queries, cold_members, last_after_cut
 from retrieval.evidence.rank import Progress, Ranked, write_ranked
 from retrieval.evidence.saved import RANKED_FILE, write_report
 from retrieval.hybrid import HybridSettings
+from retrieval.pooled_rate import POOLED, PooledRates
 from retrieval.retrieve import Candidates
 
 FOUND, RANKED = "Retrieval order", "Ranked"
@@ -80,7 +81,8 @@ class RankedForm:
         self.name = RANKED if first is None else HYBRID_RANKED
         self._dataset, self._ranker, self._first, self._answered = dataset, ranker, first, answered
         self._task = task_named(ranker.tasks, task).name
-        self._counts = Counts.from_dataset(dataset, before=dataset.meta.cut_test if counts == "frozen" else None)
+        before = dataset.meta.cut_test if counts == "frozen" else None
+        self._counts, self._pooled = Counts.from_dataset(dataset, before), PooledRates.from_dataset(dataset, before)
         self._bodies = ranker.prompts.bodies([dataset.items[row] for row in range(len(dataset.items))])
 
     @property
@@ -91,7 +93,7 @@ class RankedForm:
     def lists(self, sight: Sight) -> Ranked:
         """The first stage's lists by falling probability, which stands in `scores`."""
         plain = sight.plain if self._first is None else self._first.lists(sight)
-        numbers = self._counts.as_of(sight.moment)
+        numbers = {**self._counts.as_of(sight.moment), POOLED: self._pooled.as_of(sight.moment)}
         night = night_catalog(self._dataset, numbers, sight.moment) if self._ranker.fuses(self._task) else None
         found = Ranked(np.full_like(plain.rows, -1), np.full_like(plain.scores, -np.inf))
         for at in range(len(sight.views)):

@@ -21,6 +21,7 @@ from retrieval.attributes import Attribute
 from retrieval.catalog import Catalog, Rows
 from retrieval.data.schema import DAY, Item
 from retrieval.parts import CatalogError
+from retrieval.pooled_rate import POOLED
 
 if TYPE_CHECKING:
     from retrieval.encoder import Encoder
@@ -195,5 +196,5 @@ def number_columns(numbers: Sequence[Mapping[str, float]], names: Sequence[str])
 def _unmet(item: Item, as_of: int, names: Sequence[str]) -> dict[str, float]:
     """What `retrieval.counts` knows at a time of an item that no event names."""
     age = math.nan if item.created_at is None else float(as_of // DAY - item.created_at // DAY)
-    known = {"positive_rate": math.nan, "age_days": age if age >= 0 else math.nan}
+    known = {"positive_rate": math.nan, POOLED: math.nan, "age_days": age if age >= 0 else math.nan}
     return {name: known.get(name, 0.0) for name in names}

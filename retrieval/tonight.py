@@ -10,6 +10,7 @@ import numpy.typing as npt
 from retrieval.counts import Counts
 from retrieval.data.schema import MISSING_TIME, Dataset, Item, Items
 from retrieval.moments import NightError, checked_words
+from retrieval.pooled_rate import POOLED, PooledRates
 
 Numbers = dict[str, npt.NDArray[np.float64]]
 Rows = npt.NDArray[np.int64]
@@ -41,6 +42,7 @@ class Tonight:
         if not len(rows):
             raise NightError(f"none of {len(items):,} items exists before {until}; give a later --as-of (or `--as-of end`)")
         numbers = Counts.from_dataset(dataset, before=as_of).as_of(as_of)
+        numbers[POOLED] = PooledRates.from_dataset(dataset, before=as_of).as_of(as_of)
         return cls(take_items(items, rows), {name: column[rows] for name, column in numbers.items()}, as_of)
 
     def records(self) -> list[Item]:

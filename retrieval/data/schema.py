@@ -25,7 +25,7 @@ TRAIN, VALID, TEST = 0, 1, 2
 COUNT_COLUMNS = frozenset(
     (
         "n_events", "n_members", "n_events_7d", "n_events_30d", "n_pos", "n_neg", "mean_value", "first_ts", "last_ts",
-        "n_total", "n_30d", "n_7d", "n_1d", "positive_rate", "age_days",
+        "n_total", "n_30d", "n_7d", "n_1d", "positive_rate", "age_days", "pooled_rate",
     )
 )  # fmt: skip
 """Columns that hold counts over the log: those of the schema, and any that is named as an as-of number. They leak (an example is

@@ -73,7 +73,7 @@ def jobs_of(experiment: Experiment, datasets: Mapping[str, Dataset]) -> list[Job
         if judged["counts"] not in ("live", "frozen") or not (judged["dims"] is None or isinstance(judged["dims"], int)):
             raise ExperimentError(f"{run.words}: counts and dims are {judged}; expected live or frozen, and a whole number")
         plan = plan_of({name: value for name, value in run.settings.items() if name not in JUDGED_BY})
-        model = digest_of({"plan": plan.facts(), "data": digests[run.data]})
+        model = digest_of({"plan": asdict(plan), "data": digests[run.data]})
         found.append(Job(run, plan, digest_of({"model": model, **judged}), model))
     return found
 

@@ -22,8 +22,7 @@ from retrieval.llama import merge_lora
 @dataclass(frozen=True)
 class FitReport:
     """What a training reached. `trials` maps learning rates that were tried to Recall@100, `validation` steps of the validation
-    run to Recall@100 (empty: nothing was tried, nothing was asked). `seconds` are the plan's clock's. The weights are the mean of
-    the last `averaged` steps', or the last step's where that is 0."""
+    run to Recall@100 (empty: nothing was tried, nothing was asked). `seconds` are the plan's clock's."""
 
     folder: str
     fingerprint: str
@@ -34,7 +33,6 @@ class FitReport:
     trials: dict[float, float]
     validation: dict[int, float]
     note: str
-    averaged: int = 0
 
 
 def train_encoder(dataset: Dataset, out: Path, plan: EncoderPlan, progress: Progress | None = None) -> FitReport:
@@ -70,7 +68,6 @@ def train_encoder(dataset: Dataset, out: Path, plan: EncoderPlan, progress: Prog
         trials=decision.trials,
         validation=decision.validation,
         note=note,
-        averaged=trainer.averaged,
     )
     if ranks.leads:
         with (work / "curve.jsonl").open("w", encoding="utf-8") as file:
@@ -113,7 +110,7 @@ def _save(folder: Path, trainer: Trainer, plan: EncoderPlan, dataset: Dataset, c
     asked = ("steps", "minutes", "clock", "validation", "base", "learning_rate")
     settings = {name: value for name, value in asdict(plan).items() if name not in asked}
     facts = {
-        "settings": {**settings, "loop": trainer.settings.facts()},
+        "settings": {**settings, "loop": asdict(trainer.settings)},
         "steps": trainer.done,
         "data": dataset.meta.name,
         "cut": cut,

@@ -34,10 +34,6 @@ class Pace:
     clip: float = 1.0
     checkpoint_seconds: float = 120.0
 
-    def facts(self) -> dict[str, Any]:
-        """The settings by name, as identities and folders keep them."""
-        return asdict(self)
-
 
 class Diverged(TrainingError):
     """A loss was no finite number."""
@@ -57,7 +53,7 @@ class Loop(ABC):
         """`identity` is what, beside steps and settings, a checkpoint must share; `extra` are trained weights by name that
         are no part of the model (and are not clipped)."""
         self.model, self.settings, self.steps = model, settings, steps
-        self.identity = {**identity, "steps": steps, "settings": settings.facts()}
+        self.identity = {**identity, "steps": steps, "settings": asdict(settings)}
         self.extra = dict(extra or {})
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         # Groups of their own: weights that are spread over processes and whole ones cannot be moved by one call.

@@ -22,7 +22,7 @@ PLACES = {
     **{name: ("batch", name) for name in ("random_items", "popular", "strangers")},
     **{name: ("batch", name) for name in ("mine_every", "mine_skip", "mine_window", "recency_days", "share")},
     **{name: ("loop", name) for name in ("loss", "near", "matryoshka", "pooling", "forward_tokens", "cached", "recompute")},
-    **{name: ("loop", name) for name in ("precision", "shard", "first_scale", "warmup", "weight_decay", "clip", "average")},
+    **{name: ("loop", name) for name in ("precision", "shard", "first_scale", "warmup", "weight_decay", "clip")},
 }
 """Flat name -> where it stands in an `EncoderPlan`. `history_tokens` is the whole member row, profile included."""
 
@@ -71,7 +71,6 @@ def _check(plan: EncoderPlan) -> None:
         "steps": plan.steps is not None and plan.steps < 1,
         "clock": plan.clock == "processor" and plan.device != "cpu",
         "validation": not plan.validation and (plan.steps is None or plan.learning_rate is None),
-        "average": not 0 <= loop.average <= (0 if plan.lora_rank else 1),
         "near": loop.near is not None and not 0 < loop.near <= 1,
         "hard": batch.hard < 0 or batch.hard_weight <= 0 or batch.mine_every < 1 or batch.mine_skip < 0 or batch.mine_window < 1,
         "share": not 0 < batch.share <= 1,
@@ -87,7 +86,6 @@ def _check(plan: EncoderPlan) -> None:
         "steps": "at least one",
         "clock": "processor time only where the processor does the work, on the device cpu",
         "validation": "a run that chooses steps and learning_rate, unless both are given",
-        "average": "a share of the steps, from 0 to 1, and 0 beside lora_rank: the mean of factors is not that of their products",
         "near": "a cosine above 0 and at most 1",
         "hard": "0 or more of a weight above 0, mined every step or less often, from at least one place",
         "share": "above 0 and at most 1",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -54,14 +54,10 @@ class EncoderPlan:
         """The learning rate that was asked for, or the default."""
         return self.loop.learning_rate if self.learning_rate is None else self.learning_rate
 
-    def facts(self) -> dict[str, Any]:
-        """All settings by name, as identities keep them."""
-        return {**asdict(self), "loop": self.loop.facts()}
-
 
 def identity_of(dataset: Dataset, plan: EncoderPlan) -> dict[str, object]:
     """What a training must share with a killed one to go on from it: the plan and the data."""
-    return {"plan": plan.facts(), DATA: dataset_digest(dataset)}
+    return {"plan": asdict(plan), DATA: dataset_digest(dataset)}
 
 
 def start(dataset: Dataset, before: int, plan: EncoderPlan, steps: int, identity: Mapping[str, object] | None = None) -> Trainer:

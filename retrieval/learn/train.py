@@ -6,8 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,10 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from retrieval.encoder import Pooling, length_batches
-from retrieval.learn.average import Average
 from retrieval.learn.batches import Batch, Sampler
 from retrieval.learn.hard import Miner
-from retrieval.learn.loop import Loop, Pace, Progress
+from retrieval.learn.loop import Loop, Pace
 from retrieval.learn.loss import Loss, Match, objective
 from retrieval.learn.ranks import Ranks
 from retrieval.learn.sharded import Passes, Shards
@@ -42,8 +40,7 @@ class LoopSettings(Pace):
     `cached`: a pass keeps its vectors only and is done again when the gradient comes back (GradCache, Gao et al. 2021): the
     memory of one pass for any batch, the same gradients. `recompute`: the same for each layer within a pass (gradient
     checkpointing). `precision`: bf16 runs the trunk under autocast; weights, pooling and loss stay float32. `shard`: each of
-    several processes keeps a part of weights, gradients and optimizer state (`retrieval.learn.sharded`). `average`: the weights
-    at the end are the mean over this share of the steps, the last ones (`retrieval.learn.average`; 0: those of the last step).
+    several processes keeps a part of weights, gradients and optimizer state (`retrieval.learn.sharded`).
     """
 
     learning_rate: float = 2e-3
@@ -57,11 +54,6 @@ class LoopSettings(Pace):
     recompute: bool = False
     precision: Precision = "float32"
     shard: bool = False
-    average: float = 0.0
-
-    def facts(self) -> dict[str, Any]:
-        """As Pace; without `average` where it is off, so that trainings and folders from before it existed are still the same."""
-        return {name: value for name, value in super().facts().items() if value or name != "average"}
 
 
 class Trainer(Loop):
@@ -92,8 +84,6 @@ class Trainer(Loop):
             model.to(torch.device(device))
         self.miner = Miner.of(sampler, model) if sampler.settings.mines else None
         super().__init__(model, settings, steps, identity, {"log_scale": self.log_scale})
-        trained = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
-        self.average = Average(trained, steps, settings.average) if settings.average else None
 
     def again(self, steps: int, learning_rate: float) -> Trainer:
         """Another run at step 0 over the same batches, from a copy of the weights that this one has now."""
@@ -104,22 +94,6 @@ class Trainer(Loop):
     def whole(self, *, keep: bool = True) -> PreTrainedModel:
         """The trunk, or a whole copy of one that is spread over processes; then all must ask, and those that `keep` get it."""
         return self.shards.whole(self.model, keep=keep) if self.shards else self.model
-
-    @property
-    def averaged(self) -> int:
-        """How many of the run's last steps the weights at its end are the mean of; 0 where they are the last step's."""
-        return self.steps - self.average.first if self.average else 0
-
-    def run(self, until: int, progress: Progress | None = None, checkpoint: Path | None = None) -> None:
-        """As `Loop.run`; where the run ends, the model takes the mean of its last weights if `average` is set."""
-        super().run(until, progress, checkpoint)
-        if self.average is not None and self.done >= self.steps:
-            self.average.put()
-
-    def _step(self) -> None:
-        super()._step()
-        if self.average is not None:
-            self.average.take(self.done)
 
     def step_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss of batch number `done`, and the scale that it was taken at."""
@@ -216,8 +190,6 @@ class Trainer(Loop):
         yield from super()._weights()
         if self.miner is not None:
             yield "mined_table", self.miner.table
-        if self.average is not None:
-            yield from self.average.tensors()
 
 
 def _prefix_means(hidden: torch.Tensor, at: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ranking.calibrate import Calibrator, sigmoid
 from ranking.evaluate import labelled_test_rows
 from ranking.evidence import evaluate_ranking
 from ranking.fusion import FUSION_FILE, Blend, FusionError, Head, fit_blend
-from ranking.fusion_features import COSINE, LABELS, RATE, asked_of, feature_names, features
+from ranking.fusion_features import COSINE, LABELS, asked_of, feature_names, features
 from ranking.fusion_rows import LAG_DAYS, FeatureRows, base_rate, training_pool
 from ranking.learn.examples import Pool
 from ranking.metrics import auc
@@ -30,6 +30,7 @@ from retrieval.encoder import Encoder, save_encoder
 from retrieval.features import Quantizer
 from retrieval.llama import Size, new_llama
 from retrieval.moments import end_of
+from retrieval.pooled_rate import POOLED
 from retrieval.records import ItemWords, records_of, view_of
 from retrieval.refresh import nightly
 from retrieval.tokens import Tokens
@@ -107,11 +108,11 @@ def made(n: int = 6_000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Text logits, features and labels of which text, rate and cosine each know a part."""
     rng = np.random.default_rng(4)
     rows = rng.normal(size=(n, len(NAMES))).astype(np.float32)
-    rows[:, NAMES.index(RATE)] = rng.uniform(0.1, 0.9, n)
-    rows[::7, NAMES.index(RATE)] = np.nan
+    rows[:, NAMES.index(POOLED)] = rng.uniform(0.1, 0.9, n)
+    rows[::7, NAMES.index(POOLED)] = np.nan
     rows[:, NAMES.index(LABELS)] = rng.integers(0, 9, n)
     text = rng.normal(size=n)
-    rate = np.nan_to_num(rows[:, NAMES.index(RATE)], nan=0.5)
+    rate = np.nan_to_num(rows[:, NAMES.index(POOLED)], nan=0.5)
     logit = 0.8 * text + 2 * (rate - 0.5) + 0.5 * rows[:, NAMES.index(COSINE)] - 0.3
     return text, rows, (rng.random(n) < sigmoid(logit)).astype(np.int8)
 
@@ -156,13 +157,13 @@ def test_the_disk_changes_nothing_and_damage_is_refused(head: Head, tmp_path: Pa
     head.save(tmp_path)
     text, rows, _ = made(100)
     np.testing.assert_array_equal(Head.load(tmp_path).probabilities(text, rows), head.probabilities(text, rows))
-    with pytest.raises(FusionError, match="reads 19 features of 100 candidates"):
+    with pytest.raises(FusionError, match="reads 20 features of 100 candidates"):
         head.logits(text, rows[:, 1:])
     held = json.loads((tmp_path / FUSION_FILE).read_text())
     for broken, message in (
         ({**held, "format": 9}, "format 9"),
         ({**held, "base": 2}, "base is 2"),
-        ({"format": 1}, "not a head"),
+        ({"format": 2}, "not a head"),
     ):
         (tmp_path / FUSION_FILE).write_text(json.dumps(broken))
         with pytest.raises(FusionError, match=message):

@@ -33,6 +33,7 @@ from retrieval.learn.checkpoint import DECISION
 from retrieval.learn.start import EncoderPlan
 from retrieval.learn.start import start as start_encoder
 from retrieval.llama import Size
+from retrieval.pooled_rate import POOLED, PooledRates
 
 PLAN = RankerPlan(
     steps=2,
@@ -61,7 +62,8 @@ def served(dataset: Dataset, ranker: Ranker, event: int) -> float:
     counts = Counts.from_dataset(dataset)
     day, row = np.array([moment // DAY]), np.array([item])
     record = dataset.items[item]
-    numbers = {**counts.at(row, day), **{name: column[row] for name, column in dataset.items.numbers.items()}}
+    pooled = PooledRates.from_dataset(dataset).at(row, day)
+    numbers = {**counts.at(row, day), POOLED: pooled, **{name: column[row] for name, column in dataset.items.numbers.items()}}
     relations = relations_of(edges, [record.creator])
     rate = counts.at(liked.item[past], np.repeat(day, len(past)))["positive_rate"]
     facts = Facts(numbers, [record.category], [record.creator])

@@ -26,7 +26,7 @@ WAYS: dict[str, dict[str, object]] = {
 }
 SHAPE: dict[str, object] = {"hidden": 32, "heads": 2, "layers": 1, "vocabulary": 400}
 SIZES = {**SHAPE, "targets": 24, "random_items": 16, "forward_tokens": 300}
-MINED = {"average": 0.5, "hard": 2, "hard_from": "mined", "mine_every": 1, "mine_skip": 1, "mine_window": 5}
+MINED = {"hard": 2, "hard_from": "mined", "mine_every": 1, "mine_skip": 1, "mine_window": 5}
 
 
 def program(folder: Path, out: Path) -> None:
