@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ranking.cli.demo import STEPS, training
 from retrieval.data.schema import Dataset, Members, Meta
 from retrieval.data.write import write_dataset
 
@@ -83,3 +84,11 @@ def test_a_table_without_interactions_gets_answers_too(tiny_dataset: Dataset, tm
     assert "did not begin" in chain["why"] and "could not be judged" in chain["why"]
     visitor = found["conversations"][-1]
     assert visitor["recommended"] and visitor["history"][0] not in {row["title"] for row in visitor["recommended"]}
+
+
+def test_the_own_world_is_trained_by_steps_and_other_data_by_the_clock() -> None:
+    """By the clock a busy machine makes another demo: one whose ranker had not begun to read was once served."""
+    for what in ("encoder", "ranker"):
+        own, other = (training(what, Path("data"), Path("out"), minutes, 0) for minutes in (None, 4.0))
+        assert own[own.index("--steps") + 1] == str(STEPS[what]) and "--minutes" not in own
+        assert other[other.index("--minutes") + 1] == "2" and "--steps" not in other

@@ -23,6 +23,10 @@ from ranking.cli.output import console_err, emit, words
 MARK = ".brewline-demo"
 HEADLINE = ("recall@10", "recall@100")
 ENCODER_SHARE = 0.5
+MINUTES = 4.4
+STEPS = {"encoder": 120, "ranker": 900}
+"""Of the demo's own world: what MINUTES on two quiet cores give. Below some 400 the ranker has not begun to read, so by the clock a
+demo on a busy machine ended with a model that was worse than none; by steps it ends later, with the same models."""
 REFUSED = 2
 """Exit status of a command that said what is wrong; a bug ends with another one."""
 
@@ -35,9 +39,13 @@ def demo(
     data: Annotated[Path | None, typer.Option(help="A data folder of yours; without it a synthetic world is made.")] = None,
     work: Annotated[Path, typer.Option(help="Where everything is put; an older demo there is replaced.")] = Path("demo"),
     minutes: Annotated[
-        float,
-        typer.Option(help="Training time of both models; going small takes a third more, judging four models on top.", min=0.1),
-    ] = 4.4,
+        float | None,
+        typer.Option(
+            help="Training time of both models; going small takes a third more, judging four models on top. Without it, as many "
+            f"steps as {MINUTES:g} minutes of two cores give for the synthetic world, and {MINUTES:g} minutes for data of yours.",
+            min=0.1,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides world, weights and batches.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
 ) -> None:
@@ -53,9 +61,9 @@ def demo(
         steps.run("A synthetic world", ["data", "world", str(folder), "--seed", str(seed)])
     checked = steps.run("What the data holds", ["data", "check", str(folder)])
     encoder, teacher, store = work / "encoder", work / "ranker", work / "store"
-    length = f"{minutes * ENCODER_SHARE:g}", f"{minutes * (1 - ENCODER_SHARE):g}"
-    steps.run("The dual encoder learns", _train("encoder", folder, encoder, length[0], seed))
-    report = steps.run("The ranker learns", [*_train("ranker", folder, teacher, length[1], seed), "--encoder", str(encoder)])
+    minutes = MINUTES if minutes is None and data is not None else minutes
+    steps.run("The dual encoder learns", training("encoder", folder, encoder, minutes, seed))
+    report = steps.run("The ranker learns", [*training("ranker", folder, teacher, minutes, seed), "--encoder", str(encoder)])
     small = go_small(steps, demo_chain.write_plan(work, folder, teacher, report, minutes, seed), teacher)
     models = ["--encoder", str(encoder), "--ranker", str(small.folder)]
     quality = judge(steps, folder, models) if checked["sizes"]["events"] else {}
@@ -170,8 +178,11 @@ def _brewline() -> list[str]:
     return [sys.executable, "-m", "ranking.cli.main"]
 
 
-def _train(what: str, data: Path, out: Path, minutes: str, seed: int) -> list[str]:
-    return [what, "train", str(data), "--out", str(out), "--minutes", minutes, "--seed", str(seed)]
+def training(what: str, data: Path, out: Path, minutes: float | None, seed: int) -> list[str]:
+    """The command that trains the `encoder` or the `ranker`: so many `minutes` for both together, or STEPS (None)."""
+    share = ENCODER_SHARE if what == "encoder" else 1 - ENCODER_SHARE
+    length = ["--steps", str(STEPS[what])] if minutes is None else ["--minutes", f"{minutes * share:g}"]
+    return [what, "train", str(data), "--out", str(out), *length, "--seed", str(seed)]
 
 
 def _clear(work: Path) -> None:

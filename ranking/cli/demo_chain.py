@@ -23,6 +23,8 @@ STUDENT, READ = 0.7, 0.4
 TAUGHT, AGAIN = 0.75, 0.25
 """Shares of the steps: the student's, and what is left of it after the cut."""
 LEAST_STEPS, CANDIDATES, JUDGED = 10, 80, 8_000
+STEPS = 660
+"""Of both smaller models of the demo's own world, which is not trained by the clock."""
 LABEL = 0.1
 """Weight of the labels in what students learn: a short training hears more from a teacher, which is no noise, than from them."""
 INT8, ONNX = "int8", "onnx"
@@ -45,13 +47,13 @@ class Small:
         return {"served": self.model, "folder": str(self.folder), "why": self.why, "rows": self.rows}
 
 
-def write_plan(place: Path, data: Path, teacher: Path, report: Mapping[str, Any], minutes: float, seed: int) -> Path:
+def write_plan(place: Path, data: Path, teacher: Path, report: Mapping[str, Any], minutes: float | None, seed: int) -> Path:
     """Writes the chain's plan beside the teacher's folder and returns it: sizes from the teacher's, steps from the seconds
-    that its own took (`report` of its training) and the minutes that the demo gives to training."""
+    that its own took (`report` of its training) and the minutes that the demo gives to training; None: STEPS."""
     config = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
     student, pruned = sizes_of(config)
     each = report["seconds"] * REFIT / report["steps"]
-    steps = max(LEAST_STEPS, int(60 * minutes * SHARE / (each * (STUDENT + READ))))
+    steps = STEPS if minutes is None else max(LEAST_STEPS, int(60 * minutes * SHARE / (each * (STUDENT + READ))))
     lengths = (max(1, round(share * steps)) for share in (TAUGHT, AGAIN))
     learn, again = ({"steps": length, "candidates": CANDIDATES, "label": LABEL} for length in lengths)
     content = {
