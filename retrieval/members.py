@@ -119,14 +119,13 @@ class MemberStore:
         return self._known(member_id, stored, told, self._store.remembered(VECTOR, member_id, self.fingerprint))
 
     def _known(self, member_id: str, stored: bytes | None, told: Sequence[Told], value: bytes | None) -> KnownMember:
-        opened = None if stored is None else StoredRecord(stored, member_id)
         kept = None if value is None else _Kept.read(value, member_id)
-        if opened is None or stored is None or told:
-            before = stranger(member_id) if opened is None else opened.whole()
+        if stored is None or told:
+            before = stranger(member_id) if stored is None else decode_record(stored, member_id)
             record = with_told(before, told)
-            if stored is None or record is not before:
-                stored = encode_record(record)
-            return KnownMember(record, kept.vector if kept is not None and kept.record == _digest(stored) else None)
+            as_stored = encode_record(record) if stored is None or record is not before else stored
+            return KnownMember(record, kept.vector if kept is not None and kept.record == _digest(as_stored) else None)
+        opened = StoredRecord(stored, member_id)
         if kept is not None and kept.record == _digest(stored):
             return KnownMember(opened, kept.vector)
         return KnownMember(opened.whole(), None)

@@ -25,8 +25,8 @@ HEADLINE = ("recall@10", "recall@100")
 ENCODER_SHARE = 0.5
 MINUTES = 4.4
 STEPS = {"encoder": 120, "ranker": 900}
-"""Of the demo's own world: what MINUTES on two quiet cores give. Below some 400 the ranker has not begun to read, so by the clock a
-demo on a busy machine ended with a model that was worse than none; by steps it ends later, with the same models."""
+"""Of the demo's own world: what MINUTES on two quiet cores give. Below some 400 the ranker has not begun to read, so by the
+clock a demo on a busy machine ended with a model that was worse than none; by steps it ends later, with the same models."""
 REFUSED = 2
 """Exit status of a command that said what is wrong; a bug ends with another one."""
 
@@ -40,11 +40,7 @@ def demo(
     work: Annotated[Path, typer.Option(help="Where everything is put; an older demo there is replaced.")] = Path("demo"),
     minutes: Annotated[
         float | None,
-        typer.Option(
-            help="Training time of both models; going small takes a third more, judging four models on top. Without it, as many "
-            f"steps as {MINUTES:g} minutes of two cores give for the synthetic world, and {MINUTES:g} minutes for data of yours.",
-            min=0.1,
-        ),
+        typer.Option(help=f"Training time of both models, of your data {MINUTES:g}; the synthetic world has steps.", min=0.1),
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides world, weights and batches.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,

@@ -30,7 +30,7 @@ class Rehearsal:
     @property
     def due_s(self) -> float | None:
         """Seconds of idleness after which to `run`, None for never."""
-        return self._every_s if self._again is not None and self._left else None
+        return None if self._again is None else self._every_s
 
     def learn(self, again: Callable[[], object] | None, seconds: float) -> None:
         """Work was done that took so long; `again` does the same and changes nothing, None: there is nothing like that."""
@@ -39,15 +39,12 @@ class Rehearsal:
 
     def run(self) -> None:
         """Once more. What fails or takes too long is not tried again before a request shows that it goes well."""
-        again, self._left = self._again, self._left - 1
+        again, self._left, began = self._again, self._left - 1, time.monotonic()
         assert again is not None
-        if not self._left:
-            self._again = None  # nor is the request held any longer
-        began = time.monotonic()
         try:
             again()
         except Exception as error:  # a question to nobody; whoever asks it next is told
             log.warning("a rehearsal failed", exc_info=error)
-            self._again = None
-        if time.monotonic() - began > LONGEST_S:
-            self._again = None
+            self._left = 0
+        if not self._left or time.monotonic() - began > LONGEST_S:
+            self._again = None  # nor is the request held any longer
