@@ -70,10 +70,13 @@ def feature_names(static: Iterable[str]) -> tuple[str, ...]:
 
 
 def features(asked: Asked, static: Sequence[str], base: float) -> Features:
-    """Returns float32 [C, F] in the order of `feature_names`; `base` is the rate of an item without labels."""
+    """Returns float32 [C, F] in the order of `feature_names`; `base` is the rate of an item without labels.
+
+    It is the pooled rate, too, of an item put in since the night: in a log each has one, so trees have learned nothing of NaN.
+    """
     facts = asked.candidates
     own, opinions = _member(asked, base)
-    columns = [facts.numbers[name] for name in ITEM]
+    columns = [*(facts.numbers[name] for name in NUMBERS), np.nan_to_num(facts.numbers[POOLED], nan=base)]
     columns += [np.full(len(facts), value) for value in own]
     held = [categories_of(done.item.category) for done in asked.history]
     columns += _affinity(opinions, held, list(map(categories_of, facts.category)))

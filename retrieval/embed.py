@@ -79,8 +79,8 @@ def embed_changed(
         same = np.flatnonzero(rows >= 0)
         same = same[_reads_as(tonight, same, previous, rows[same], encoder.writer.quantizer, hysteresis)]
         vectors[same], digests[same] = previous.snapshot.vectors_at(rows[same]), _digests(previous, rows[same])
-        for name, column in numbers.items():
-            column[same] = previous.numbers[name][rows[same]]
+        for name in numbers.keys() & previous.numbers.keys():
+            numbers[name][same] = previous.numbers[name][rows[same]]
     new = np.flatnonzero(digests == "")
     tokens = encoder.writer.items(*_written(tonight, new))
     digests[new] = [row_digest(read) for read in tokens]
@@ -108,16 +108,16 @@ def _reads_as(tonight: Tonight, items: Rows, previous: Opened, rows: Rows, quant
 
     False says nothing: the tokens may be the same nevertheless.
     """
-    columns = previous.catalog.columns
-    if previous.numbers.keys() != tonight.numbers.keys():
+    columns, shown = previous.catalog.columns, set(quantizer.names) & tonight.numbers.keys()
+    if shown != set(quantizer.names) & previous.numbers.keys():
         return np.zeros(len(items), bool)
     texts, ours = pa.array(rows), tonight.items
     same = np.ones(len(items), bool)
     for name in PROMPT_TEXTS:
         words = pa.array(getattr(ours, name), pa.large_string()).take(pa.array(items))
         same &= pc.equal(columns.raw[name].take(texts), words).fill_null(False).to_numpy(zero_copy_only=False)
-    then = {name: column[rows] for name, column in previous.numbers.items()}
-    now = {name: column[items] for name, column in tonight.numbers.items()}
+    then = {name: previous.numbers[name][rows] for name in shown}
+    now = {name: tonight.numbers[name][items] for name in shown}
     same &= ~hysteresis.any_moved(quantizer, then, now, len(items))
     for name in set(quantizer.names) - now.keys():
         same &= ~EXACT.moved(quantizer, name, _static(columns.static, name, rows), _static(ours.numbers, name, items))

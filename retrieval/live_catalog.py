@@ -194,7 +194,7 @@ def number_columns(numbers: Sequence[Mapping[str, float]], names: Sequence[str])
 
 
 def _unmet(item: Item, as_of: int, names: Sequence[str]) -> dict[str, float]:
-    """What `retrieval.counts` knows at a time of an item that no event names."""
+    """What the event log says at a time of an item that it does not name; its pooled rate waits for the night."""
     age = math.nan if item.created_at is None else float(as_of // DAY - item.created_at // DAY)
     known = {"positive_rate": math.nan, POOLED: math.nan, "age_days": age if age >= 0 else math.nan}
     return {name: known.get(name, 0.0) for name in names}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from retrieval.counts import NEVER
 from retrieval.data.schema import DAY, Dataset
 
 POOLED = "pooled_rate"
@@ -24,38 +25,40 @@ PRIOR_LABELS = 5.0
 """Labels that the level above is worth; for a category, which has many, CATEGORY_LABELS."""
 CATEGORY_LABELS = 20.0
 
+DAYS = 1 << 17
+"""More than there are: times lie between 1970 and 2100 (`retrieval.data.events`)."""
+
 Int64s = npt.NDArray[np.int64]
 Float64s = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Faded:
-    """Labels of places as sorted keys `place * span + day`, with what is left of their sums at each of these days."""
+    """Labels as sorted `keys` of place and day, with what is `left` of their sums, float64 [keys, 2]: positive ones and all."""
 
     keys: Int64s
     left: Float64s
-    first_day: int
-    span: int
 
     @classmethod
-    def of(cls, place: Int64s, day: Int64s, positive: Float64s) -> Faded:
-        """Of L labels at `place` [L] on `day` [L], 1.0 or 0.0: `left` is float64 [keys, 2], positive ones and all."""
-        first_day, span = (int(day.min()), int(day.max() - day.min()) + 2) if len(day) else (0, 2)
-        keys, where = np.unique(place * span + (day - first_day), return_inverse=True)
-        summed = np.zeros((len(keys), 2))
-        np.add.at(summed, where, np.column_stack([positive, np.ones(len(positive))]))
-        return cls(keys, _running(keys // span, keys % span, summed), first_day, span)
+    def of(cls, place: Int64s, day: Int64s, weight: Float64s) -> Faded:
+        """Of `weight` float64 [n, 2] at `place` [n] on `day` [n]."""
+        place, day, weight = _summed(place, day, weight)
+        return cls(place * DAYS + day, _running(place, day, weight))
 
     def before(self, place: Int64s, day: Int64s) -> Float64s:
         """Float64 [n, 2]: what is left, at the start of each `day` [n], of the labels of each `place` [n] (-1: of none)."""
-        offset = np.clip(day - self.first_day, 0, self.span - 1)
-        last = np.searchsorted(self.keys, place * self.span + offset) - 1
+        last = np.searchsorted(self.keys, place * DAYS + np.clip(day, 0, DAYS - 1)) - 1
         met = np.flatnonzero(last >= 0)
-        met = met[self.keys[last[met]] // self.span == place[met]]
+        met = met[self.keys[last[met]] // DAYS == place[met]]
         found = np.zeros((len(place), 2))
-        age = day[met] - self.first_day - self.keys[last[met]] % self.span
-        found[met] = self.left[last[met]] * np.exp2(-age / HALF_LIFE)[:, None]
+        found[met] = self.left[last[met]] * np.exp2((self.keys[last[met]] % DAYS - day[met]) / HALF_LIFE)[:, None]
         return found
+
+
+def _summed(place: Int64s, day: Int64s, weight: Float64s) -> tuple[Int64s, Int64s, Float64s]:
+    """Rows of one place and day as one: places, days and weights, by place and then by day."""
+    keys, where = np.unique(place * DAYS + day, return_inverse=True)
+    return keys // DAYS, keys % DAYS, np.column_stack([np.bincount(where, one, len(keys)) for one in weight.T])
 
 
 def _running(place: Int64s, day: Int64s, weight: Float64s) -> Float64s:
@@ -78,32 +81,35 @@ class PooledRates:
     def __init__(self, label: tuple[Int64s, Int64s, Float64s], creator: Int64s, category: tuple[Int64s, Int64s]) -> None:
         """`label` = (item, day, 1.0 or 0.0) [L]; `creator` [N] the place of each item's creator, -1 unknown; `category` =
         (start [N + 1], place): those of item i are `place[start[i] : start[i + 1]]`."""
-        item, day, positive = label
         self._creator, (self._start, self._category) = creator, category
+        self._last_day = int(label[1].max(initial=0)) + 1
+        item, day, weight = _summed(*label[:2], np.column_stack([label[2], np.ones(len(label[2]))]))
         held, owner = self._categories(item)
         made = creator[item] >= 0
-        self._everything = Faded.of(np.zeros(len(day), np.int64), day, positive)
-        self._of_category = Faded.of(held, day[owner], positive[owner])
-        self._of_creator = Faded.of(creator[item][made], day[made], positive[made])
-        self._of_item = Faded.of(item, day, positive)
+        self._everything = Faded.of(np.zeros(len(day), np.int64), day, weight)
+        self._of_category = Faded.of(held, day[owner], weight[owner])
+        self._of_creator = Faded.of(creator[item][made], day[made], weight[made])
+        self._of_item = Faded.of(item, day, weight)
 
     @classmethod
     def from_dataset(cls, dataset: Dataset, before: int | None = None) -> PooledRates:
         """The rates of a data folder's event log, of events strictly before `before` (seconds) if given ("frozen")."""
         events, items = dataset.events, dataset.items
-        known = np.ones(len(events), bool) if before is None else events.timestamp < before
-        labelled = events.take((events.label >= 0) & known)
+        labelled = events.take((events.label >= 0) & (events.timestamp < (NEVER if before is None else before)))
         makers, words = dict[str, int](), dict[str, int]()
         creator = np.array([makers.setdefault(name, len(makers)) if name else -1 for name in items.creator], np.int64)
-        held = [[words.setdefault(word, len(words)) for word in categories_of(text)] for text in items.category]
+        held = [[words.setdefault(word, len(words)) for word in dict.fromkeys(categories_of(text))] for text in items.category]
         start = np.cumsum([0, *map(len, held)], dtype=np.int64)
         category = np.array([place for places in held for place in places], np.int64)
         label = (labelled.item.astype(np.int64), labelled.day, labelled.label.astype(np.float64))
         return cls(label, creator, (start, category))
 
     def at(self, item: npt.NDArray[np.integer], day: npt.NDArray[np.integer]) -> Float64s:
-        """Float64 [n]: the rate of `item` [n] (rows) before the start of `day` [n] (days since 1970)."""
-        item64, day64 = item.astype(np.int64), day.astype(np.int64)
+        """Float64 [n]: the rate of `item` [n] (rows) before the start of `day` [n] (days since 1970).
+
+        A log that has ended fades no more: what nobody contradicted for years would else be forgotten for what is average.
+        """
+        item64, day64 = item.astype(np.int64), np.minimum(day.astype(np.int64), self._last_day)
         held, owner = self._categories(item64)
         everything = self._everything.before(np.zeros(len(day64), np.int64), day64)
         base = np.divide(everything[:, 0], everything[:, 1], out=np.full(len(day64), np.nan), where=everything[:, 1] > 0)
@@ -115,8 +121,8 @@ class PooledRates:
 
     def as_of(self, timestamp: int) -> Float64s:
         """Float64 [N]: the rates of all items before the start of the day of `timestamp` (seconds UTC)."""
-        every = np.arange(len(self._creator), dtype=np.int64)
-        return self.at(every, np.full(len(every), timestamp // DAY, np.int64))
+        n = len(self._creator)
+        return self.at(np.arange(n), np.full(n, timestamp // DAY))
 
     def _categories(self, item: Int64s) -> tuple[Int64s, Int64s]:
         """The categories of items [n], joined, and the place in `item` that each belongs to."""

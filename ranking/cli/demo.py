@@ -40,7 +40,7 @@ def demo(
     work: Annotated[Path, typer.Option(help="Where everything is put; an older demo there is replaced.")] = Path("demo"),
     minutes: Annotated[
         float | None,
-        typer.Option(help=f"Training time of both models, of your data {MINUTES:g}; the synthetic world has steps.", min=0.1),
+        typer.Option(help=f"Training time of both models; without it {MINUTES:g}, or steps for the synthetic world.", min=0.1),
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides world, weights and batches.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,

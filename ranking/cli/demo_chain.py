@@ -52,8 +52,8 @@ def write_plan(place: Path, data: Path, teacher: Path, report: Mapping[str, Any]
     that its own took (`report` of its training) and the minutes that the demo gives to training; None: STEPS."""
     config = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
     student, pruned = sizes_of(config)
-    each = report["seconds"] * REFIT / report["steps"]
-    steps = STEPS if minutes is None else max(LEAST_STEPS, int(60 * minutes * SHARE / (each * (STUDENT + READ))))
+    a_second = report["steps"] / (report["seconds"] * REFIT * (STUDENT + READ))
+    steps = STEPS if minutes is None else max(LEAST_STEPS, int(60 * minutes * SHARE * a_second))
     lengths = (max(1, round(share * steps)) for share in (TAUGHT, AGAIN))
     learn, again = ({"steps": length, "candidates": CANDIDATES, "label": LABEL} for length in lengths)
     content = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ranking.calibrate import Calibrator
+from ranking.fusion import FORMAT as FUSION_FORMAT
 from ranking.learn.examples import held_back, teaches
 from ranking.learn.fuse import head_of
 from ranking.learn.loop import Trainer
@@ -129,6 +130,8 @@ def _identity(dataset: Dataset, plan: RankerPlan, origins: Origins) -> dict[str,
         del settings["positions"]  # nothing of it moves a weight, and trainings begun before it existed go on
     if plan.share == 1:
         del settings["share"]
+    if plan.fusion:
+        settings["fusion"] = FUSION_FORMAT  # a blend that was decided for other features must not meet today's
     return {"plan": settings, DATA: dataset_digest(dataset), **held}
 
 

@@ -29,9 +29,9 @@ from index.errors import BrewlineError
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving.security_client import Credentials, tls_of
 
-CONNECTIONS = 4
-"""Of each caller, so that no request waits for another one's bytes on the way, and so that chance, which deals connections to a
-server's workers, deals many of them: four in all once went three to one and hid a third of what two workers can do."""
+CONNECTIONS = 32
+"""Requests take them in turn, so that none waits for another one's bytes on the way, and so that chance, which deals connections
+to a server's workers, deals many: of four, three once went to one worker and hid a third of what two can do."""
 CONNECT_S = 5.0
 HEAD_START_S = 0.2
 REPLIES: dict[str, type[pb.RecommendResponse] | type[pb.RetrieveResponse]] = {
@@ -175,7 +175,7 @@ async def closed_loop(sender: Sender, concurrency: int, seconds: float) -> None:
 async def run(plan: Plan, credentials: Credentials) -> Outcome:
     """The plan was carried out. Raises TimeoutError if nobody listens at the address, CertificateError, TokenError."""
     tls = tls_of(plan.address, credentials)
-    channels = [_channel(plan.address, tls) for _ in range(CONNECTIONS * max(plan.concurrency, 1))]
+    channels = [_channel(plan.address, tls) for _ in range(CONNECTIONS)]
     try:
         await asyncio.wait_for(asyncio.gather(*(channel.channel_ready() for channel in channels)), CONNECT_S)
         sender = Sender(plan, [_ask(channel, plan.method, credentials.metadata) for channel in channels])

@@ -30,7 +30,7 @@ COUNT_COLUMNS = frozenset(
 )  # fmt: skip
 """Columns that hold counts over the log: those of the schema, and any that is named as an as-of number. They leak (an example is
 inside its own count, and one would stand in the place of the as-of number), so they are never read: every as-of number comes
-from the event log through `retrieval.counts`."""
+from the event log through `retrieval.counts` and `retrieval.pooled_rate`."""
 FACETS = ("language", "region")
 """Words of an item that are there to choose by and need not be there at all. No prompt reads them: an item whose facets alone
 changed reads as it did, and has the same vector."""

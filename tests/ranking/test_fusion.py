@@ -16,7 +16,7 @@ from ranking.calibrate import Calibrator, sigmoid
 from ranking.evaluate import labelled_test_rows
 from ranking.evidence import evaluate_ranking
 from ranking.fusion import FUSION_FILE, Blend, FusionError, Head, fit_blend
-from ranking.fusion_features import COSINE, LABELS, asked_of, feature_names, features
+from ranking.fusion_features import COSINE, LABELS, Asked, Facts, asked_of, feature_names, features
 from ranking.fusion_rows import LAG_DAYS, FeatureRows, base_rate, training_pool
 from ranking.learn.examples import Pool
 from ranking.metrics import auc
@@ -80,6 +80,14 @@ def test_the_service_computes_the_features_of_the_evaluation(tiny_dataset: Datas
         np.testing.assert_allclose(rows.of(pool, [0], rows.cosines(pool, [0], encoder)), served, rtol=1e-5, atol=1e-5)
         known += len(view.history)
     assert known > 20
+
+
+def test_an_item_of_the_day_is_taken_for_an_average_one() -> None:
+    """Its pooled rate waits for the night. In a log every item has one, so trees would take NaN for the worst there is."""
+    known = dict.fromkeys(("n_total", "n_30d", "n_7d", "n_1d", "positive_rate", "age_days"), np.array([3.0, 3.0]))
+    facts = Facts({**known, POOLED: np.array([0.9, np.nan])}, ["", ""], ["", ""])
+    found = features(Asked(DAY, [], np.zeros(0), facts, np.zeros(2), np.full(2, np.nan)), [], 0.4)
+    assert found[:, feature_names([]).index(POOLED)].tolist() == pytest.approx([0.9, 0.4])
 
 
 def test_features_know_nothing_of_the_moment_itself_or_later(tiny_dataset: Dataset) -> None:
@@ -161,7 +169,7 @@ def test_the_disk_changes_nothing_and_damage_is_refused(head: Head, tmp_path: Pa
         head.logits(text, rows[:, 1:])
     held = json.loads((tmp_path / FUSION_FILE).read_text())
     for broken, message in (
-        ({**held, "format": 9}, "format 9"),
+        ({**held, "format": 1}, "format 1, this version reads 2; train the ranker again"),
         ({**held, "base": 2}, "base is 2"),
         ({"format": 2}, "not a head"),
     ):

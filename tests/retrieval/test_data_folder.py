@@ -17,6 +17,7 @@ from retrieval.data.columns import LONGEST_ID, LONGEST_TEXT
 from retrieval.data.read import read_dataset, read_dataset_report
 from retrieval.data.schema import COUNT_COLUMNS, DAY, EVENT_COLUMNS, MISSING_TIME, DataError, Dataset
 from retrieval.data.write import write_dataset
+from retrieval.pooled_rate import POOLED
 
 META = {"name": "tiny", "cut_valid": 10 * DAY, "cut_test": 20 * DAY, "retrieval_actions": ["like"], "label": "liked"}
 ITEMS: dict[str, object] = {
@@ -109,8 +110,8 @@ def test_counts_are_never_read_and_numbers_are_finite_or_missing(tmp_path: Path)
 
 
 def test_a_number_named_as_an_as_of_number_does_not_stand_in_its_place(tmp_path: Path) -> None:
-    assert set(NUMBERS) <= COUNT_COLUMNS
-    items = {**ITEMS, **{name: [1.0, 2.0, 3.0] for name in NUMBERS}}
+    assert {*NUMBERS, POOLED} <= COUNT_COLUMNS
+    items = {**ITEMS, **{name: [1.0, 2.0, 3.0] for name in (*NUMBERS, POOLED)}}
     assert sorted(read_dataset(make_folder(tmp_path, items=items)).items.numbers) == ["organic", "price"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,11 @@ from retrieval.encoder import Encoder
 from retrieval.features import Quantizer
 from retrieval.hysteresis import EMBEDDED_PART, EXACT, Hysteresis, embedded_numbers
 from retrieval.llama import Size
+from retrieval.moments import end_of
 from retrieval.packed_bench import made_encoder
+from retrieval.pooled_rate import POOLED, PooledRates
 from retrieval.refresh import NightReport, SnapshotForm, nightly
+from retrieval.tonight import Tonight
 
 LOOSE = Hysteresis(8)
 
@@ -84,6 +88,7 @@ def test_under_a_policy_vectors_are_of_the_numbers_that_the_snapshot_says(
             catalog = Catalog.open(snapshot)
             rows = [tiny_dataset.items.row_of[one] for one in catalog.ids(range(len(catalog)))]
             exact = Counts.from_dataset(tiny_dataset, before=moment).as_of(moment)
+            exact[POOLED] = PooledRates.from_dataset(tiny_dataset, before=moment).as_of(moment)
             for name, column in catalog.columns.numbers.items():
                 np.testing.assert_array_equal(column, exact[name][rows], "the catalogue holds the numbers of the night")
             read = embedded_numbers(snapshot, catalog)
@@ -158,3 +163,24 @@ def test_words_beyond_the_budget_cost_nothing(tmp_path: Path, tiny_dataset: Data
     run(long, encoder, tmp_path, first_night + 60)
     longer = replace(long, items=replace(long.items, text=[f"{one} the end" for one in text]))
     assert run(longer, encoder, tmp_path, first_night + 120)[0].embedded == 0
+
+
+@pytest.mark.parametrize("policy", [EXACT, LOOSE])
+def test_a_number_that_prompts_do_not_show_is_no_reason_to_read_items_anew(
+    tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder, policy: Hysteresis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the first night after an upgrade, whose predecessor does not hold the number."""
+    moment, of = end_of(tiny_dataset), Tonight.of
+
+    def without(*given: Any) -> Tonight:
+        tonight = of(*given)
+        del tonight.numbers[POOLED]
+        return tonight
+
+    with monkeypatch.context() as older:
+        older.setattr(Tonight, "of", without)
+        before, held = run(tiny_dataset, encoder, tmp_path, moment, policy)
+    assert before.embedded == before.items and POOLED not in Catalog.open(held).as_of_names
+    after, held = run(tiny_dataset, encoder, tmp_path, moment + 3600, policy)
+    assert after.embedded == 0 and POOLED in Catalog.open(held).as_of_names
+    assert POOLED in embedded_numbers(held, Catalog.open(held))

@@ -169,7 +169,7 @@ def test_flat_settings_reach_their_places_and_wrong_ones_are_named() -> None:
     for name in PLACES:
         with pytest.raises(TrainingError, match=f"setting {name} is "):
             plan_of({name: {"no": "such"}})
-    with pytest.raises(TrainingError, match="unknown settings lose; known are average, base,"):
+    with pytest.raises(TrainingError, match="unknown settings lose; known are base, cached,"):
         plan_of({"lose": "bce"})
     with pytest.raises(TrainingError, match=r"matryoshka \(expected lengths below the model's width"):
         plan_of({"matryoshka": [128]})

@@ -17,6 +17,8 @@ def slow_rate(dataset: Dataset, item: int, day: int) -> float:
     """The same number, one label at a time."""
     items, log = dataset.items, dataset.events
 
+    day = min(day, int(log.day[log.label >= 0].max()) + 1)
+
     def left(kin: list[bool]) -> tuple[float, float]:
         positive = every = 0.0
         for row in np.flatnonzero((log.label >= 0) & (log.day < day)).tolist():
@@ -32,7 +34,8 @@ def slow_rate(dataset: Dataset, item: int, day: int) -> float:
     positive, every = left([True] * len(items))
     if not every:
         return np.nan
-    words = [[word in categories_of(text) for text in items.category] for word in categories_of(items.category[item])]
+    own = sorted(set(categories_of(items.category[item])))
+    words = [[word in categories_of(text) for text in items.category] for word in own]
     base = positive / every
     kind = float(np.mean([shrunk(kin, base, CATEGORY_LABELS) for kin in words])) if words else base
     made = [bool(name) and name == items.creator[item] for name in items.creator]
@@ -40,7 +43,7 @@ def slow_rate(dataset: Dataset, item: int, day: int) -> float:
 
 
 def test_fast_rates_equal_a_slow_loop_over_labels(tiny_dataset: Dataset) -> None:
-    category = [f"{word}, all|new" if row % 3 else "" for row, word in enumerate(tiny_dataset.items.category)]
+    category = [f"{word}, all|new, all" if row % 3 else "" for row, word in enumerate(tiny_dataset.items.category)]
     creator = [name if row % 4 else "" for row, name in enumerate(tiny_dataset.items.creator)]
     dataset = replace(tiny_dataset, items=replace(tiny_dataset.items, category=category, creator=creator))
     rates, days = PooledRates.from_dataset(dataset), np.unique(dataset.events.day)
@@ -64,6 +67,14 @@ def test_an_item_of_no_labels_is_expected_to_be_liked_as_its_creator_is() -> Non
     assert found[0] > found[1] > found[4] > found[3] > found[2] and found[4] == pytest.approx(0.5)
 
 
+def test_a_log_that_has_ended_is_not_forgotten(tiny_dataset: Dataset) -> None:
+    """`nightly --as-of now` over an old log, or one whose times are an order only, would take every item for an average one."""
+    rates = PooledRates.from_dataset(tiny_dataset)
+    after = int(tiny_dataset.events.timestamp.max()) + DAY
+    np.testing.assert_array_equal(rates.as_of(after), rates.as_of(after + 100_000 * DAY))
+    assert rates.as_of(after).std() > 0.01
+
+
 def test_an_empty_log_knows_nothing() -> None:
     none = np.zeros(0, np.int64)
     rates = PooledRates((none, none, np.zeros(0)), np.full(3, -1), (np.zeros(4, np.int64), none))
@@ -74,7 +85,7 @@ def test_an_empty_log_knows_nothing() -> None:
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30_000), st.booleans()), max_size=60), st.integers(-5, 30_005))
 def test_what_is_left_equals_a_sum_over_labels(labels: list[tuple[int, int, bool]], day: int) -> None:
     place, when, positive = (np.array(column, np.int64) for column in zip(*labels)) if labels else (np.zeros(0, np.int64),) * 3
-    found = Faded.of(place, when, positive.astype(np.float64)).before(np.arange(-1, 5), np.full(6, day))
+    found = Faded.of(place, when, np.column_stack([positive, np.ones(len(positive))])).before(np.arange(-1, 5), np.full(6, day))
     for row, asked in enumerate(range(-1, 5)):
         met = (place == asked) & (when < day)
         weight = np.exp2(-(day - when[met]) / HALF_LIFE)

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from index.errors import BrewlineError
-from ranking.cli.demo_chain import served, side_by_side, sizes_of, write_plan
+from ranking.cli.demo_chain import STEPS, served, side_by_side, sizes_of, write_plan
 from ranking.cli.ranker import app
 from ranking.learn.compress import planned
 from ranking.learn.compress_plan import CompressPlan, Prune, Quantize
@@ -50,6 +50,8 @@ def test_the_plan_can_be_run_and_its_length_follows_from_the_minutes(
     short, long = (
         CompressPlan.read(write_plan(tmp_path, tiny_folder, teacher_folder, report, minutes, 3)) for minutes in (0.1, 10.0)
     )
+    world = CompressPlan.read(write_plan(tmp_path, tiny_folder, teacher_folder, report, None, 3))
+    assert sum(step.learn.steps for step in world.routes["small"][:2]) == STEPS, "no clock decides"  # type: ignore[union-attr]
     student, pruned, int8 = long.routes["small"]
     assert isinstance(student, Prune) and isinstance(pruned, Prune) and isinstance(int8, Quantize) and int8.onnx
     assert student.learn.steps > 10 * short.routes["small"][0].learn.steps  # type: ignore[union-attr]
