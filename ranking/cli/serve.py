@@ -47,7 +47,7 @@ MostWait = Annotated[
     float,
     typer.Option(
         help="How long a request may wait in a burst; one that would wait longer is refused at once. Once that has happened, and "
-        "until a second has passed without a refusal, a request waits for less than its own answer takes.",
+        "until a second has passed without a refusal, a request waits for less than its own answer takes; 0: it always does.",
         min=0,
     ),
 ]
