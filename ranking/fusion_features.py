@@ -99,15 +99,9 @@ def asked_of(
     numbers = {name: np.array([one[name] for one in as_of], np.float64) for name in ITEM}
     numbers |= {name: np.array([item.numbers.get(name, np.nan) for item in items], np.float64) for name in static}
     facts = Facts(numbers, [item.category for item in items], [item.creator for item in items])
-    unknown = np.full(len(rows), np.nan)
-    return Asked(
-        catalog.as_of,
-        history,
-        np.array(rate, np.float64),
-        facts,
-        connected_to(relations_of(view.connections, facts.creator)),
-        unknown if cosine is None else np.asarray(cosine, np.float64),
-    )
+    connected = connected_to(relations_of(view.connections, facts.creator))
+    said = np.full(len(rows), np.nan) if cosine is None else np.asarray(cosine, np.float64)
+    return Asked(catalog.as_of, history, np.array(rate, np.float64), facts, connected, said)
 
 
 def connected_to(relations: Sequence[str]) -> Floats:

@@ -15,6 +15,7 @@ from index.snapshot import Snapshot
 from retrieval.catalog import Catalog
 from retrieval.counts import Counts
 from retrieval.data.schema import DAY, Dataset
+from retrieval.embed import rows_of
 from retrieval.encoder import Encoder
 from retrieval.features import Quantizer
 from retrieval.hysteresis import EMBEDDED_PART, EXACT, Hysteresis, embedded_numbers
@@ -184,3 +185,12 @@ def test_a_number_that_prompts_do_not_show_is_no_reason_to_read_items_anew(
     after, held = run(tiny_dataset, encoder, tmp_path, moment + 3600, policy)
     assert after.embedded == 0 and POOLED in Catalog.open(held).as_of_names
     assert POOLED in embedded_numbers(held, Catalog.open(held))
+
+
+def test_rows_of_yesterday_are_found_in_any_order(tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder) -> None:
+    _, snapshot = run(tiny_dataset, encoder, tmp_path, end_of(tiny_dataset))
+    catalog = Catalog.open(snapshot)
+    ids = catalog.ids(range(len(catalog)))
+    for asked in (ids, [*ids, "new"], ids[:-3], ids[:5] + ids[6:], ids[::-1], ["new", *ids], ["new"], []):
+        np.testing.assert_array_equal(rows_of(catalog, asked), catalog.rows(asked))
+    assert rows_of(catalog, ids).tolist() == list(range(len(ids)))
