@@ -6,6 +6,7 @@ Numbers are as of the start of a candidate's day, the history ends strictly befo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,7 +44,7 @@ class FeatureRows:
         missing = [name for name in self.static if name not in dataset.items.numbers]
         if missing:
             raise FusionError(f"{dataset.meta.name}: its items have no numbers {', '.join(missing)}, which the head reads")
-        self.counts, self.pooled = Counts.from_dataset(dataset, before), PooledRates.from_dataset(dataset, before)
+        self.counts, self._before = Counts.from_dataset(dataset, before), before
         self._log = dataset.engagements
         self._order = np.argsort(self._log.member, kind="stable")
         self._bounds = np.searchsorted(self._log.member[self._order], np.arange(len(dataset.members) + 1))
@@ -60,6 +61,11 @@ class FeatureRows:
             place += size
         return np.concatenate(parts)
 
+    @cached_property
+    def _pooled(self) -> PooledRates:
+        """Nobody who asks for cosines alone waits for it."""
+        return PooledRates.from_dataset(self.dataset, self._before)
+
     def _asked(self, pool: Pool, groups: Sequence[int], cosine: Floats) -> Iterator[Asked]:
         """What is known in each group; the numbers of all of them are looked up in one go."""
         pasts = [self._past(int(pool.member[group]), int(pool.moment[group])) for group in groups]
@@ -68,7 +74,7 @@ class FeatureRows:
         rates = np.split(self.counts.at(held, day)[RATE], np.cumsum([len(rows) for rows in pasts])[:-1])
         where = np.concatenate([np.arange(pool.start[group], pool.start[group + 1]) for group in groups])
         numbers = self.counts.at(pool.item[where], pool.day[where])
-        numbers[POOLED] = self.pooled.at(pool.item[where], pool.day[where])
+        numbers[POOLED] = self._pooled.at(pool.item[where], pool.day[where])
         numbers |= {name: self.dataset.items.numbers[name][pool.item[where]] for name in self.static}
         items, place = self.dataset.items, 0
         for group, rows, rate in zip(groups, pasts, rates):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.counts import NEVER
+from retrieval.counts import NEVER, Float64s, Int64s
 from retrieval.data.schema import DAY, Dataset
 
 POOLED = "pooled_rate"
@@ -27,9 +27,6 @@ CATEGORY_LABELS = 20.0
 
 DAYS = 1 << 17
 """More than there are: times lie between 1970 and 2100 (`retrieval.data.events`)."""
-
-Int64s = npt.NDArray[np.int64]
-Float64s = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -100,9 +97,8 @@ class PooledRates:
         creator = np.array([makers.setdefault(name, len(makers)) if name else -1 for name in items.creator], np.int64)
         held = [[words.setdefault(word, len(words)) for word in dict.fromkeys(categories_of(text))] for text in items.category]
         start = np.cumsum([0, *map(len, held)], dtype=np.int64)
-        category = np.array([place for places in held for place in places], np.int64)
         label = (labelled.item.astype(np.int64), labelled.day, labelled.label.astype(np.float64))
-        return cls(label, creator, (start, category))
+        return cls(label, creator, (start, np.array([place for places in held for place in places], np.int64)))
 
     def at(self, item: npt.NDArray[np.integer], day: npt.NDArray[np.integer]) -> Float64s:
         """Float64 [n]: the rate of `item` [n] (rows) before the start of `day` [n] (days since 1970).
@@ -121,8 +117,7 @@ class PooledRates:
 
     def as_of(self, timestamp: int) -> Float64s:
         """Float64 [N]: the rates of all items before the start of the day of `timestamp` (seconds UTC)."""
-        n = len(self._creator)
-        return self.at(np.arange(n), np.full(n, timestamp // DAY))
+        return self.at(np.arange(len(self._creator)), np.full(len(self._creator), timestamp // DAY))
 
     def _categories(self, item: Int64s) -> tuple[Int64s, Int64s]:
         """The categories of items [n], joined, and the place in `item` that each belongs to."""
