@@ -37,9 +37,8 @@ class BatchSettings:
     `hard`: hard negatives per target, of `hard_from`: passed over in the request of the target, or among the best of the model
     `mine_every` steps ago at most, the first `mine_skip` left out, drawn from the next `mine_window` (none before step
     `mine_every`); each counts as `hard_weight` items. `recency_days`: a day teaches half as often for every so many days that
-    it is older than the newest. `stale_days`: the numbers of a batch are up to so many days older than its day, drawn evenly,
-    for item vectors that are not made anew every night. `share`: the share of members whose engagements are targets; the
-    others still count and lend their words.
+    it is older than the newest. `share`: the share of members whose engagements are targets; the others still count and lend
+    their words.
     """
 
     targets: int = 160
@@ -54,7 +53,6 @@ class BatchSettings:
     mine_skip: int = 10
     mine_window: int = 50
     recency_days: float | None = None
-    stale_days: int = 0
     share: float = 1.0
 
     @property
@@ -71,7 +69,7 @@ class Batch:
     `prefix[t]` tokens (the history strictly before the target); `item_rows` id rows of C items, `positive[t]` the target's
     column; `log_q` float32 [C] log of the probability that the batch holds the column; `hidden` bool [P, C] columns that are
     no negatives for the target: other copies of its item, and items that the member engages with anyway; `target` [P] positions
-    in the timeline, `columns` [C] rows of items, `day` the day of the batch, `stale` how many days old its numbers are.
+    in the timeline, `columns` [C] rows of items, `day` the day of the batch.
     """
 
     member_rows: list[list[int]]
@@ -84,7 +82,6 @@ class Batch:
     target: Ints
     columns: Ints
     day: int
-    stale: int
 
 
 class Sampler:
@@ -156,9 +153,7 @@ class Sampler:
         item = chosen[target, place]
         keys, column = np.unique(item * _SPAN + self.timeline.day[batch.target[target]], return_inverse=True)
         rows, days = keys // _SPAN, keys % _SPAN
-        item_rows = self.writer.items(
-            [self.dataset.items[row] for row in rows.tolist()], self.counts.at(rows, days - batch.stale)
-        )
+        item_rows = self.writer.items([self.dataset.items[row] for row in rows.tolist()], self.counts.at(rows, days))
         hidden = np.concatenate([batch.hidden, np.ones((len(batch.target), len(keys)), bool)], 1)
         for row, hard in zip(target.tolist(), item.tolist()):
             hidden[row, : len(batch.columns)] |= batch.columns == hard
@@ -233,8 +228,7 @@ class Sampler:
         columns, positive = np.unique(keys, return_inverse=True)
         item, item_day, strange = columns // _SPAN, np.maximum(columns % _SPAN - 1, 0), columns % _SPAN == 0
         records = [self.dataset.items[row] for row in item.tolist()]
-        stale = int(rng.integers(self.settings.stale_days + 1))
-        item_rows = self.writer.items(records, self.counts.at(item, np.where(strange, _BEFORE_ALL, item_day - stale)))
+        item_rows = self.writer.items(records, self.counts.at(item, np.where(strange, _BEFORE_ALL, item_day)))
         # An item that stands in the batch with the numbers of several days is one item: its columns share its weight.
         copies = np.bincount(item, weights=~strange, minlength=len(self.dataset.items))[item]
         log_q = np.log(self._inclusion(item, target, run, odds) * np.maximum(copies, 1))
@@ -244,7 +238,7 @@ class Sampler:
         hidden |= self._engaged_anyway(timeline.member[target], item)
         positive = positive[: len(target)]
         hidden[np.arange(len(target)), positive] = False
-        return Batch(rows, owner, prefix, item_rows, positive, log_q.astype(np.float32), hidden, target, item, day, stale)
+        return Batch(rows, owner, prefix, item_rows, positive, log_q.astype(np.float32), hidden, target, item, day)
 
     def _odds(self, day: int) -> npt.NDArray[np.float64]:
         """Probability [N] with which each item is drawn as an easy negative on a day, each on its own: 0 if it is not there yet.

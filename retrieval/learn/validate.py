@@ -74,7 +74,7 @@ def decide(
     began = clock()
     first = start(dataset, dataset.meta.cut_valid, plan, 1, identity)
     prepared = clock() - began
-    exam = Exam(dataset, first.sampler.writer, queries, plan.loop.pooling, frozen=plan.batch.stale_days > 0)
+    exam = Exam(dataset, first.sampler.writer, queries, plan.loop.pooling)
     affordable = plan.steps or _affordable(dataset, plan, first, exam, prepared + clock() - began)
     steps = int(first.ranks.agreed(affordable))
     total = max(1, round(steps * VALIDATION_SHARE / (1 - VALIDATION_SHARE)))
@@ -97,13 +97,10 @@ def decide(
 class Exam:
     """Questions of some days, written out as id rows once: a look at recall then costs the encoding alone.
 
-    The rows belong to one writer; the weights may change from look to look. `frozen`: the numbers of every day are those of
-    the validation cut, as for vectors that are not made anew in between; else they are those of the day.
+    The rows belong to one writer; the weights may change from look to look.
     """
 
-    def __init__(
-        self, dataset: Dataset, writer: Writer, queries: Queries, pooling: Pooling = "mean", *, frozen: bool = False
-    ) -> None:
+    def __init__(self, dataset: Dataset, writer: Writer, queries: Queries, pooling: Pooling = "mean") -> None:
         self.queries, self._pooling = queries, pooling
         self._writer = writer
         self._days: list[tuple[Ints, list[list[int]], list[list[int]]]] = []
@@ -113,8 +110,7 @@ class Exam:
             asked = np.flatnonzero(queries.day == day)
             mine = queries.take(asked)
             views = whole_views(dataset, mine) if writer.whole else member_views(dataset, mine, newest=NEWEST)
-            known = counts.as_of(dataset.meta.cut_valid if frozen else day * DAY)
-            self._days.append((asked, writer.items(records, known), writer.members(views)))
+            self._days.append((asked, writer.items(records, counts.as_of(day * DAY)), writer.members(views)))
 
     @property
     def days(self) -> int:
@@ -122,7 +118,7 @@ class Exam:
         return len(self._days)
 
     def recall(self, model: PreTrainedModel, *, last_day: bool = False) -> float:
-        """Mean Recall@100 over the queries (of the last day only), whole catalogue, history excluded.
+        """Mean Recall@100 with live counts over the queries (of the last day only), whole catalogue, history excluded.
 
         Equal scores (and no numbers) count against the target: weights that a rate has wrecked must not look good.
         Of several processes the first decides.

@@ -12,12 +12,11 @@ import torch
 from retrieval.data.schema import DAY, IMPRESSION, Dataset
 from retrieval.encoder import Encoder
 from retrieval.evidence.protocol import last_after_cut
-from retrieval.learn.batches import BatchSettings, HardSource
+from retrieval.learn.batches import BatchSettings
 from retrieval.learn.checkpoint import TrainingError
 from retrieval.learn.fit import train_encoder
 from retrieval.learn.start import EncoderPlan, start
 from retrieval.learn.train import Trainer
-from retrieval.learn.validate import Exam, validation_queries
 from retrieval.learn.whole import whole_views
 from retrieval.llama import Size
 from retrieval.prompts import DID
@@ -29,8 +28,8 @@ PLAN = EncoderPlan(
 MINED = replace(PLAN, batch=replace(PLAN.batch, hard=2, hard_from="mined", mine_every=3, mine_skip=2, mine_window=6))
 
 
-def begun(dataset: Dataset, plan: EncoderPlan, before: int | None = None, steps: int = 8) -> Trainer:
-    return start(dataset, before or dataset.meta.cut_test, plan, steps)
+def begun(dataset: Dataset, plan: EncoderPlan, steps: int = 8) -> Trainer:
+    return start(dataset, dataset.meta.cut_test, plan, steps)
 
 
 def test_passed_over_items_of_the_targets_request_compete_with_it_alone(tiny_dataset: Dataset) -> None:
@@ -132,39 +131,3 @@ def test_older_days_teach_less_and_a_share_of_members_teaches(tiny_dataset: Data
     teachers = set(few.timeline.member[np.concatenate(few.runs)].tolist())
     assert 8 <= len(teachers) <= 24 and len(few.timeline) == len(old.timeline)
     assert set(few.timeline.member[few.batch(0).target].tolist()) <= teachers
-
-
-@pytest.mark.parametrize("hard_from", ["impressions", "mined"])
-def test_stale_numbers_change_nothing_else_of_a_batch(tiny_dataset: Dataset, hard_from: HardSource) -> None:
-    """Who competes with whom is that of the day; the numbers of every item, hard ones too, are those of one earlier day."""
-    settings = replace(PLAN.batch, hard=2 if hard_from == "mined" else 0, hard_from=hard_from)
-    fresh, stale = (begun(tiny_dataset, replace(PLAN, batch=replace(settings, stale_days=days))).sampler for days in (0, 4))
-    ages = set()
-    for step in range(12):
-        one, other = fresh.batch(step), stale.batch(step)
-        if settings.mines:
-            chosen = np.random.default_rng(step).integers(0, len(tiny_dataset.items), (len(one.target), 2))
-            one, other = fresh.with_hard(one, chosen), stale.with_hard(other, chosen)
-        assert one.member_rows == other.member_rows and (one.columns == other.columns).all() and one.stale == 0
-        np.testing.assert_array_equal(one.log_q, other.log_q)
-        np.testing.assert_array_equal(one.hidden, other.hidden)
-        ages.add(other.stale)
-        # the column of a target, and at the end those of the hard ones: each with the day of the target that it competes for
-        rows, days = one.columns[one.positive], fresh.timeline.day[one.target]
-        records = [tiny_dataset.items[row] for row in rows.tolist()]
-        for batch in (one, other):
-            said = fresh.writer.items(records, fresh.counts.at(rows, days - batch.stale))
-            assert said == [batch.item_rows[column] for column in batch.positive.tolist()]
-        if settings.mines and other.stale:
-            drawn = len(one.item_rows) - len(np.unique(chosen * 10**6 + days[:, None]))
-            assert one.item_rows[drawn:] != other.item_rows[drawn:]
-    assert {0} < ages <= set(range(5))
-
-
-def test_weights_for_standing_numbers_are_judged_with_standing_numbers(tiny_dataset: Dataset) -> None:
-    """The validation run asks what the encoder is for: vectors of the cut on every later day."""
-    queries, trainer = validation_queries(tiny_dataset), begun(tiny_dataset, PLAN, tiny_dataset.meta.cut_valid)
-    assert queries is not None and len(np.unique(queries.day)) > 1
-    daily, standing = (Exam(tiny_dataset, trainer.sampler.writer, queries, frozen=frozen)._days for frozen in (False, True))
-    assert all((items == standing[0][1]) for _, items, _ in standing)
-    assert any(items != daily[0][1] for _, items, _ in daily)
