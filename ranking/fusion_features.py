@@ -94,14 +94,13 @@ def asked_of(
     """
     history = view.history[-NEWEST:]
     known = catalog.rows([done.item.item_id for done in history])
-    rate = [catalog.numbers(row)[RATE] if row >= 0 else np.nan for row in known.tolist()]
-    items, as_of = [catalog.item(row) for row in rows.tolist()], [catalog.numbers(row) for row in rows.tolist()]
-    numbers = {name: np.array([one[name] for one in as_of], np.float64) for name in ITEM}
-    numbers |= {name: np.array([item.numbers.get(name, np.nan) for item in items], np.float64) for name in static}
-    facts = Facts(numbers, [item.category for item in items], [item.creator for item in items])
+    rate = np.full(len(history), np.nan)
+    rate[known >= 0] = catalog.columns_of(known[known >= 0], [RATE], [])[RATE]
+    numbers = catalog.columns_of(rows, ITEM, static)
+    facts = Facts(numbers, catalog.words("category", rows), catalog.words("creator", rows))
     connected = connected_to(relations_of(view.connections, facts.creator))
     said = np.full(len(rows), np.nan) if cosine is None else np.asarray(cosine, np.float64)
-    return Asked(catalog.as_of, history, np.array(rate, np.float64), facts, connected, said)
+    return Asked(catalog.as_of, history, rate, facts, connected, said)
 
 
 def connected_to(relations: Sequence[str]) -> Floats:

@@ -201,7 +201,7 @@ class Recommender:
         with watch("rank"):
             catalog = self.retriever.catalog
             tokens = [row.tolist() for row in catalog.tokens(rows)]
-            relations = relations_of(view.connections, catalog.creators(rows)) if view.connections else None
+            relations = relations_of(view.connections, catalog.words("creator", rows)) if view.connections else None
             numbers = None
             if head is not None:
                 cosine = self.retriever.cosines(vector, rows) if vector is not None and head.reads_cosine else None

@@ -124,13 +124,20 @@ class Catalog:
         """The title of a row, without reading the rest of the record."""
         return self.columns.text["title"][row]
 
-    def creators(self, rows: Sequence[int] | Rows) -> list[str]:
-        """The creators of rows, in order; "" where unknown."""
-        return [self.columns.text["creator"][row] for row in np.asarray(rows, np.int64).tolist()]
+    def words(self, name: str, rows: Sequence[int] | Rows) -> list[str]:
+        """One of WORDS of rows, in order, without reading the rest of the records; "" where unknown."""
+        column = self.columns.text[name]
+        return [column[row] for row in np.asarray(rows, np.int64).tolist()]
 
     def numbers(self, row: int) -> dict[str, float]:
         """The numbers of a row as of the night; NaN = unknown. Its vector may be of older ones (`retrieval.hysteresis`)."""
         return {name: float(column[row]) for name, column in self.columns.numbers.items()}
+
+    def columns_of(self, rows: Rows, as_of: Sequence[str], static: Sequence[str]) -> dict[str, npt.NDArray[np.float64]]:
+        """Float64 [n] by name of n rows: numbers `as_of` the night, which it must have, and `static` ones; NaN = unknown."""
+        own = self.columns.static
+        found = {name: self.columns.numbers[name][rows] for name in as_of}
+        return found | {name: own[name][rows] if name in own else np.full(len(rows), np.nan) for name in static}
 
     def digest(self, row: int) -> str:
         """The encoder's digest of the row's prompt tokens: equal digests mean an equal vector."""

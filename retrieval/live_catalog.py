@@ -122,16 +122,29 @@ class LiveCatalog(Catalog):
         live = self._live(row)
         return super().title(row) if live is None else live.item.title
 
-    def creators(self, rows: Sequence[int] | Rows) -> list[str]:
+    def words(self, name: str, rows: Sequence[int] | Rows) -> list[str]:
         """See Catalog."""
-        creator = self.columns.text["creator"]
+        column = self.columns.text[name]
         found = [(row, self._live(row)) for row in np.asarray(rows, np.int64).tolist()]
-        return [creator[row] if live is None else live.item.creator for row, live in found]
+        return [column[row] if live is None else getattr(live.item, name) for row, live in found]
 
     def numbers(self, row: int) -> dict[str, float]:
         """See Catalog."""
         live = self._live(row)
         return super().numbers(row) if live is None else {name: live.numbers.get(name, math.nan) for name in self.as_of_names}
+
+    def columns_of(self, rows: Rows, as_of: Sequence[str], static: Sequence[str]) -> dict[str, npt.NDArray[np.float64]]:
+        """See Catalog."""
+        night = rows < self._first
+        found = {name: np.full(len(rows), math.nan) for name in (*as_of, *static)}
+        for name, column in super().columns_of(rows[night], as_of, static).items():
+            found[name][night] = column
+        for place in np.flatnonzero(~night).tolist():
+            live = self._items.item(self._view, int(rows[place]))
+            for names, numbers in ((as_of, live.numbers), (static, live.item.numbers)):
+                for name in names:
+                    found[name][place] = numbers.get(name, math.nan)
+        return found
 
     def digest(self, row: int) -> str:
         """See Catalog."""

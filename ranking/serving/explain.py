@@ -161,7 +161,7 @@ def _prompts(stack: Stack, case: Case) -> list[pb.Prompt]:
     numbers = number_columns([catalog.numbers(case.row)], catalog.as_of_names)
     found.append(_prompt("encoder", "item", writer.tokens, writer.items([catalog.item(case.row)], numbers)[0]))
     if ranker is not None:
-        relation = relations_of(view.connections, catalog.creators([case.row]))[0]
+        relation = relations_of(view.connections, catalog.words("creator", [case.row]))[0]
         tokens = [*catalog.tokens([case.row])[0].tolist(), *ranker.prompts.suffix(relation)]
         found.append(_prompt("ranker", "item", ranker.prompts.tokens, tokens))
     return found

@@ -73,6 +73,7 @@ def families(dataset: Dataset, choice: Choice | None = None) -> list[list[Baseli
         ("recent", [Popularity(float(days)) for days in (3, 7, 14, 30, 90, 365)]),
         ("live", [LivePopularity()]),
         ("live", [LivePopularity(days) for days in (1, 3, 7, 14, 30)]),
+        ("live", [LivePopularity(half_life=days) for days in (2.0, 4.0, 7.0, 15.0, 30.0)]),
         ("knn", [ItemNeighbours(*tried) for tried in product((100, 1000), (0.0, 50.0), (0.7, 0.9, 1.0))]),
         ("ease", [Ease(*tried) for tried in product((20.0, 200.0, 2000.0), (0.7, 0.9, 1.0))]),
         ("ials", [Ials(*tried) for tried in product((0.1, 1.0, 10.0), (5.0, 20.0))]),

@@ -48,31 +48,35 @@ class Popularity:
 
 @dataclass(frozen=True)
 class LivePopularity:
-    """Engagements of everybody in the last whole days before the day of the query."""
+    """Engagements of everybody before the day of the query: those of the last whole `days`, or, with a half-life (days), all of
+    them, those of long ago counting less."""
 
     days: int = 7
+    half_life: float | None = None
     knowledge: Knowledge = "live"
 
     @property
     def name(self) -> str:
-        return f"Live popularity {self.days}d"
+        return f"Live popularity {self.days}d" if self.half_life is None else "Live popularity, fading"
 
     @property
     def setting(self) -> str:
-        return f"{self.days} d"
+        return f"{self.days} d" if self.half_life is None else f"half-life {self.half_life:g} d"
 
     def fit(self, past: Past) -> Scorer:
         items = len(past.dataset.items)
 
         def score(queries: Queries) -> Floats:
             days, which = np.unique(queries.day, return_inverse=True)
-            return np.stack([self._window(queries.events, int(day), items) for day in days])[which]
+            return np.stack([self._before(queries.events, int(day), items) for day in days])[which]
 
         return score
 
-    def _window(self, log: Events, day: int, items: int) -> Floats:
-        begin, end = np.searchsorted(log.timestamp, [(day - self.days) * DAY, day * DAY])
-        return np.bincount(log.item[begin:end], minlength=items).astype(np.float32)
+    def _before(self, log: Events, day: int, items: int) -> Floats:
+        oldest = day - self.days if self.half_life is None else 0
+        begin, end = np.searchsorted(log.timestamp, [oldest * DAY, day * DAY])
+        weight = None if self.half_life is None else 0.5 ** ((day - 1 - log.timestamp[begin:end] // DAY) / self.half_life)
+        return np.bincount(log.item[begin:end], weight, minlength=items).astype(np.float32)
 
 
 @dataclass(frozen=True)

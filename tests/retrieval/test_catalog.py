@@ -103,7 +103,7 @@ def test_ids_lead_to_rows_and_back(catalog: Catalog, items: Items) -> None:
     np.testing.assert_array_equal(catalog.rows(wanted), order)
     assert catalog.ids(order) == wanted
     np.testing.assert_array_equal(catalog.rows(["i3", "nobody", "i3"]), [3, -1, 3])
-    assert catalog.creators([5, 4]) == [items.creator[5], items.creator[4]]
+    assert catalog.words("creator", [5, 4]) == [items.creator[5], items.creator[4]]
     with pytest.raises(UnknownItem, match="nobody"):
         catalog.row("nobody")
 

@@ -52,6 +52,18 @@ def test_frozen_popularity_counts_nothing_after_the_cut_and_live_nothing_of_the_
         np.testing.assert_array_equal(scores[row], np.bincount(log.item[window], minlength=60))
 
 
+def test_live_popularity_that_fades_knows_the_day_before_best_and_nothing_of_the_day(asked: tuple[Past, Queries]) -> None:
+    past, queries = asked
+    log = past.dataset.engagements
+    baseline = LivePopularity(half_life=3.0)
+    assert (baseline.name, baseline.setting) == ("Live popularity, fading", "half-life 3 d")
+    scores = baseline.fit(past)(queries)
+    for row in (0, len(queries) - 1):
+        day = queries.timestamp[row] // DAY
+        weight = np.where(log.day < day, 0.5 ** ((day - 1 - log.day) / 3.0), 0.0)
+        np.testing.assert_allclose(scores[row], np.bincount(log.item, weight, 60), rtol=1e-5)
+
+
 def test_a_half_life_halves(asked: tuple[Past, Queries]) -> None:
     past, queries = asked
     log = past.events

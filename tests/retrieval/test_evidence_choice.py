@@ -159,7 +159,7 @@ def test_names_that_cannot_be_run_are_refused(wanted: list[str], unwanted: list[
 
 def test_only_the_chosen_are_tuned(tiny_dataset: Dataset) -> None:
     choice = Choice(frozenset({"random", "live", "bm25"}))
-    assert len(families(tiny_dataset, choice)) == 4
+    assert len(families(tiny_dataset, choice)) == 5
     names = [one.name for one in choose_baselines(tiny_dataset, choice=choice)]
     assert names[0] == "Random" and names[-1] == "BM25" and "Blend" not in names
 

@@ -59,6 +59,25 @@ NEW = Item("new", "roses and compost", "about pruning", "gardens", "author 2", 1
 OTHER = Item("i3", "a new title", "about zugzwang", "chess", "author 3", None, {})
 
 
+def test_columns_of_many_rows_are_the_rows_one_by_one(tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder) -> None:
+    """Rows of the night and live ones in one question, in any order; a number that the folder does not have is unknown."""
+    night(tiny_dataset, encoder, tmp_path)
+    change(tmp_path, encoder, [NEW, OTHER])
+    snapshot, catalog = served(tmp_path)
+    with LiveIndex(snapshot, tmp_path) as index:
+        live = LiveCatalog(catalog, index.view(), LiveItems())
+        rows = np.array([61, 5, 60, 3, 5])
+        found = live.columns_of(rows, live.as_of_names, ["price", "weight"])
+        for place, row in enumerate(rows.tolist()):
+            item = live.item(row)
+            expected = {**live.numbers(row), "price": item.numbers.get("price", np.nan), "weight": np.nan}
+            np.testing.assert_array_equal([found[name][place] for name in expected], list(expected.values()))
+        assert found["price"][2] == 4.0 and live.words("category", rows[2:4]) == ["gardens", tiny_dataset.items.category[3]]
+        plain = catalog.columns_of(rows[[1, 3]], ["n_total"], ["price"])
+        np.testing.assert_array_equal(plain["n_total"], found["n_total"][[1, 3]])
+        np.testing.assert_array_equal(plain["price"], found["price"][[1, 3]])
+
+
 def test_a_night_over_changes_is_a_full_rebuild_of_them(tmp_path: Path, tiny_dataset: Dataset, encoder: Encoder) -> None:
     night(tiny_dataset, encoder, tmp_path)
     other = replace(OTHER, created_at=int(tiny_dataset.items.created_at[3]))
