@@ -28,7 +28,7 @@ from ranking.features import FeatureTable
 from retrieval.counts import appeared
 from retrieval.data.read import read_dataset
 from retrieval.data.schema import DAY, MISSING_TIME, Dataset
-from retrieval.evidence.protocol import Queries, last_after_cut
+from retrieval.evidence.protocol import Queries, cold_items, last_after_cut
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -36,8 +36,6 @@ Ints = npt.NDArray[np.int64]
 
 WINDOWS = (1, 2, 3, 5, 7, 14, 30, 60, 120)
 HALF_LIVES = (4.0, 15.0, 90.0)
-POPULAR = 150
-"""Items of each of two windows, a week and a month, that are put in order."""
 NEWEST = 30
 """Engagements of a history that are looked at."""
 KEPT = 0.35
@@ -46,11 +44,12 @@ TOGETHER_DAYS = 10
 """How long what was chosen together is not counted anew."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Log:
-    """A folder's engagements, read as of any day."""
+    """A folder's engagements, read as of any day; `most` items of each of two windows, a week and a month, are put in order."""
 
     dataset: Dataset
+    most: int
 
     @cached_property
     def table(self) -> FeatureTable:
@@ -82,13 +81,14 @@ class Log:
         age = np.where(first < day * DAY, day - first / DAY, np.nan)
         made = np.where(created == MISSING_TIME, np.nan, day - created / DAY)
         rate = self.table.rate("item", everything, np.full(len(everything), day))[0]
-        return np.column_stack([total, *windows, *fading, rate, age, made, *self.dataset.items.numbers.values()])
+        static = [column for column in (made, *self.dataset.items.numbers.values()) if np.isfinite(column).any()]
+        return np.column_stack([total, *windows, *fading, rate, age, *static])
 
     def popular(self, day: int) -> Ints:
         """The items that are put in order on a day."""
         known = self.items(day)
         week, month = known[:, 1 + WINDOWS.index(7)], known[:, 1 + WINDOWS.index(30)]
-        return np.union1d(*(np.argsort(-one - 1e-6 * known[:, 0], kind="stable")[:POPULAR] for one in (week, month)))
+        return np.union1d(*(np.argsort(-one - 1e-6 * known[:, 0], kind="stable")[: self.most] for one in (week, month)))
 
     @lru_cache(maxsize=2)  # noqa: B019
     def together(self, before: int) -> tuple[sp.csr_matrix, Floats]:
@@ -112,8 +112,8 @@ class Log:
         author = self.table.author
         own = [alike.sum(0), alike[-1], likely.max(0), likely.sum(0), likely[-1], words.max(0), words.mean(0), words[-1]]
         own += [((author[held][:, None] == author[offered]) & (author[offered] >= 0)).sum(0)]
-        heat = np.log1p(self.items(day)[held])
-        said = [len(held), heat[:, 0].mean(), heat[-1, 0], heat[:, 1 + WINDOWS.index(30)].mean()]
+        heat = np.log1p(self.items(day)[held][:, [0, 1 + WINDOWS.index(30)]])
+        said = [len(held), heat[:, 0].mean(), heat[-1, 0], heat[:, 1].mean()]
         said += [(moment - times[-1]) / DAY, (moment - times[0]) / DAY]
         return np.column_stack([*own, np.tile(said, (len(offered), 1))])
 
@@ -184,8 +184,8 @@ def _trees(seed: int) -> Any:
     )
 
 
-def judged(log: Log, models: dict[str, list[Any]], asked: Iterator[Asked]) -> dict[str, Floats]:
-    """Name -> float64 [B, 2]: recall at 10 and 100 of each question."""
+def judged(log: Log, models: dict[str, list[Any]], asked: Iterator[Asked], cold: npt.NDArray[np.bool_]) -> dict[str, Floats]:
+    """Name -> float64 [B, 4]: recall at 10 and 100 of each question, and over its targets that are `cold` [N], NaN without."""
     found: dict[str, list[list[float]]] = {}
     for one in asked:
         offered, features = seen(log, one)
@@ -196,11 +196,16 @@ def judged(log: Log, models: dict[str, list[Any]], asked: Iterator[Asked]) -> di
         columns = {f"last {days} days": 1 + WINDOWS.index(days) for days in (7, 30)}
         columns |= {f"half-life {half:g} d": 1 + len(WINDOWS) + place for place, half in enumerate(HALF_LIVES)}
         scores |= {name: features[:, column] + 1e-6 * features[:, 0] for name, column in columns.items()}
-        for name, score in scores.items():
-            order = offered[np.argsort(-np.asarray(score), kind="stable")]
-            found.setdefault(name, []).append([float(np.isin(one.targets, order[:k]).mean()) for k in (10, 100)])
-        found.setdefault("any order of them", []).append([float(np.isin(one.targets, offered).mean())] * 2)
+        orders = {name: offered[np.argsort(-score, kind="stable")] for name, score in scores.items()}
+        wanted = (one.targets, one.targets[cold[one.targets]])
+        for name, order in orders.items():
+            found.setdefault(name, []).append([_share(some, order[:k]) for some in wanted for k in (10, 100)])
+        found.setdefault("any order of them", []).append([_share(some, offered) for some in wanted for _ in range(2)])
     return {name: np.array(rows) for name, rows in found.items()}
+
+
+def _share(targets: Ints, listed: Ints) -> float:
+    return float(np.isin(targets, listed).mean()) if len(targets) else np.nan
 
 
 def main() -> None:
@@ -208,15 +213,20 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--days", type=int, default=45, help="last days before the cut whose engagements teach (45)")
     parser.add_argument("--counts", choices=("live", "frozen"), default="live")
+    parser.add_argument("--most", type=int, default=150, help="most popular items of a week and of a month to put in order (150)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     dataset, rng = read_dataset(given.data), np.random.default_rng(given.seed)
-    log, queries, frozen = Log(dataset), last_after_cut(dataset), given.counts == "frozen"
+    log, queries, frozen = Log(dataset, given.most), last_after_cut(dataset), given.counts == "frozen"
     span = int(queries.day.max()) - queries.cut // DAY + 1 if frozen else 0
     models = taught(log, lessons(log, given.days, span, rng), rng, (given.seed, given.seed + 1))
-    sys.stdout.write(f"{dataset.meta.name}, {given.counts} counts, {len(queries):,} members, Recall@10 / @100\n")
-    for name, recall in judged(log, models, questions(queries, frozen)).items():
-        said = (f"{one.mean():.4f} ± {one.std() / len(one) ** 0.5:.4f}" for one in recall.T)
+    sys.stdout.write(
+        f"{dataset.meta.name}, {given.counts} counts, {len(queries):,} members; Recall@10 / @100, cold targets @10 / @100\n"
+    )
+    cold = cold_items(queries, len(dataset.items))
+    for name, recall in judged(log, models, questions(queries, frozen), cold).items():
+        known = [one[np.isfinite(one)] for one in recall.T]
+        said = (f"{one.mean():.4f} ± {one.std() / len(one) ** 0.5:.4f}" for one in known)
         sys.stdout.write(f"  {name:28} {' / '.join(said)}\n")
 
 

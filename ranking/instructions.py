@@ -1,5 +1,7 @@
 """Whether a member's own words steer the order: the same member, the same items, with an instruction and without.
 
+As served, with the wishes that are obeyed by rule (`ranking.wishes`), or what the ranker makes of the words alone.
+
 Each member is asked about the same random items of the catalogue as of the test cut. The number is the rise of the items that
 the instruction is about: their mean place with it less their mean place without, 1 being from the bottom of the list to its top.
 "More" and "only" should rise, "less" and "no" fall, and "more X, no X" fall (`ranking.learn.wishes`: the stricter word counts).
@@ -20,8 +22,9 @@ from index.errors import BrewlineError
 from ranking.fusion_rows import FeatureRows
 from ranking.learn.batches import GroupWriter
 from ranking.learn.examples import SAMPLED, Pool
-from ranking.learn.wishes import HELD_OUT, TAUGHT, Kind, Wish, words_of
+from ranking.learn.wishes import HELD_OUT, TAUGHT, Wish, words_of
 from ranking.ranker import Ranker
+from ranking.wishes import Kind, obey
 from retrieval.counts import appeared
 from retrieval.data.schema import DAY, Dataset
 from retrieval.evidence.intervals import Estimate, estimate
@@ -108,13 +111,16 @@ def follow(
     listed: int = LISTED,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    rules: bool = True,
 ) -> list[Followed]:
-    """Returns what each of CONDITIONS does to the served order of a ranker's first task. Raises NoCategories."""
+    """Returns what each of CONDITIONS does to the served order of a ranker's first task; without `rules` what its words alone
+    do. Raises NoCategories."""
     if len({name for name in dataset.items.category if name}) < 2:
         raise NoCategories(
             f"{dataset.meta.name}: instructions are about categories, and items.parquet has fewer than two of them"
         )
-    score = _scorer(dataset, ranker)
+    score = _scorer(dataset, ranker, rules)
     rng, found = np.random.default_rng([seed, 21]), {one.name: list[tuple[float, float]]() for one in CONDITIONS}
     lists = list(_lists(dataset, members, listed, rng))
     for number, one in enumerate(lists):
@@ -162,9 +168,9 @@ def _lists(dataset: Dataset, members: int, listed: int, rng: np.random.Generator
         yield List(member, rows, [dataset.items.category[row] for row in rows.tolist()], past)
 
 
-def _scorer(dataset: Dataset, ranker: Ranker) -> Callable[[List, str], Floats]:
+def _scorer(dataset: Dataset, ranker: Ranker, rules: bool) -> Callable[[List, str], Floats]:
     """Scores float64 [S] of a list for a wish, as of the test cut: those that the service orders by."""
-    cut, task = dataset.meta.cut_test, next(iter(ranker.tasks.values()))
+    cut, task, items = dataset.meta.cut_test, next(iter(ranker.tasks.values())), dataset.items
     writer = GroupWriter(dataset, ranker.prompts, ranker.tasks, cut)
     head = ranker.head if ranker.fuses(task.name) else None
     features = None if head is None else FeatureRows(dataset, cut, head.base, head.static)
@@ -175,8 +181,12 @@ def _scorer(dataset: Dataset, ranker: Ranker) -> Callable[[List, str], Floats]:
         prefix = writer.prefix(one.member, cut, task, wish)
         logits = ranker.logits(prefix, writer.item_rows(one.rows, day), task.name, relations)
         if head is None or features is None:
-            return logits.astype(np.float64)
-        return head.logits(logits, features.of(_pool(task.name, one, cut), [0]))
+            said = ranker.text_probabilities(logits, task.name)
+        else:
+            said = head.probabilities(logits, features.of(_pool(task.name, one, cut), [0]))
+        if rules:
+            said, _ = obey(wish, said, lambda name: [getattr(items, name)[row] for row in one.rows.tolist()])
+        return said.astype(np.float64)
 
     return score
 

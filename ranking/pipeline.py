@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from ranking.pace import Pace
 from ranking.prompts import relations_of
 from ranking.tasks import task_named
 from ranking.tasks_weighted import Weights, final_score, weights_of
+from ranking.wishes import Obeyed, obey
 from retrieval.attributes import EVERYTHING, Wanted
 from retrieval.data.schema import MemberView
 from retrieval.retrieve import Candidates, Retriever, Vector, distinct, seen_items
@@ -60,7 +61,7 @@ class Degraded(enum.IntEnum):
 class Ranked:
     """K items, best first: `ids` [K], `rows` int64 [K], `places` int64 [K] in retrieval order (0 = first), `scores` float32 [K]
     of the first stage, `probabilities` float32 [K] or None if nothing was ranked, out of `candidates`. Where several tasks were
-    weighed, `probabilities` is the final score and `columns` holds those of each task, float32 [K]."""
+    weighed or `wishes` obeyed, `probabilities` is the final score; `columns` holds those of each task, float32 [K]."""
 
     ids: list[str]
     rows: npt.NDArray[np.int64]
@@ -71,6 +72,7 @@ class Ranked:
     degraded: Degraded = Degraded.NONE
     detail: str = ""
     columns: Mapping[str, Floats] = field(default_factory=dict)
+    wishes: Sequence[Obeyed] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -153,7 +155,8 @@ class Recommender:
             return in_retrieval_order(candidates, k, late)
         columns = self.columns(view, candidates.rows, asked, vector=vector, watch=watch)
         with watch("order"):
-            return order(candidates, columns, asked, k)
+            scores, wishes = self.final(view, candidates.rows, columns, asked)
+            return order(candidates, columns, scores, k, wishes)
 
     def retrieve(
         self,
@@ -225,6 +228,15 @@ class Recommender:
         """The probabilities [C] of each task, as `score` gives them: a prefix begins with its task, so none is shared."""
         return {name: self.score(view, rows, name, vector=vector, watch=watch) for name in tasks}
 
+    def final(
+        self, view: MemberView, rows: npt.NDArray[np.int64], columns: Mapping[str, Floats], weights: Weights
+    ) -> tuple[Floats, list[Obeyed]]:
+        """The final score float32 [C] of rows of the catalogue as the member's own instruction moves it, and what of that was
+        obeyed."""
+        bottom = -1.0 if any(weight < 0 for weight in weights.values()) else 0.0
+        catalog = self.retriever.catalog
+        return obey(view.instruction, final_score(columns, weights), lambda name: catalog.words(name, rows), bottom)
+
     def weighed(self, task: str = "", weights: Weights | None = None) -> dict[str, float]:
         """What is ranked for: the tasks of the weights, or the one task with the weight 1 ("" is the ranker's first).
 
@@ -256,18 +268,18 @@ class Recommender:
         )
 
 
-def order(candidates: Candidates, columns: Mapping[str, Floats], weights: Weights, k: int) -> Ranked:
-    """The `k` candidates with the highest final score of the tasks' probabilities [C]; equal ones keep retrieval order."""
-    probabilities = final_score(columns, weights)
-    best = np.argsort(-probabilities, kind="stable")[:k]
+def order(candidates: Candidates, columns: Mapping[str, Floats], scores: Floats, k: int, wishes: Sequence[Obeyed] = ()) -> Ranked:
+    """The `k` candidates with the highest final `scores` [C]; equal ones keep retrieval order."""
+    best = np.argsort(-scores, kind="stable")[:k]
     return Ranked(
         [candidates.ids[place] for place in best],
         candidates.rows[best],
         best,
         candidates.scores[best],
-        probabilities[best],
+        scores[best],
         len(candidates),
         columns={name: column[best] for name, column in columns.items()},
+        wishes=wishes,
     )
 
 

@@ -100,7 +100,7 @@ class RankedForm:
             rows = plain.rows[at][plain.rows[at] >= 0].astype(np.int64)[:FANOUT]
             said = self._probabilities(sight, at, rows, numbers, night)
             ids = [self._dataset.items.item_id[row] for row in rows.tolist()]
-            best = order(Candidates(ids, rows, plain.scores[at][: len(rows)]), {self._task: said}, {self._task: 1.0}, len(rows))
+            best = order(Candidates(ids, rows, plain.scores[at][: len(rows)]), {self._task: said}, said, len(rows))
             found.rows[at, : len(rows)], found.scores[at, : len(rows)] = best.rows, best.probabilities
             self._answered()
         return found

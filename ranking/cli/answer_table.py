@@ -37,6 +37,9 @@ def answer_table(answer: Answer, title: str) -> RenderableType:
         )
     if answer.degraded:
         lines.append(Text(f"degraded to {answer.degraded.name}: {answer.degraded_detail}", style="bold yellow"))
+    if answer.wishes:
+        said = ", ".join(f'"{one.said}" ({one.items:,} of the candidates)' for one in answer.wishes)
+        lines.append(Text(f"obeyed: {said}", style="bold"))
     lines.append(Text(_stages(answer.times), style="dim"))
     ranker = f", ranker {answer.ranker}" if answer.ranker else ""
     formula = " + ".join(f"{weight:g} {task}" for task, weight in answer.weights.items())

@@ -22,11 +22,15 @@ def instructions(
     members: Annotated[int, typer.Option(help="How many members are asked.", min=2)] = 100,
     listed: Annotated[int, typer.Option("--items", help="Random items of the catalogue in each list.", min=10)] = 60,
     seed: Annotated[int, typer.Option(help="Decides members, items and wordings.")] = 0,
+    rules: Annotated[
+        bool, typer.Option("--rules/--words-alone", help="As served, or what the ranker makes of the words without the rules.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """How far the items of a category rise when a member asks for more of it, for none of it, or for both, as of the test cut.
 
     In words that training used, in words that it never saw, and against the member's own past; with 95 % intervals over members.
+    As served, plain wishes are obeyed by rule (docs/tasks.md); `--words-alone` asks what the ranker itself has learned.
     A ranker with a head is measured with it, without retrieval's cosine.
 
     Example: `brewline evaluate instructions WORLD --ranker models/ranker`
@@ -40,8 +44,14 @@ def instructions(
     dataset, loaded = read_dataset(data), Ranker.load(ranker)
     check_provenance(ranker, loaded.facts.training, dataset)
     with progress_bar("ask") as bar:
-        found = follow(dataset, loaded, members, listed, seed, bar)
-    content = {"dataset": dataset.meta.name, "ranker": loaded.fingerprint, "task": next(iter(loaded.tasks)), "items": listed}
+        found = follow(dataset, loaded, members, listed, seed, bar, rules=rules)
+    content = {
+        "dataset": dataset.meta.name,
+        "ranker": loaded.fingerprint,
+        "task": next(iter(loaded.tasks)),
+        "items": listed,
+        "rules": rules,
+    }
     emit({**content, "conditions": [one.as_dict() for one in found]}, as_json=as_json, table=lambda: _table(found))
 
 

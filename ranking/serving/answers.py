@@ -29,8 +29,8 @@ from ranking.serving.messages import (
     words_of,
 )
 from ranking.serving.stack import Stack
-from ranking.serving.weights import publish_weights, read_weights
-from ranking.tasks_weighted import Weights, final_score
+from ranking.serving.weights import publish_formula, read_weights
+from ranking.tasks_weighted import Weights
 from retrieval.attributes import Wanted
 from retrieval.catalog import UnknownItem
 from retrieval.data.schema import MemberView
@@ -205,7 +205,7 @@ def recommend(
         with call.watch("order"):
             fill_results(response.results, ranked, stack.catalog, readable=request.readable)
         response.times.CopyFrom(call.times())
-        publish_weights(response, question.weights, ranked)
+        publish_formula(response, question.weights, ranked)
         mark_stale(question.asker, response)
         if mark is not None:
             mark(response)
@@ -273,10 +273,11 @@ def rank(stack: Stack, request: pb.RankRequest, call: Call) -> pb.RankResponse:
         raise UnknownItem(f"items[{first}]: {ids[first][:80]!r} is not in the catalogue of snapshot {stack.snapshot.name}")
     columns = stack.recommender.columns(asker.view, rows, asked, vector=asker.vector, watch=call.watch)
     with call.watch("order"):
-        scores = final_score(columns, asked)
+        scores, wishes = stack.recommender.final(asker.view, rows, columns, asked)
         best = np.argsort(-scores, kind="stable")
         own = {name: column[best] for name, column in columns.items()}
-        ranked = Ranked([ids[place] for place in best], rows[best], best, None, scores[best], len(ids), columns=own)
+        named = [ids[place] for place in best]
+        ranked = Ranked(named, rows[best], best, None, scores[best], len(ids), columns=own, wishes=wishes)
         response = pb.RankResponse(
             provenance=provenance(stack, ranked=True, retrieved=False),
             task="" if weights else next(iter(asked)),
@@ -284,7 +285,7 @@ def rank(stack: Stack, request: pb.RankRequest, call: Call) -> pb.RankResponse:
         )
         fill_results(response.results, ranked, stack.catalog, readable=request.readable)
     response.times.CopyFrom(call.times())
-    publish_weights(response, weights, ranked)
+    publish_formula(response, weights, ranked)
     mark_stale(asker, response)
     return response
 

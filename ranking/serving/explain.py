@@ -14,7 +14,6 @@ from ranking.serving.answers import Call, Question, provenance, question_of, vec
 from ranking.serving.messages import MAX_FANOUT, id_of
 from ranking.serving.stack import Stack
 from ranking.serving.wide import Listed, Scope, Wide
-from ranking.tasks_weighted import final_score
 from retrieval.live_catalog import number_columns
 from retrieval.retrieve import Vector, seen_items
 from retrieval.tokens import Tokens
@@ -142,8 +141,9 @@ def _fill_numbers(response: pb.ExplainResponse, stack: Stack, case: Case, call: 
     response.cosine = float(case.wide.cosines(case.vector, row)[0])
     if place is None:
         asked = stack.recommender.weighed(case.question.task, case.question.weights)
-        columns = stack.recommender.columns(case.question.asker.view, row, asked, vector=case.vector, watch=call.watch)
-        response.probability = float(final_score(columns, asked)[0])
+        view = case.question.asker.view
+        columns = stack.recommender.columns(view, row, asked, vector=case.vector, watch=call.watch)
+        response.probability = float(stack.recommender.final(view, row, columns, asked)[0][0])
         return
     response.place, response.first_place = place, int(ranked.places[place])
     if ranked.scores is not None and ranked.probabilities is not None:

@@ -164,6 +164,16 @@ class Weight(_message.Message):
     weight: float
     def __init__(self, task: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
 
+class Wish(_message.Message):
+    __slots__ = ("kind", "said", "items")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SAID_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    said: str
+    items: int
+    def __init__(self, kind: _Optional[str] = ..., said: _Optional[str] = ..., items: _Optional[int] = ...) -> None: ...
+
 class ResultItem(_message.Message):
     __slots__ = ("item_id", "title", "category", "creator", "score", "probability", "place")
     ITEM_ID_FIELD_NUMBER: _ClassVar[int]
@@ -237,7 +247,7 @@ class RecommendRequest(_message.Message):
     def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., k: _Optional[int] = ..., fanout: _Optional[int] = ..., task: _Optional[str] = ..., instruction: _Optional[str] = ..., exclude: _Optional[_Union[Ids, _Mapping]] = ..., readable: bool = ..., filter: _Optional[_Union[Filter, _Mapping]] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ..., surface: _Optional[str] = ...) -> None: ...
 
 class RecommendResponse(_message.Message):
-    __slots__ = ("results", "candidates", "degraded", "degraded_detail", "provenance", "times", "task", "request_id", "weights")
+    __slots__ = ("results", "candidates", "degraded", "degraded_detail", "provenance", "times", "task", "request_id", "weights", "wishes")
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
@@ -247,6 +257,7 @@ class RecommendResponse(_message.Message):
     TASK_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    WISHES_FIELD_NUMBER: _ClassVar[int]
     results: Results
     candidates: int
     degraded: Degraded
@@ -256,7 +267,8 @@ class RecommendResponse(_message.Message):
     task: str
     request_id: str
     weights: _containers.RepeatedCompositeFieldContainer[Weight]
-    def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., candidates: _Optional[int] = ..., degraded: _Optional[_Union[Degraded, str]] = ..., degraded_detail: _Optional[str] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., task: _Optional[str] = ..., request_id: _Optional[str] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ...) -> None: ...
+    wishes: _containers.RepeatedCompositeFieldContainer[Wish]
+    def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., candidates: _Optional[int] = ..., degraded: _Optional[_Union[Degraded, str]] = ..., degraded_detail: _Optional[str] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., task: _Optional[str] = ..., request_id: _Optional[str] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ..., wishes: _Optional[_Iterable[_Union[Wish, _Mapping]]] = ...) -> None: ...
 
 class RetrieveRequest(_message.Message):
     __slots__ = ("member", "k", "instruction", "exclude", "readable", "filter", "surface")
@@ -337,7 +349,7 @@ class RankRequest(_message.Message):
     def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., items: _Optional[_Union[Ids, _Mapping]] = ..., task: _Optional[str] = ..., instruction: _Optional[str] = ..., readable: bool = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ...) -> None: ...
 
 class RankResponse(_message.Message):
-    __slots__ = ("results", "provenance", "times", "task", "request_id", "weights", "degraded", "degraded_detail")
+    __slots__ = ("results", "provenance", "times", "task", "request_id", "weights", "degraded", "degraded_detail", "wishes")
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     PROVENANCE_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
@@ -346,6 +358,7 @@ class RankResponse(_message.Message):
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_DETAIL_FIELD_NUMBER: _ClassVar[int]
+    WISHES_FIELD_NUMBER: _ClassVar[int]
     results: Results
     provenance: Provenance
     times: StageTimes
@@ -354,7 +367,8 @@ class RankResponse(_message.Message):
     weights: _containers.RepeatedCompositeFieldContainer[Weight]
     degraded: Degraded
     degraded_detail: str
-    def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., task: _Optional[str] = ..., request_id: _Optional[str] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ..., degraded: _Optional[_Union[Degraded, str]] = ..., degraded_detail: _Optional[str] = ...) -> None: ...
+    wishes: _containers.RepeatedCompositeFieldContainer[Wish]
+    def __init__(self, results: _Optional[_Union[Results, _Mapping]] = ..., provenance: _Optional[_Union[Provenance, _Mapping]] = ..., times: _Optional[_Union[StageTimes, _Mapping]] = ..., task: _Optional[str] = ..., request_id: _Optional[str] = ..., weights: _Optional[_Iterable[_Union[Weight, _Mapping]]] = ..., degraded: _Optional[_Union[Degraded, str]] = ..., degraded_detail: _Optional[str] = ..., wishes: _Optional[_Iterable[_Union[Wish, _Mapping]]] = ...) -> None: ...
 
 class ExplainRequest(_message.Message):
     __slots__ = ("question", "item_id")

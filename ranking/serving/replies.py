@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,13 +29,22 @@ class Row:
     place: int
 
 
+class ObeyedWish(NamedTuple):
+    """A plain wish of the instruction, the words that say it, and how many candidates it is about (`ranking.wishes`)."""
+
+    kind: str
+    said: str
+    items: int
+
+
 @dataclass(frozen=True)
 class Answer:
     """K items, best first. `scores`, `probabilities` float32 [K] (None where not computed), `places` int64 [K].
 
     `scores` are cosines if `first_stage` is "dense", merged scores if it is "hybrid".
     `rows` are the same with words, if they were asked for. `times` are microseconds by stage. Where several tasks were asked for,
-    `weights` make the final score that stands in `probabilities`, and `tasks` holds each task's own float32 [K].
+    or wishes obeyed, `weights` and `wishes` make the final score that stands in `probabilities`, and `tasks` holds each task's
+    own float32 [K].
     """
 
     ids: list[str]
@@ -54,6 +64,7 @@ class Answer:
     first_stage: str = ""
     weights: Mapping[str, float] = field(default_factory=dict)
     tasks: Mapping[str, Floats] = field(default_factory=dict)
+    wishes: Sequence[ObeyedWish] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -203,6 +214,7 @@ def answer_of(
         first_stage=reply.provenance.first_stage,
         weights={} if isinstance(reply, pb.RetrieveResponse) else {one.task: one.weight for one in reply.weights},
         tasks={one.task: np.frombuffer(one.probabilities, "<f4") for one in results.tasks},
+        wishes=[] if isinstance(reply, pb.RetrieveResponse) else [ObeyedWish(w.kind, w.said, w.items) for w in reply.wishes],
     )
 
 

@@ -1,4 +1,4 @@
-"""Weights of several tasks on the wire: read from a request, published in its answer."""
+"""What makes a final score, on the wire: weights read from a request, weights and obeyed wishes published in its answer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ def read_weights(stack: Stack, request: pb.RecommendRequest | pb.RankRequest) ->
     return weights_of(pairs, stack.recommender.known_ranker.tasks, request.task) if pairs else {}
 
 
-def publish_weights(response: pb.RecommendResponse | pb.RankResponse, weights: Weights, ranked: Ranked) -> None:
-    """The answer holds the final score's formula and each task's own probabilities, if several were asked for."""
+def publish_formula(response: pb.RecommendResponse | pb.RankResponse, weights: Weights, ranked: Ranked) -> None:
+    """The answer holds what made the final score: weights and wishes, and each task's own probabilities if there are any."""
     response.weights.extend(pb.Weight(task=name, weight=weight) for name, weight in weights.items())
-    if weights:
+    response.wishes.extend(pb.Wish(kind=one.wish.kind, said=one.wish.said, items=one.items) for one in ranked.wishes)
+    if weights or ranked.wishes:
         columns = {name: column.astype("<f4").tobytes() for name, column in ranked.columns.items()}
         response.results.tasks.extend(pb.TaskColumn(task=name, probabilities=column) for name, column in columns.items())

@@ -130,14 +130,22 @@ def folder(
 
 def test_an_untrained_ranker_follows_nobody_and_a_folder_without_categories_says_so(tiny_dataset: Dataset, folder: Path) -> None:
     ranker = Ranker.load(folder)
-    found = {one.name: one for one in follow(tiny_dataset, ranker, members=8, listed=20)}
+    found = {one.name: one for one in follow(tiny_dataset, ranker, members=8, listed=20, rules=False)}
     assert list(found) == [condition.name for condition in CONDITIONS]
     assert all(one.rise.low <= one.rise.value <= one.rise.high and abs(one.rise.value) < 0.4 for one in found.values())
     assert found["more X"].members == 8 and found["more X"].rise.value != 0
-    assert follow(tiny_dataset, ranker, members=8, listed=20)[0] == found["more X"]
+    assert follow(tiny_dataset, ranker, members=8, listed=20, rules=False)[0] == found["more X"]
     bare = replace(tiny_dataset, items=replace(tiny_dataset.items, category=[""] * len(tiny_dataset.items)))
     with pytest.raises(NoCategories, match="fewer than two"):
         follow(bare, ranker)
+
+
+def test_as_served_even_an_untrained_ranker_obeys_what_is_said_plainly(tiny_dataset: Dataset, folder: Path) -> None:
+    """Taught wordings and others: up where more is wished, down where less is, and "more X, no X" is no X."""
+    found = follow(tiny_dataset, Ranker.load(folder), members=12, listed=24)
+    for one, condition in zip(found, CONDITIONS):
+        assert one.right > 0.95 and (one.rise.low > 0.05 if condition.rises else one.rise.high < -0.05), one
+        assert one.order_kept > 0.95 or condition.kinds == ("only",), one  # "only" ends the order of all others
 
 
 def only_topics(rng: np.random.Generator, category: Sequence[str], creator: Sequence[str]) -> tuple[Wish, ...]:
@@ -157,7 +165,7 @@ def test_what_is_taught_is_followed_and_measured(tiny_dataset: Dataset, monkeypa
     for until in (1, 300):
         trainer.run(until)
         ranker = Ranker.of(trainer.model, trainer.writer.prompts, facts, str(until))
-        rises.append({one.name: one.rise for one in follow(tiny_dataset, ranker, members=20, listed=40)}["only X"])
+        rises.append({one.name: one.rise for one in follow(tiny_dataset, ranker, members=20, listed=40, rules=False)}["only X"])
     assert abs(rises[0].value) < 0.1 < rises[1].low
 
 

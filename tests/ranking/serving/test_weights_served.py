@@ -1,4 +1,4 @@
-"""Weights of several tasks over the wire: the order, the formula and each task's column, in every call that ranks."""
+"""Weights of several tasks, and wishes, over the wire: the order, the formula and each task in every call that ranks."""
 
 from __future__ import annotations
 
@@ -77,3 +77,39 @@ def test_a_late_weighted_answer_still_tells_its_formula(stack: Stack) -> None:
     response = recommend(slowed, pb.RecommendRequest(member=pb.Member(id="m3"), k=5, fanout=10, weights=WEIGHTS), late)
     assert response.degraded == pb.RETRIEVAL_ORDER == Degraded.RETRIEVAL_ORDER
     assert len(response.weights) == 2 and not response.results.tasks
+
+
+def test_a_plain_wish_is_obeyed_by_every_call_that_ranks_and_told(stack: Stack) -> None:
+    """The order is that of the moved score; the ranker's own probabilities stand beside it, as several tasks' do."""
+    member, wish = pb.Member(id="m3"), "no chess, more gardens"
+    response = recommend(stack, pb.RecommendRequest(member=member, k=50, fanout=50, instruction=wish, readable=True), call())
+    assert [(one.kind, one.said) for one in response.wishes] == [("more", "more gardens"), ("no", "no chess")]
+    rows = response.results.items
+    named = [row.category for row in rows]
+    assert [one.items for one in response.wishes] == [named.count("gardens"), named.count("chess")]
+    (own,) = (dict(zip(unpack_ids(response.results.ids), floats(one.probabilities).tolist())) for one in response.results.tasks)
+    for row in rows:
+        said = own[row.item_id]
+        moved = {"chess": 0.0, "gardens": (1 + said) / 2}.get(row.category, said)
+        assert row.probability == pytest.approx(moved, abs=1e-6)
+    assert {row.category for row in rows[-named.count("chess") :]} == {"chess"}
+    ranked = rank(stack, pb.RankRequest(member=member, items=response.results.ids, instruction=wish), call())
+    assert unpack_ids(ranked.results.ids) == unpack_ids(response.results.ids)
+    assert [(one.kind, one.items) for one in ranked.wishes] == [(one.kind, one.items) for one in response.wishes]
+    one = next(row for row in rows if row.category == "chess")
+    question = pb.RecommendRequest(member=member, k=50, fanout=50, instruction=wish)
+    assert explain(stack, pb.ExplainRequest(question=question, item_id=one.item_id), call()).probability == 0
+
+
+def test_a_wish_goes_to_the_bottom_of_a_score_with_a_weight_below_zero(stack: Stack) -> None:
+    asked = pb.RecommendRequest(
+        member=pb.Member(id="m3"), k=50, fanout=50, weights=WEIGHTS, instruction="no chess", readable=True
+    )
+    response = recommend(stack, asked, call())
+    assert {row.probability for row in response.results.items if row.category == "chess"} == {-1.0}
+    assert len(response.results.tasks) == 2 and len(response.wishes) == 1
+
+
+def test_what_is_not_understood_moves_nothing_and_is_not_told(stack: Stack) -> None:
+    response = recommend(stack, pb.RecommendRequest(member=pb.Member(id="m3"), instruction="chess bores me"), call())
+    assert not response.wishes and not response.results.tasks
