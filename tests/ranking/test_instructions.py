@@ -141,10 +141,13 @@ def test_an_untrained_ranker_follows_nobody_and_a_folder_without_categories_says
 
 
 def test_as_served_even_an_untrained_ranker_obeys_what_is_said_plainly(tiny_dataset: Dataset, folder: Path) -> None:
-    """Taught wordings and others: up where more is wished, down where less is, and "more X, no X" is no X."""
+    """Taught wordings and others: up where more is wished, down where less is, and "more X, no X" is no X.
+
+    Items that stand on top already cannot rise.
+    """
     found = follow(tiny_dataset, Ranker.load(folder), members=12, listed=24)
     for one, condition in zip(found, CONDITIONS):
-        assert one.right > 0.95 and (one.rise.low > 0.05 if condition.rises else one.rise.high < -0.05), one
+        assert one.right > 0.9 and (one.rise.low > 0.05 if condition.rises else one.rise.high < -0.05), one
         assert one.order_kept > 0.95 or condition.kinds == ("only",), one  # "only" ends the order of all others
 
 
