@@ -178,7 +178,7 @@ def _scorer(dataset: Dataset, ranker: Ranker, rules: bool) -> Callable[[List, st
     def score(one: List, wish: str) -> Floats:
         day = np.full(len(one.rows), cut // DAY)
         relations = writer.relations(one.member, one.rows, cut)
-        prefix = writer.prefix(one.member, cut, task, wish)
+        prefix = writer.prefix(one.member, cut, task, wish if ranker.facts.reads_wishes or not rules else "")
         logits = ranker.logits(prefix, writer.item_rows(one.rows, day), task.name, relations)
         if head is None or features is None:
             said = ranker.text_probabilities(logits, task.name)

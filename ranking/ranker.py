@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from retrieval.prompts import TEMPLATE_VERSION
 from retrieval.tokens import Tokens
 
 FORMAT = 1
-FACTS = "ranker.json"
+FACTS, READS_WISHES = "ranker.json", "reads_wishes"
 QUANTIZER = "quantizer.json"
 FINGERPRINTED = (FACTS, QUANTIZER, "tokenizer.json", "config.json", "model.safetensors")
 
@@ -59,6 +59,12 @@ class RankerFacts:
     training: Mapping[str, Any]
     layout: RankLayout = field(default_factory=RankLayout)
     shots: Shots = field(default_factory=dict)
+
+    @property
+    def reads_wishes(self) -> bool:
+        """Whether the weights were taught what a member's own words ask for, or come from a checkpoint that can read. To others
+        such words are noise that turns the order of everything (docs/tasks.md)."""
+        return bool(self.training.get(READS_WISHES, self.training.get("settings", {}).get("wishes", True)))
 
 
 class Ranker:
@@ -129,8 +135,10 @@ class Ranker:
         return self.prompts.items(items, numbers)
 
     def prefix(self, view: MemberView, task: str = "") -> list[int]:
-        """Token ids of the prefix for a member and a task ("" is the main one). Raises TaskError."""
-        return self.prompts.prefix(view, task_named(self.tasks, task))
+        """Token ids of the prefix for a member and a task ("" is the main one); an instruction stands there only if the ranker
+        reads any. Raises TaskError."""
+        heard = view if self.facts.reads_wishes else replace(view, instruction="")
+        return self.prompts.prefix(heard, task_named(self.tasks, task))
 
     def prefill_prefix(self, view: MemberView, task: str = "") -> int:
         """The member's prefix is in the engine's cache when `score` comes; returns how many of its tokens had to be computed.

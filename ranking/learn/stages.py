@@ -38,7 +38,7 @@ from ranking.learn.stages_table import Done, markdown, row_of
 from ranking.learn.stages_train import Aligner, Reader, loop_of
 from ranking.learn.start import origins_of, start
 from ranking.learn.variety import Variety
-from ranking.ranker import FACTS, Ranker, RankerFacts, save_ranker
+from ranking.ranker import FACTS, READS_WISHES, Ranker, RankerFacts, save_ranker
 from ranking.tasks_file import task_of, taught_tasks
 from retrieval.data.read import read_dataset
 from retrieval.data.schema import DAY, Dataset
@@ -227,6 +227,8 @@ class Stages:
         ranker = Ranker.of(run.model, prompts, before, "")
         past = [*before.training.get("stages", []), dict(facts_of(stage))]
         training = {**before.training, "stages": past, "steps": before.training["steps"] + stage.steps}
+        if isinstance(stage, Instructions) and stage.wishes:
+            training[READS_WISHES] = True
         if isinstance(run, Trainer) and run.positions is not None:
             training["positions"] = run.positions.facts()
         if "positions" in training:  # a stage that reads has none of its own; its labels stood where they stood before

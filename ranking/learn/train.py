@@ -18,7 +18,7 @@ from ranking.learn.loop import Trainer
 from ranking.learn.positions import applies
 from ranking.learn.start import Origins, RankerPlan, origins_of, start
 from ranking.learn.validate import Progress, decide, labels_judged, recalibrated, window_pools
-from ranking.ranker import FACTS, RankerFacts, save_ranker
+from ranking.ranker import FACTS, READS_WISHES, RankerFacts, save_ranker
 from ranking.tasks import ENGAGE, LABEL
 from ranking.tasks_file import taught_tasks
 from retrieval.data.schema import Dataset
@@ -164,6 +164,7 @@ def _facts(
             "note": note,
             **({} if trainer.positions is None else {"positions": trainer.positions.facts()}),
             **({} if plan.share == 1 else {"share": plan.share}),
+            **({READS_WISHES: True} if plan.wishes or plan.base else {}),
         },
         layout=plan.layout,
         shots=trainer.writer.prompts.shots,

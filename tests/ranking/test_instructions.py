@@ -22,7 +22,7 @@ from ranking.learn.wishes import HELD_OUT, KINDS, TAUGHT, Wish, answers_with, dr
 from ranking.prompts import RankBudgets, RankPrompts
 from ranking.ranker import Ranker, RankerFacts, labels_of, save_ranker
 from ranking.tasks import tasks_of
-from retrieval.data.schema import Dataset
+from retrieval.data.schema import Dataset, MemberView
 from retrieval.data.write import write_dataset
 from retrieval.features import Quantizer
 from retrieval.llama import Size, new_llama
@@ -191,3 +191,23 @@ def test_the_command_prints_every_condition(tiny_dataset: Dataset, folder: Path,
     result = CliRunner().invoke(app, asked)
     assert result.exit_code == 0, result.output
     assert [one["name"] for one in json.loads(result.stdout)["conditions"]] == [condition.name for condition in CONDITIONS]
+
+
+def test_who_was_never_taught_a_wish_does_not_hear_it(tiny_dataset: Dataset, folder: Path) -> None:
+    """Else such words, which mean nothing to the weights, would turn the order of everything."""
+    ranker = Ranker.load(folder)
+    view = MemberView(tiny_dataset.members[0], (), (), "no chess")
+    silent = replace(view, instruction="")
+    assert ranker.prefix(view) != ranker.prefix(silent), "a folder that says nothing of its training may come from a reader"
+    for told, heard in (
+        ({"settings": {"wishes": 0.0}}, False),
+        ({"settings": {"wishes": 0.1}}, True),
+        ({"reads_wishes": True}, True),
+    ):
+        ranker.facts = replace(ranker.facts, training=told)
+        assert (ranker.prefix(view) != ranker.prefix(silent)) == heard, told
+    ranker.facts = replace(ranker.facts, training={"settings": {"wishes": 0.0}})
+    for one in follow(tiny_dataset, ranker, members=6, listed=20):
+        assert one.order_kept == pytest.approx(1) or np.isnan(one.order_kept), (
+            "the order of all other items is that of the silent"
+        )
