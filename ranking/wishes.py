@@ -96,6 +96,14 @@ _TAILS = re.compile(
 )
 _BREAKS = re.compile(r"[,;.!?\n]+|(?<!thing)(?<! all) but | and (?!nothing else)| or | so (?!much|many|often)| then ")
 _WORD = re.compile(r"\w+")
+_SMALL = frozenset(
+    _WORD.findall(
+        "i me my we you your it its that this these those the a an of on in to for from with about and or but so any some all "
+        "every everything anything nothing more less fewer only just no not never much many too please show want see like love "
+        "give need get hide stop skip don t do m ve d is are be can could would thing stuff item else again"
+    )
+)
+"""Words, folded, that wishes are made of."""
 _TOPIC = re.compile("\x00(\\d+)\x00")
 
 
@@ -180,7 +188,7 @@ def _plain(clause: str) -> Iterator[Wish]:
             return
 
 
-@lru_cache(maxsize=16_384)
+@lru_cache(maxsize=4_096)
 def words_in(text: str) -> Words:
     """The words of a text in order, folded so that a plural is its singular."""
     return tuple(map(_stem, _WORD.findall(unicodedata.normalize("NFKC", text).casefold())))
@@ -196,22 +204,28 @@ def obey(instruction: str, scores: Floats, columns: Columns, bottom: float = 0.0
     """The final scores [C] as an instruction moves them, and the wishes that are about any; `bottom` is the lowest score."""
     if not instruction.strip() or not len(scores):
         return scores, []
-    category, creator, title = ([text[:READ_CHARS] for text in columns(name)] for name in ("category", "creator", "title"))
-    topics = [
-        {head for part in (*categories_of(one), made) if 0 < len(head := words_in(part)) <= LONGEST_TOPIC}
-        for one, made in zip(category, creator)
-    ]
+    category, creator = ([text[:READ_CHARS] for text in columns(name)] for name in ("category", "creator"))
+    topics = [_topics(one) | _topics(made, whole=True) for one, made in zip(category, creator)]
     wishes = wishes_of(instruction, set().union(*topics))
-    if not wishes:
-        return scores, []
-    texts = [tuple(frozenset(words_in(text)) for text in item) for item in zip(category, creator, title)]
-    moved, done = scores.copy(), []
+    texts: list[tuple[frozenset[str], ...]] = [()] * len(scores)
+    if any(not wish.topic for wish in wishes):
+        title = [text[:READ_CHARS] for text in columns("title")]
+        texts = [tuple(frozenset(words_in(text)) for text in item) for item in zip(category, creator, title)]
+    moved, done = scores.copy(), list[Obeyed]()
     for wish in sorted(wishes, key=lambda one: KINDS.index(one.kind)):
         match = np.array([wish.fits(*item) for item in zip(topics, texts)], bool)
         if match.any():
             move(moved, wish.kind, match, bottom)
             done.append(Obeyed(wish, int(match.sum())))
-    return moved, done
+    return (moved, done) if done else (scores, [])
+
+
+@lru_cache(maxsize=4_096)
+def _topics(text: str, *, whole: bool = False) -> frozenset[Words]:
+    """The categories in a text, or the `whole` of it as a creator's name; one of nothing but words that wishes are made of is
+    none, or a creator called "Me" would be in every second clause."""
+    named = map(words_in, (text,) if whole else categories_of(text))
+    return frozenset(head for head in named if len(head) <= LONGEST_TOPIC and not _SMALL.issuperset(head))
 
 
 def move(scores: Floats, kind: Kind, match: Bools, bottom: float = 0.0) -> None:

@@ -154,3 +154,9 @@ def test_hostile_texts_cost_no_time() -> None:
     for said in hostile:
         obey(said, SCORES, lambda name: [name * 100_000] * len(SCORES))
     assert time.process_time() - began < 5, "milliseconds as it is; minutes where a pattern tries every way"
+
+
+def test_a_creator_named_like_the_words_of_a_wish_is_no_topic() -> None:
+    names = {"category": ["Jazz", "Rock"], "creator": ["Me", "No More"], "title": ["", ""]}
+    moved, done = obey("show me more jazz, no more rock", np.array([0.5, 0.5], np.float32), names.__getitem__)
+    assert moved.tolist() == [0.75, 0.0] and [one.wish.said for one in done] == ["show me more jazz", "no more rock"]
