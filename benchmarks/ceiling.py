@@ -3,10 +3,11 @@
     python benchmarks/ceiling.py data/movietweets --days 45
     python benchmarks/ceiling.py data/movietweets --days 45 --counts frozen
 
-Counts of ten windows and of three half-lives, rate of positive labels, age, static numbers, what the member's history was
-chosen together with, likeness of words, how popular and how new the member's own items were. Taught on the engagements of
-the last days before the test cut, judged on the questions of `brewline evaluate retrieval`. A ceiling and no contender: which
-columns there are was decided with test windows in view. Items outside the day's popular ones count as missed.
+Counts of ten windows and of three half-lives, rate of positive labels, age, static numbers; what the member's history was
+chosen together with, likeness of words, and the member's habits: how many items they chose, how popular these are, how long
+ago. Taught on the engagements of the last days before the test cut, judged on the questions of `brewline evaluate retrieval`.
+A ceiling and no contender: which columns there are was decided with test windows in view. Items outside the day's popular ones
+count as missed.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ NEWEST = 30
 """Engagements of a history that are looked at."""
 KEPT = 0.35
 """Share of the items not chosen that the trees are taught."""
+TOGETHER, WORDS, HABITS = 5, 4, 6
+"""Columns of a pair: chosen with the member's own items, likeness of words and creator, the member's habits."""
 TOGETHER_DAYS = 10
 """How long what was chosen together is not counted anew."""
 
@@ -159,8 +162,22 @@ def seen(log: Log, asked: Asked) -> tuple[Ints, Floats]:
     return offered, np.hstack([own, log.pairs(asked.member, asked.moment, asked.day, asked.until, offered)])
 
 
-def taught(log: Log, asked: Iterator[Asked], rng: np.random.Generator, seeds: Sequence[int]) -> dict[str, list[Any]]:
-    """Trees that see everything, and trees that see the items alone."""
+@dataclass(frozen=True)
+class Reader:
+    """Trees that read some columns."""
+
+    columns: Ints
+    trees: list[Any]
+
+    def scores(self, features: Floats) -> Floats:
+        """Float64 [C]: their mean chance that an item is chosen."""
+        return np.asarray(
+            np.mean([tree.predict_proba(features[:, self.columns])[:, 1] for tree in self.trees], axis=0), np.float64
+        )
+
+
+def taught(log: Log, asked: Iterator[Asked], rng: np.random.Generator, seeds: Sequence[int]) -> dict[str, Reader]:
+    """Trees that see everything, the items' numbers alone, and these with one kind of column about the member."""
     parts, labels = [], []
     for one in asked:
         offered, found = seen(log, one)
@@ -170,11 +187,14 @@ def taught(log: Log, asked: Iterator[Asked], rng: np.random.Generator, seeds: Se
             parts.append(found[kept].astype(np.float32))
             labels.append(chosen[kept])
     features, label = np.concatenate(parts), np.concatenate(labels)
-    own = log.items(int(log.dataset.meta.cut_test // DAY)).shape[1]
     sys.stdout.write(f"taught on {len(parts):,} choices among {len(label):,} candidates\n")
+    own, *kinds = np.split(
+        np.arange(features.shape[1]), np.cumsum([features.shape[1] - TOGETHER - WORDS - HABITS, TOGETHER, WORDS])
+    )
+    sets = {"trees, everything": np.arange(features.shape[1]), "trees, the items' numbers": own}
+    sets |= {f"  and {name}": np.append(own, kind) for name, kind in zip(("chosen together", "words", "habits"), kinds)}
     return {
-        name: [_trees(seed).fit(features[:, :columns], label) for seed in seeds]
-        for name, columns in (("trees, everything", features.shape[1]), ("trees, the items' numbers", own))
+        name: Reader(columns, [_trees(seed).fit(features[:, columns], label) for seed in seeds]) for name, columns in sets.items()
     }
 
 
@@ -184,15 +204,12 @@ def _trees(seed: int) -> Any:
     )
 
 
-def judged(log: Log, models: dict[str, list[Any]], asked: Iterator[Asked], cold: npt.NDArray[np.bool_]) -> dict[str, Floats]:
+def judged(log: Log, models: dict[str, Reader], asked: Iterator[Asked], cold: npt.NDArray[np.bool_]) -> dict[str, Floats]:
     """Name -> float64 [B, 4]: recall at 10 and 100 of each question, and over its targets that are `cold` [N], NaN without."""
     found: dict[str, list[list[float]]] = {}
     for one in asked:
         offered, features = seen(log, one)
-        scores: dict[str, Floats] = {}
-        for name, trees in models.items():
-            mine = features[:, : trees[0].n_features_in_]
-            scores[name] = np.mean([tree.predict_proba(mine)[:, 1] for tree in trees], axis=0)
+        scores = {name: reader.scores(features) for name, reader in models.items()}
         columns = {f"last {days} days": 1 + WINDOWS.index(days) for days in (7, 30)}
         columns |= {f"half-life {half:g} d": 1 + len(WINDOWS) + place for place, half in enumerate(HALF_LIVES)}
         scores |= {name: features[:, column] + 1e-6 * features[:, 0] for name, column in columns.items()}
