@@ -24,7 +24,7 @@ from ranking.learn.batches import GroupWriter
 from ranking.learn.examples import SAMPLED, Pool
 from ranking.learn.wishes import HELD_OUT, TAUGHT, Wish, words_of
 from ranking.ranker import Ranker
-from ranking.wishes import Kind, obey
+from ranking.wishes import Kind, obey, topics_of
 from retrieval.counts import appeared
 from retrieval.data.schema import DAY, Dataset
 from retrieval.evidence.intervals import Estimate, estimate
@@ -185,7 +185,8 @@ def _scorer(dataset: Dataset, ranker: Ranker, rules: bool) -> Callable[[List, st
         else:
             said = head.probabilities(logits, features.of(_pool(task.name, one, cut), [0]))
         if rules:
-            said, _ = obey(wish, said, lambda name: [getattr(items, name)[row] for row in one.rows.tolist()])
+            topics = [topics_of(items.category[row], items.creator[row]) for row in one.rows.tolist()]
+            said, _ = obey(wish, said, topics)
         return said.astype(np.float64)
 
     return score

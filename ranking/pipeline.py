@@ -23,7 +23,7 @@ from ranking.pace import Pace
 from ranking.prompts import relations_of
 from ranking.tasks import task_named
 from ranking.tasks_weighted import Weights, final_score, weights_of
-from ranking.wishes import Obeyed, obey
+from ranking.wishes import Obeyed, Topics, obey, topics_of
 from retrieval.attributes import EVERYTHING, Wanted
 from retrieval.data.schema import MemberView
 from retrieval.retrieve import Candidates, Retriever, Vector, distinct, seen_items
@@ -76,6 +76,20 @@ class Ranked:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Final:
+    """Final scores float32 [C], what they were before the `wishes` moved them, and these."""
+
+    own: Floats
+    scores: Floats
+    wishes: Sequence[Obeyed] = ()
+
+    @property
+    def best(self) -> npt.NDArray[np.int64]:
+        """Int64 [C]: the best first. What a wish sent to the bottom keeps its order there; then the order given counts."""
+        return np.lexsort((-self.own, -self.scores))
 
 
 class Stopwatch:
@@ -155,8 +169,7 @@ class Recommender:
             return in_retrieval_order(candidates, k, late)
         columns = self.columns(view, candidates.rows, asked, vector=vector, watch=watch)
         with watch("order"):
-            scores, wishes = self.final(view, candidates.rows, columns, asked)
-            return order(candidates, columns, scores, k, wishes)
+            return order(candidates, columns, self.final(view, candidates.rows, columns, asked), k)
 
     def retrieve(
         self,
@@ -229,13 +242,25 @@ class Recommender:
         return {name: self.score(view, rows, name, vector=vector, watch=watch) for name in tasks}
 
     def final(
-        self, view: MemberView, rows: npt.NDArray[np.int64], columns: Mapping[str, Floats], weights: Weights
-    ) -> tuple[Floats, list[Obeyed]]:
-        """The final score float32 [C] of rows of the catalogue as the member's own instruction moves it, and what of that was
-        obeyed."""
+        self,
+        view: MemberView,
+        rows: npt.NDArray[np.int64],
+        columns: Mapping[str, Floats],
+        weights: Weights,
+        known: Topics = frozenset(),
+    ) -> Final:
+        """The final score of rows of the catalogue as the member's own instruction moves it (`ranking.wishes`); topics `known`
+        beside those of the rows are understood, too."""
+        own = final_score(columns, weights)
+        if not view.instruction.strip() or not len(rows):
+            return Final(own, own)
         bottom = -1.0 if any(weight < 0 for weight in weights.values()) else 0.0
+        return Final(own, *obey(view.instruction, own, self.topics(rows), bottom, known))
+
+    def topics(self, rows: npt.NDArray[np.int64]) -> list[Topics]:
+        """The topics of rows that a wish can be about."""
         catalog = self.retriever.catalog
-        return obey(view.instruction, final_score(columns, weights), lambda name: catalog.words(name, rows), bottom)
+        return list(map(topics_of, catalog.words("category", rows), catalog.words("creator", rows)))
 
     def weighed(self, task: str = "", weights: Weights | None = None) -> dict[str, float]:
         """What is ranked for: the tasks of the weights, or the one task with the weight 1 ("" is the ranker's first).
@@ -268,18 +293,18 @@ class Recommender:
         )
 
 
-def order(candidates: Candidates, columns: Mapping[str, Floats], scores: Floats, k: int, wishes: Sequence[Obeyed] = ()) -> Ranked:
-    """The `k` candidates with the highest final `scores` [C]; equal ones keep retrieval order."""
-    best = np.argsort(-scores, kind="stable")[:k]
+def order(candidates: Candidates, columns: Mapping[str, Floats], final: Final, k: int) -> Ranked:
+    """The `k` candidates with the highest final score; equal ones keep retrieval order."""
+    best = final.best[:k]
     return Ranked(
         [candidates.ids[place] for place in best],
         candidates.rows[best],
         best,
         candidates.scores[best],
-        scores[best],
+        final.scores[best],
         len(candidates),
         columns={name: column[best] for name, column in columns.items()},
-        wishes=wishes,
+        wishes=final.wishes,
     )
 
 

@@ -64,7 +64,7 @@ class RankerFacts:
     def reads_wishes(self) -> bool:
         """Whether the weights were taught what a member's own words ask for, or come from a checkpoint that can read. To others
         such words are noise that turns the order of everything (docs/tasks.md)."""
-        return bool(self.training.get(READS_WISHES, self.training.get("settings", {}).get("wishes", True)))
+        return bool(self.training.get(READS_WISHES, True))
 
 
 class Ranker:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from index.ids import Ids
 from ranking.fusion_features import asked_of
-from ranking.pipeline import FANOUT, order
+from ranking.pipeline import FANOUT, Final, order
 from ranking.prompts import relations_of
 from ranking.ranker import Ranker
 from ranking.tasks import task_named
@@ -100,7 +100,7 @@ class RankedForm:
             rows = plain.rows[at][plain.rows[at] >= 0].astype(np.int64)[:FANOUT]
             said = self._probabilities(sight, at, rows, numbers, night)
             ids = [self._dataset.items.item_id[row] for row in rows.tolist()]
-            best = order(Candidates(ids, rows, plain.scores[at][: len(rows)]), {self._task: said}, said, len(rows))
+            best = order(Candidates(ids, rows, plain.scores[at][: len(rows)]), {self._task: said}, Final(said, said), len(rows))
             found.rows[at, : len(rows)], found.scores[at, : len(rows)] = best.rows, best.probabilities
             self._answered()
         return found

@@ -164,7 +164,7 @@ def _facts(
             "note": note,
             **({} if trainer.positions is None else {"positions": trainer.positions.facts()}),
             **({} if plan.share == 1 else {"share": plan.share}),
-            **({READS_WISHES: True} if plan.wishes or plan.base else {}),
+            READS_WISHES: bool(plan.wishes or plan.base),
         },
         layout=plan.layout,
         shots=trainer.writer.prompts.shots,

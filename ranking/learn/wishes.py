@@ -1,7 +1,10 @@
 """Members' own instructions made by rule: a wish in words, and what it makes of the answers of a group.
 
-What each kind does is what the service does by rule (`ranking.wishes`): X is a category, or with "only" also a creator. Half of
-the way keeps what the member thinks of each item of X apart.
+    more X    the answer of an item of X moves half of its way to 1      less X    half of its way to 0
+    only X    the same for X, and 0 for everything else                  no X      0
+
+X is a category, or with "only" also a creator. Where wishes meet, the stricter one counts: they apply in the order more, only,
+less, no, so that "more X, no X" is "no X". Half of the way keeps what the member thinks of each item of X apart.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from ranking.wishes import KINDS, Kind, move
+from ranking.wishes import KINDS, Kind
 
 TAUGHT: Mapping[Kind, tuple[str, ...]] = {
     "more": ("more {}", "show me more {}", "I want more {}"),
@@ -56,7 +59,14 @@ def answers_with(
     found = label.astype(np.float32)
     for wish in sorted(wishes, key=lambda one: KINDS.index(one.kind)):
         match = np.array([value == wish.value for value in (category if wish.of == "category" else creator)], bool)
-        move(found, wish.kind, match)
+        if wish.kind == "no":
+            found[match] = 0
+        elif wish.kind == "less":
+            found[match] /= 2
+        else:
+            found[match] = (1 + found[match]) / 2
+            if wish.kind == "only":
+                found[~match] = 0
     return found
 
 

@@ -273,11 +273,10 @@ def rank(stack: Stack, request: pb.RankRequest, call: Call) -> pb.RankResponse:
         raise UnknownItem(f"items[{first}]: {ids[first][:80]!r} is not in the catalogue of snapshot {stack.snapshot.name}")
     columns = stack.recommender.columns(asker.view, rows, asked, vector=asker.vector, watch=call.watch)
     with call.watch("order"):
-        scores, wishes = stack.recommender.final(asker.view, rows, columns, asked)
-        best = np.argsort(-scores, kind="stable")
-        own = {name: column[best] for name, column in columns.items()}
-        named = [ids[place] for place in best]
-        ranked = Ranked(named, rows[best], best, None, scores[best], len(ids), columns=own, wishes=wishes)
+        final = stack.recommender.final(asker.view, rows, columns, asked)
+        best = final.best
+        own, named = {name: column[best] for name, column in columns.items()}, [ids[place] for place in best]
+        ranked = Ranked(named, rows[best], best, None, final.scores[best], len(ids), columns=own, wishes=final.wishes)
         response = pb.RankResponse(
             provenance=provenance(stack, ranked=True, retrieved=False),
             task="" if weights else next(iter(asked)),

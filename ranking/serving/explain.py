@@ -14,6 +14,7 @@ from ranking.serving.answers import Call, Question, provenance, question_of, vec
 from ranking.serving.messages import MAX_FANOUT, id_of
 from ranking.serving.stack import Stack
 from ranking.serving.wide import Listed, Scope, Wide
+from ranking.wishes import Topics
 from retrieval.live_catalog import number_columns
 from retrieval.retrieve import Vector, seen_items
 from retrieval.tokens import Tokens
@@ -143,7 +144,9 @@ def _fill_numbers(response: pb.ExplainResponse, stack: Stack, case: Case, call: 
         asked = stack.recommender.weighed(case.question.task, case.question.weights)
         view = case.question.asker.view
         columns = stack.recommender.columns(view, row, asked, vector=case.vector, watch=call.watch)
-        response.probability = float(stack.recommender.final(view, row, columns, asked)[0][0])
+        nothing: Topics = frozenset()
+        known = nothing.union(*stack.recommender.topics(ranked.rows))
+        response.probability = float(stack.recommender.final(view, row, columns, asked, known).scores[0])
         return
     response.place, response.first_place = place, int(ranked.places[place])
     if ranked.scores is not None and ranked.probabilities is not None:

@@ -14,6 +14,7 @@ import numpy as np
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving.journal import Journal
 from ranking.serving.messages import unpack_ids
+from ranking.serving.weights import own_probabilities
 from retrieval.data.exported_journal import Done, Shown
 
 SERVICE = "/brewline.v1.Recommender/"
@@ -84,7 +85,8 @@ class Served(grpc.aio.ServerInterceptor):
     ) -> None:
         # Neither the request with all its words is held back nor, by a row, its whole batch.
         head = shown_of(request.member.id, request.surface, response, at)
-        packed, ends, probabilities = results.ids.packed, results.ids.ends, results.probabilities
+        packed, ends = results.ids.packed, results.ids.ends
+        probabilities = own_probabilities(response) if isinstance(response, pb.RecommendResponse) else results.probabilities
         size = RECORD_BYTES + len(packed) + len(ends) + len(probabilities)
         self._journal.put(lambda: [with_items(head, packed, ends, probabilities)], size)
 

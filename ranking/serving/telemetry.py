@@ -24,6 +24,7 @@ from ranking.serving.readings import Readings, Series, Values
 from ranking.serving.score_drift import Drift
 from ranking.serving.stack_meters import add_stack
 from ranking.serving.visit import Visit
+from ranking.serving.weights import own_probabilities
 
 FIRST = struct.Struct("<f")
 """The score of the first row of an answer."""
@@ -87,7 +88,8 @@ class Telemetry:
             made, results = response.provenance, response.results
             models = f"{made.encoder} {made.ranker}"
             self._score(method, "cosine" if made.first_stage == "dense" else "merged", results.scores, models)
-            self._score(method, "probability", results.probabilities, models)
+            if not isinstance(response, pb.RetrieveResponse):
+                self._score(method, "probability", own_probabilities(response), models)
 
     def _score(self, method: str, score: str, packed: bytes, models: str) -> None:
         if not packed:

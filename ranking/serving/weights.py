@@ -21,3 +21,12 @@ def publish_formula(response: pb.RecommendResponse | pb.RankResponse, weights: W
     if weights or ranked.wishes:
         columns = {name: column.astype("<f4").tobytes() for name, column in ranked.columns.items()}
         response.results.tasks.extend(pb.TaskColumn(task=name, probabilities=column) for name, column in columns.items())
+
+
+def own_probabilities(response: pb.RecommendResponse | pb.RankResponse) -> bytes:
+    """The packed probabilities (or final scores of several tasks) as no wish has moved them; nothing where a wish moved a final
+    score of several tasks. What a member says is no news about the ranker."""
+    if not response.wishes:
+        return response.results.probabilities
+    columns = response.results.tasks
+    return columns[0].probabilities if len(columns) == 1 else b""

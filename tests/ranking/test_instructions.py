@@ -200,13 +200,12 @@ def test_who_was_never_taught_a_wish_does_not_hear_it(tiny_dataset: Dataset, fol
     silent = replace(view, instruction="")
     assert ranker.prefix(view) != ranker.prefix(silent), "a folder that says nothing of its training may come from a reader"
     for told, heard in (
-        ({"settings": {"wishes": 0.0}}, False),
-        ({"settings": {"wishes": 0.1}}, True),
+        ({"reads_wishes": False}, False),
         ({"reads_wishes": True}, True),
     ):
         ranker.facts = replace(ranker.facts, training=told)
         assert (ranker.prefix(view) != ranker.prefix(silent)) == heard, told
-    ranker.facts = replace(ranker.facts, training={"settings": {"wishes": 0.0}})
+    ranker.facts = replace(ranker.facts, training={"reads_wishes": False})
     for one in follow(tiny_dataset, ranker, members=6, listed=20):
         assert one.order_kept == pytest.approx(1) or np.isnan(one.order_kept), (
             "the order of all other items is that of the silent"

@@ -15,7 +15,9 @@ from ranking.serving.answers import Call, rank, recommend
 from ranking.serving.explain import explain
 from ranking.serving.messages import pack_ids, unpack_ids
 from ranking.serving.stack import Stack
+from ranking.serving.weights import own_probabilities
 from ranking.tasks_weighted import WeightsError
+from ranking.wishes import FACTOR
 
 WEIGHTS = [pb.Weight(task="like", weight=2.0), pb.Weight(task="label", weight=-1.0)]
 
@@ -83,14 +85,15 @@ def test_a_plain_wish_is_obeyed_by_every_call_that_ranks_and_told(stack: Stack) 
     """The order is that of the moved score; the ranker's own probabilities stand beside it, as several tasks' do."""
     member, wish = pb.Member(id="m3"), "no chess, more gardens"
     response = recommend(stack, pb.RecommendRequest(member=member, k=50, fanout=50, instruction=wish, readable=True), call())
-    assert [(one.kind, one.said) for one in response.wishes] == [("more", "more gardens"), ("no", "no chess")]
+    assert [(one.kind, one.said) for one in response.wishes] == [("no", "no chess"), ("more", "more gardens")]
     rows = response.results.items
     named = [row.category for row in rows]
-    assert [one.items for one in response.wishes] == [named.count("gardens"), named.count("chess")]
+    assert [one.items for one in response.wishes] == [named.count("chess"), named.count("gardens")]
+    assert own_probabilities(response) == response.results.tasks[0].probabilities, "meters and the journal see the ranker's own"
     (own,) = (dict(zip(unpack_ids(response.results.ids), floats(one.probabilities).tolist())) for one in response.results.tasks)
     for row in rows:
         said = own[row.item_id]
-        moved = {"chess": 0.0, "gardens": (1 + said) / 2}.get(row.category, said)
+        moved = {"chess": 0.0, "gardens": FACTOR * said / (1 - said + FACTOR * said)}.get(row.category, said)
         assert row.probability == pytest.approx(moved, abs=1e-6)
     assert {row.category for row in rows[-named.count("chess") :]} == {"chess"}
     ranked = rank(stack, pb.RankRequest(member=member, items=response.results.ids, instruction=wish), call())
@@ -99,6 +102,11 @@ def test_a_plain_wish_is_obeyed_by_every_call_that_ranks_and_told(stack: Stack) 
     one = next(row for row in rows if row.category == "chess")
     question = pb.RecommendRequest(member=member, k=50, fanout=50, instruction=wish)
     assert explain(stack, pb.ExplainRequest(question=question, item_id=one.item_id), call()).probability == 0
+    question = pb.RecommendRequest(member=member, k=5, fanout=5, instruction="only gardens")
+    told = recommend(stack, pb.RecommendRequest(member=member, k=5, fanout=5, readable=True), call()).results.items
+    other = next(row for row in rows if row.category != "gardens" and row.item_id not in {item.item_id for item in told})
+    assert {row.category for row in told} & {"gardens"}, "or this asks nothing"
+    assert explain(stack, pb.ExplainRequest(question=question, item_id=other.item_id), call()).probability == 0
 
 
 def test_a_wish_goes_to_the_bottom_of_a_score_with_a_weight_below_zero(stack: Stack) -> None:
@@ -107,7 +115,7 @@ def test_a_wish_goes_to_the_bottom_of_a_score_with_a_weight_below_zero(stack: St
     )
     response = recommend(stack, asked, call())
     assert {row.probability for row in response.results.items if row.category == "chess"} == {-1.0}
-    assert len(response.results.tasks) == 2 and len(response.wishes) == 1
+    assert len(response.results.tasks) == 2 and len(response.wishes) == 1 and own_probabilities(response) == b""
 
 
 def test_what_is_not_understood_moves_nothing_and_is_not_told(stack: Stack) -> None:
