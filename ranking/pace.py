@@ -1,9 +1,36 @@
-"""How long ranking will take, so that lateness is known before work is done in vain."""
+"""How long the stages took, and how long ranking will take, so that lateness is known before work is done in vain."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+Watch = Callable[[str], AbstractContextManager[None]]
+
+
+class Stopwatch:
+    """Microseconds by stage, summed over every time that the stage ran."""
+
+    def __init__(self) -> None:
+        self.micros: dict[str, int] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """The block's duration counts for the stage, whether or not it raises."""
+        start = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            self.micros[stage] = self.micros.get(stage, 0) + (time.perf_counter_ns() - start) // 1000
+
+
+def unwatched(stage: str) -> AbstractContextManager[None]:
+    """A stopwatch that measures nothing."""
+    del stage
+    return nullcontext()
 
 
 class Pace:

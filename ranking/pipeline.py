@@ -9,8 +9,7 @@ from __future__ import annotations
 import enum
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,11 +18,11 @@ import numpy.typing as npt
 
 from index.errors import BrewlineError
 from ranking.fusion_features import asked_of
-from ranking.pace import Pace
+from ranking.pace import Pace, Watch, unwatched
 from ranking.prompts import relations_of
 from ranking.tasks import task_named
 from ranking.tasks_weighted import Weights, final_score, weights_of
-from ranking.wishes import Obeyed, Topics, obey, topics_of
+from ranking.wishes import Final, Obeyed, Topics, obey, topics_of
 from retrieval.attributes import EVERYTHING, Wanted
 from retrieval.data.schema import MemberView
 from retrieval.retrieve import Candidates, Retriever, Vector, distinct, seen_items
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from ranking.ranker import Ranker
 
 FANOUT = 2_000
-Watch = Callable[[str], AbstractContextManager[None]]
 Floats = npt.NDArray[np.float32]
 
 
@@ -76,42 +74,6 @@ class Ranked:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-@dataclass(frozen=True)
-class Final:
-    """Final scores float32 [C], what they were before the `wishes` moved them, and these."""
-
-    own: Floats
-    scores: Floats
-    wishes: Sequence[Obeyed] = ()
-
-    @property
-    def best(self) -> npt.NDArray[np.int64]:
-        """Int64 [C]: the best first. What a wish sent to the bottom keeps its order there; then the order given counts."""
-        return np.lexsort((-self.own, -self.scores))
-
-
-class Stopwatch:
-    """Microseconds by stage, summed over every time that the stage ran."""
-
-    def __init__(self) -> None:
-        self.micros: dict[str, int] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """The block's duration counts for the stage, whether or not it raises."""
-        start = time.perf_counter_ns()
-        try:
-            yield
-        finally:
-            self.micros[stage] = self.micros.get(stage, 0) + (time.perf_counter_ns() - start) // 1000
-
-
-def unwatched(stage: str) -> AbstractContextManager[None]:
-    """A stopwatch that measures nothing."""
-    del stage
-    return nullcontext()
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 
 from index.ids import Ids
 from ranking.fusion_features import asked_of
-from ranking.pipeline import FANOUT, Final, order
+from ranking.pipeline import FANOUT, order
 from ranking.prompts import relations_of
 from ranking.ranker import Ranker
 from ranking.tasks import task_named
+from ranking.wishes import Final
 from retrieval.catalog import Catalog, Columns, write_catalog
 from retrieval.counts import Counts
 from retrieval.data.schema import Dataset

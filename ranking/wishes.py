@@ -126,6 +126,20 @@ class Obeyed:
     items: int
 
 
+@dataclass(frozen=True)
+class Final:
+    """Final scores float32 [C], what they were before the `wishes` moved them, and these."""
+
+    own: Floats
+    scores: Floats
+    wishes: Sequence[Obeyed] = ()
+
+    @property
+    def best(self) -> npt.NDArray[np.int64]:
+        """Int64 [C]: the best first. What a wish sent to the bottom keeps its order there; then the order given counts."""
+        return np.lexsort((-self.own, -self.scores))
+
+
 def wishes_of(instruction: str, known: Collection[Words]) -> list[Wish]:
     """The wishes of an instruction about topics that are `known`, each once, in the order in which they were said."""
     text = re.sub("[\u2019\u2018\u02bc\u00b4`]", "'", instruction).replace("\x00", " ")

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from index.keyvalue import StoreError
-from ranking.pipeline import Ranked, Stopwatch, in_retrieval_order
+from ranking.pace import Stopwatch
+from ranking.pipeline import Ranked, in_retrieval_order
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving.change_messages import read_wanted
 from ranking.serving.messages import (

@@ -12,7 +12,8 @@ import torch
 
 from index.publish import current
 from index.snapshot import Snapshot
-from ranking.pipeline import BadScores, Degraded, NoRanker, Pace, Ranked, Recommender, Stopwatch
+from ranking.pace import Pace, Stopwatch
+from ranking.pipeline import BadScores, Degraded, NoRanker, Ranked, Recommender
 from ranking.prompts import RankBudgets, RankPrompts
 from ranking.ranker import Ranker, RankerFacts, labels_of, save_ranker
 from ranking.tasks import TaskError, tasks_of

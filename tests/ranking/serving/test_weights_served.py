@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ranking.pipeline import Degraded, Pace
+from ranking.pace import Pace
+from ranking.pipeline import Degraded
 from ranking.serving import recommender_pb2 as pb
 from ranking.serving.answers import Call, rank, recommend
 from ranking.serving.explain import explain
