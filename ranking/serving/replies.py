@@ -96,7 +96,7 @@ class Explanation:
     """Why one item is or is not in an answer: `outcome` as the contract names it ("OUTRANKED"); places from 0.
 
     None stands for what does not exist: an item that the catalogue does not hold has no cosine, one that was no candidate no
-    place. `probability` of one that was no candidate is what the ranker would have said.
+    place. `probability` is what orders the answer, wishes obeyed; of one that was no candidate what it would have been.
     """
 
     outcome: str

@@ -83,7 +83,7 @@ def validation_queries(dataset: Dataset) -> Queries | None:
 
 
 def untuned_blends(chosen: Sequence[Baseline], past: Past, queries: Queries | None) -> list[list[Blend]]:
-    """Returns the frozen blend of the chosen baselines and the live one with either popularity window, not yet weighted."""
+    """Returns the frozen blend of the chosen baselines and the live one with each live popularity, not yet weighted."""
     collaborative = [one for one in chosen if isinstance(one, (ItemNeighbours, Ease))]
     best = collaborative[0] if queries is None else tuned(collaborative, past, queries.sample(TUNING_QUERIES))
     text = next(one for one in chosen if isinstance(one, TfIdf))
