@@ -199,12 +199,16 @@ def _folded(word: str) -> str:
     return f"{singular[:-2]}y" if singular.endswith("ie") else singular
 
 
-@lru_cache(maxsize=4_096)
 def topics_of(category: str, creator: str) -> Topics:
     """The topics of an item. A name that begins or ends with words that wishes are made of ("Just Jazz") is none: it would be
     found where somebody wishes just jazz."""
+    return _topics(category[:READ_CHARS], creator[:READ_CHARS])  # what is remembered is short
+
+
+@lru_cache(maxsize=4_096)
+def _topics(category: str, creator: str) -> Topics:
     found = set[Words]()
-    for name in (*categories_of(category[:READ_CHARS]), creator[:READ_CHARS]):
+    for name in (*categories_of(category), creator):
         words = [_folded(word) for word in _WORD.findall(unicodedata.normalize("NFKC", name).casefold())]
         words = words[1:] if words and words[0] in _ARTICLES else words
         if 0 < len(words) <= LONGEST_TOPIC and words[0] not in _SMALL and words[-1] not in _SMALL:
